@@ -1,0 +1,194 @@
+"""Datasets -> the target's chat template -> token ids and the supervised mask. First version: text and chat rows."""
+
+import os
+from collections import Counter
+
+from datasets import Dataset, load_dataset
+from transformers import PreTrainedTokenizerBase
+from trl import maybe_convert_to_chatml
+from trl.chat_template_utils import get_training_chat_template
+
+READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
+FEWEST_FULL_BLOCKS = 0.1  # share of rows that must hold a whole supervised block
+
+
+def load_rows(name: str, config: str | None = None, split: str = "train", revision: str | None = None) -> Dataset:
+    """Rows of a local file (`.jsonl`, `.json`, `.parquet`, `.csv`, `.txt`) or of a dataset on the Hub.
+
+    Raises:
+        FileNotFoundError: the name looks like a file and there is none.
+    """
+    reader = READERS.get(os.path.splitext(name)[1])
+    if reader is None:
+        return load_dataset(name, config, split=split, revision=revision)
+    if not os.path.isfile(name):
+        raise FileNotFoundError(
+            f"dataset_name {name!r} looks like a local file, but there is none at {os.path.abspath(name)}"
+        )
+    return load_dataset(reader, data_files=name, split="train")
+
+
+def row_format(columns: list[str]) -> str:
+    """`tokens`, `messages`, `conversations` or `text`, from the column names."""
+    for column in ("input_ids", "messages", "conversations", "text"):
+        if column in columns:
+            return "tokens" if column == "input_ids" else column
+    raise ValueError(
+        f"the dataset's columns are {columns}: none of `messages`, `conversations` (ShareGPT) or `text` is there. "
+        "Rename the column that holds the conversation or the text."
+    )
+
+
+def _chat_ids(messages: list[dict], tokenizer: PreTrainedTokenizerBase, template: str | None, kwargs: dict):
+    """Token ids of a conversation and which of them the assistant wrote, by the template's generation markers."""
+    out = tokenizer.apply_chat_template(
+        messages, chat_template=template, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **kwargs
+    )
+    return out["input_ids"], out["assistant_masks"]
+
+
+def _chat_ids_by_prefix(messages: list[dict], tokenizer: PreTrainedTokenizerBase, kwargs: dict):
+    """The same for templates without markers: the assistant wrote what each of its turns adds to the rendering."""
+
+    def render(turns: list[dict], prompt: bool) -> str:
+        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompt, **kwargs)
+
+    text, spans = render(messages, False), []
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant":
+            before, through = render(messages[:i], True), render(messages[: i + 1], False)
+            if not (text.startswith(through) and through.startswith(before)):
+                raise ValueError(
+                    "the chat template renders a conversation's beginning differently once it goes on, so the "
+                    "assistant's tokens cannot be told apart: use a template with {% generation %} markers"
+                )
+            spans.append((len(before), len(through)))
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    mask = [int(any(a <= start < b for a, b in spans)) for start, _ in encoded["offset_mapping"]]
+    return encoded["input_ids"], mask
+
+
+class RowEncoder:
+    """Turns raw rows into token rows; a picklable callable for `Dataset.map(batched=True, with_indices=True)`."""
+
+    def __init__(self, tokenizer, kind: str, max_length: int, chat_template_kwargs: dict | None):
+        self.tokenizer, self.kind, self.max_length = tokenizer, kind, max_length
+        self.kwargs = chat_template_kwargs or {}
+        self.template, self.by_prefix = None, False
+        if kind in ("messages", "conversations"):
+            if tokenizer.chat_template is None:
+                raise ValueError(
+                    "the rows are conversations, but the target's tokenizer has no chat template: give `text` rows"
+                )
+            try:
+                self.template = get_training_chat_template(tokenizer) or tokenizer.chat_template
+            except ValueError:  # trl knows no training version of it; markers may still be in it
+                self.template = tokenizer.chat_template
+            # without markers transformers returns an all-zero mask, silently (marin#7237)
+            self.by_prefix = "{% generation" not in self.template.replace("{%-", "{%")
+
+    def __call__(self, batch: dict, indices: list[int]) -> dict:
+        rows = {"input_ids": [], "supervised": []}
+        for i in range(len(indices)):
+            if self.kind == "text":
+                ids = self.tokenizer(batch["text"][i])["input_ids"]
+                if self.tokenizer.eos_token_id is not None and ids[-1:] != [self.tokenizer.eos_token_id]:
+                    ids = ids + [self.tokenizer.eos_token_id]
+                for start in range(0, len(ids), self.max_length):
+                    rows["input_ids"].append(ids[start : start + self.max_length])
+                    rows["supervised"].append([1] * len(rows["input_ids"][-1]))
+                continue
+            messages = maybe_convert_to_chatml({self.kind: batch[self.kind][i]})["messages"]
+            try:
+                if self.by_prefix:
+                    ids, mask = _chat_ids_by_prefix(messages, self.tokenizer, self.kwargs)
+                else:
+                    ids, mask = _chat_ids(messages, self.tokenizer, self.template, self.kwargs)
+            except Exception as error:
+                raise ValueError(f"row {indices[i]}: the chat template failed: {error}") from error
+            rows["input_ids"].append(list(ids)[: self.max_length])
+            rows["supervised"].append(list(mask)[: self.max_length])
+        return rows
+
+
+def longest_run(supervised: list[int]) -> int:
+    """Longest run of supervised tokens in a row."""
+    best = run = 0
+    for flag in supervised:
+        run = run + 1 if flag else 0
+        best = max(best, run)
+    return best
+
+
+def prepare_rows(
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    block_size: int,
+    mask_token_id: int,
+    chat_template_kwargs: dict | None = None,
+    num_proc: int | None = None,
+) -> Dataset:
+    """Token rows ready for training: `input_ids`, `supervised`, `row` (its number; anchors are drawn from it).
+
+    Text is cut into rows of `max_length` tokens, every token supervised; conversations are rendered by the target's
+    own template, only the assistant's tokens supervised, and truncated. Rows with fewer than two supervised tokens in
+    a row hold no block and are dropped, with a count.
+
+    Raises:
+        ValueError: unknown columns; no supervised token anywhere; hardly a row with a whole block; the mask token
+            occurs in the data.
+    """
+    kind = row_format(dataset.column_names)
+    if kind != "tokens":
+        encoder = RowEncoder(tokenizer, kind, max_length, chat_template_kwargs)
+        dataset = dataset.map(
+            encoder, batched=True, with_indices=True, remove_columns=dataset.column_names, num_proc=num_proc,
+            desc=f"Tokenizing {kind} rows",
+        )  # fmt: skip
+    else:
+        dataset = dataset.select_columns(["input_ids", "supervised"])
+    counts, keep = Counter(), []
+    for index, (ids, supervised) in enumerate(zip(dataset["input_ids"], dataset["supervised"])):
+        if mask_token_id in ids:
+            raise ValueError(
+                f"row {index} contains the mask token (id {mask_token_id}): a real token would look like a slot to "
+                "fill. Choose another mask_token_id, or remove the token from the data."
+            )
+        run = longest_run(supervised)
+        counts["supervised"] += sum(supervised)
+        counts["full"] += run >= block_size
+        # context, anchor, label
+        if run >= 2 and len(ids) >= 3:
+            keep.append(index)
+    if not counts["supervised"]:
+        raise ValueError(
+            f"not one token of {len(dataset)} rows is supervised: the drafter would learn nothing. For conversations, "
+            "check that there are assistant turns and that the target's chat template marks them."
+        )
+    if not keep or counts["full"] < FEWEST_FULL_BLOCKS * len(dataset):
+        raise ValueError(
+            f"rows are too short: only {counts['full']} of {len(dataset)} hold a whole block of {block_size} "
+            f"supervised tokens. Lower block_size, raise max_length (now {max_length}), or use longer answers."
+        )
+    if len(keep) < len(dataset):
+        print(f"dropped {len(dataset) - len(keep)} of {len(dataset)} rows: fewer than 2 supervised tokens in a row")
+        dataset = dataset.select(keep)
+    return dataset.add_column("row", list(range(len(dataset))))
+
+
+def show_row(row: dict, tokenizer: PreTrainedTokenizerBase, most: int = 160) -> str:
+    """A row decoded, its first `most` tokens, supervised spans between ⟦ and ⟧."""
+    text, inside = "", False
+    for token, supervised in list(zip(row["input_ids"], row["supervised"]))[:most]:
+        if bool(supervised) != inside:
+            text, inside = text + ("⟦" if supervised else "⟧"), bool(supervised)
+        text += tokenizer.decode([token])
+    return text + ("…" if len(row["input_ids"]) > most else "") + ("⟧" if inside else "")
+
+
+def prompt_length(supervised: list[int]) -> int:
+    """Where a row's prompt ends for decoding: before the first supervised token, or at half of a plain text row."""
+    first = supervised.index(1) if 1 in supervised else len(supervised)
+    return first if first > 0 else len(supervised) // 2

@@ -1,0 +1,1 @@
+"""What travels to the Hub. Files here import only torch, transformers and each other."""

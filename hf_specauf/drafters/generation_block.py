@@ -1,0 +1,160 @@
+"""Our candidate generator for block drafters. Travels to the Hub: imports only torch and transformers.
+
+Compared with transformers' built-in one it records what every pass accepted, can cap or skip a draft, runs without
+position ids, and adds as little as possible to the target's own pass.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers.cache_utils import DynamicCache
+from transformers.generation.candidate_generator import CandidateGenerator
+
+
+class Round(NamedTuple):
+    """One verification pass of the target (the prefill pass is not a round)."""
+
+    emitted: int  # tokens committed, bonus included
+    accepted: int  # drafted tokens accepted, A
+    tested: int  # drafted slots whose verdict is known; slots beyond an end of sequence or length cut are not
+    drafted: int  # drafted slots given to the target; 0 in a skipped round
+
+
+def embed_noise(embedding: nn.Module, noise_ids: torch.Tensor) -> torch.Tensor:
+    """Target embeddings of noise ids, the only place they are made: training and decoding cannot differ.
+
+    A target's own norm inside its embedding module (`embed_norm`) is left out, as transformers' generator does.
+
+    Args:
+        embedding (`nn.Module`): `target.get_input_embeddings()`.
+        noise_ids (`torch.LongTensor` of shape `(B, Q)`): anchors and mask tokens.
+    """
+    norm = getattr(embedding, "embed_norm", None)
+    if norm is None:
+        return embedding(noise_ids)
+    embedding.embed_norm = nn.Identity()
+    try:
+        return embedding(noise_ids)
+    finally:
+        embedding.embed_norm = norm
+
+
+class BlockCandidateGenerator(CandidateGenerator):
+    """Draft a block with one drafter pass over the target's tapped hidden states (DFlash, arXiv 2602.06036).
+
+    Args:
+        drafter (`PreTrainedModel`): the block drafter.
+        target (`PreTrainedModel`): the target, lender of embedding and head.
+        generation_config (`GenerationConfig`): of the running `generate` call.
+        logits_processor (`LogitsProcessorList`, *optional*): applied to the draft's logits slot by slot, so that the
+            draft is drawn from the very distribution verification divides by.
+        max_draft_tokens (`int`, *optional*): verify at most this many drafted tokens a pass (default K - 1). The
+            drafter still fills its whole block: it was trained to.
+        skip_round (`Callable[[list[Round]], bool]`, *optional*): called before each draft with the rounds so far;
+            true leaves this round to the target alone.
+        rounds (`list[Round]`, *optional*): where passes are recorded.
+    """
+
+    requires_model_outputs = True
+
+    def __init__(
+        self,
+        drafter,
+        target,
+        generation_config,
+        logits_processor=None,
+        max_draft_tokens: int | None = None,
+        skip_round: Callable[[list[Round]], bool] | None = None,
+        rounds: list[Round] | None = None,
+    ):
+        config = drafter.config
+        self.drafter = drafter
+        self.embedding, self.head = target.get_input_embeddings(), target.get_output_embeddings()
+        self.taps = config.target_layer_ids
+        # of all hidden states the target keeps just the taps
+        self.model_kwargs_overrides = {"output_hidden_states": [i + 1 for i in self.taps]}
+        self.block_size = config.block_size
+        self.max_draft_tokens = min(max_draft_tokens or self.block_size - 1, self.block_size - 1)
+        self.skip_round = skip_round
+        self.max_length = generation_config.max_length
+        self.do_sample = generation_config.do_sample
+        self.returns_logits = self.do_sample or generation_config.assistant_ensemble_weight is not None
+        self.logits_processor = logits_processor if logits_processor else None
+        self.rounds = rounds if rounds is not None else []
+        self.cache = DynamicCache(config=config)
+        self.device = drafter.device
+        self.masks = torch.full((1, self.block_size - 1), config.mask_token_id, device=self.embedding.weight.device)
+        self.pending: list[torch.Tensor] = []  # taps of committed tokens the drafter has not read yet
+        self.draft: torch.Tensor | None = None  # (1, drafted), what the target is verifying
+        self.length = 0  # of the sequence before the pass under way; 0 before the prefill
+
+    def get_candidates(
+        self, input_ids, model_kwargs=None, model_outputs=None, is_first_iteration=False, n_last_matches=0, **kwargs
+    ) -> tuple[torch.LongTensor, torch.Tensor | None]:
+        """Return (input_ids followed by the draft, logits of the draft or `None`); one call a verification pass."""
+        self.draft = None
+        if is_first_iteration:  # the prefill pass comes first: there are no hidden states yet
+            return input_ids, None
+        hidden = model_outputs.hidden_states
+        committed = int(n_last_matches) + 1 if self.length else input_ids.shape[1] - 1
+        self.pending.append(torch.cat([hidden[i + 1][:, :committed].to(self.device) for i in self.taps], dim=-1))
+        self.length = input_ids.shape[1]
+        drafted = min(self.max_draft_tokens, self.max_length - self.length - 1)
+        if drafted <= 0 or (self.skip_round is not None and self.skip_round(self.rounds)):
+            return input_ids, None
+        hidden_states = self._run_drafter(input_ids, model_kwargs)[:, 1 : drafted + 1]
+        logits = self.head(hidden_states.to(self.head.weight.device)).to(input_ids.device)  # (1, drafted, V)
+        self.draft, logits = self._choose(input_ids, logits)
+        return torch.cat([input_ids, self.draft], dim=1), logits if self.returns_logits else None
+
+    def _run_drafter(self, input_ids: torch.Tensor, model_kwargs: dict) -> torch.Tensor:  # (1, K, H)
+        context = torch.cat(self.pending, dim=1) if len(self.pending) > 1 else self.pending[0]
+        self.pending = []
+        mask = model_kwargs.get("attention_mask")  # (1, S) with the anchor, or None where nothing is padded
+        if (positions := model_kwargs.get("position_ids")) is None:
+            seen = mask if mask is not None else torch.ones_like(input_ids)
+            positions = (seen.cumsum(-1) - 1).clamp(min=0)
+        anchor = positions[:, -1:]
+        offsets = torch.arange(self.block_size, device=anchor.device)
+        positions = torch.cat([positions[:, -context.shape[1] - 1 : -1], anchor + offsets], dim=1)
+        if mask is not None:
+            mask = torch.cat([mask, mask.new_ones(1, self.block_size - 1)], dim=1).to(self.device)
+        noise_ids = torch.cat([input_ids[:, -1:].to(self.masks.device), self.masks], dim=1)
+        output = self.drafter(
+            noise_embeds=embed_noise(self.embedding, noise_ids).to(self.device),
+            context_hidden_states=context,
+            attention_mask=mask,
+            position_ids=positions.to(self.device),
+            past_key_values=self.cache,
+        )
+        self.cache.crop(-self.block_size)  # the block's own keys and values never become context
+        return output.last_hidden_state
+
+    def _choose(self, input_ids, logits) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.logits_processor is None:
+            if not self.do_sample:
+                return logits.argmax(-1), logits
+            logits = logits.float()
+            return torch.multinomial(logits[0].softmax(-1), 1).T, logits
+        logits, sequence = logits.float(), input_ids
+        for slot in range(logits.shape[1]):  # processors look at the tokens before, so slot by slot
+            logits[:, slot] = self.logits_processor(sequence, logits[:, slot])
+            scores = logits[:, slot]
+            token = torch.multinomial(scores.softmax(-1), 1) if self.do_sample else scores.argmax(-1, keepdim=True)
+            sequence = torch.cat([sequence, token], dim=1)
+        return sequence[:, input_ids.shape[1] :], logits
+
+    def update_candidate_strategy(self, input_ids, scores, num_matches) -> None:
+        """Record the pass: called once after each verification, cut already to end of sequence and length."""
+        if not self.length:  # the prefill pass
+            return
+        emitted = input_ids.shape[1] - self.length
+        drafted = 0 if self.draft is None else self.draft.shape[1]
+        accepted = emitted - 1
+        tested = min(emitted, drafted)
+        # A pass cut by end of sequence or length ends in a drafted token that was itself accepted.
+        if emitted <= drafted and bool(self.draft[0, emitted - 1] == input_ids[0, -1]):
+            accepted = emitted
+        self.rounds.append(Round(emitted, accepted, tested, drafted))

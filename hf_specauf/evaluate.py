@@ -1,0 +1,268 @@
+"""`python -m hf_specauf.evaluate`: plain against assisted decoding in one run -> eval.json, a plot, a verdict."""
+
+import json
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from transformers import AutoModel, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from trl import TrlParser
+
+from .acceptance import TAU_DEFINITION
+from .conversations import load_rows, prompt_length, row_format
+from .generate import attach
+from .target import innermost, load_target
+
+NEAR_TIE = 1e-3  # fp32: a first difference is a tie of rounding if the target's two best logits are closer than this
+
+
+def near_tie_bound(dtype: torch.dtype, logits: torch.Tensor) -> float:
+    """Largest gap between the target's two best logits at which rounding alone can flip the choice (vllm#54928)."""
+    if dtype in (torch.float32, torch.float64):
+        return NEAR_TIE
+    return 4 * torch.finfo(dtype).eps * logits.abs().max().item()
+
+
+def first_difference(target, plain: torch.Tensor, assisted: torch.Tensor) -> dict | None:
+    """`None` if two outputs (1, T) are equal, else where they part and the target's top-2 logit gap there."""
+    if torch.equal(plain, assisted):
+        return None
+    shorter = min(plain.shape[1], assisted.shape[1])
+    differs = (plain[0, :shorter] != assisted[0, :shorter]).nonzero()
+    at = differs[0].item() if len(differs) else shorter
+    with torch.no_grad():
+        logits = target(input_ids=plain[:, :at], use_cache=False).logits[0, -1].float()
+    best = logits.topk(2).values
+    gap = (best[0] - best[1]).item()
+    return {"position": at, "top2_gap": gap, "near_tie": gap < near_tie_bound(target.dtype, logits)}
+
+
+def repetition(tokens: list[int], n: int = 4) -> float:
+    """Share of n-grams that occurred before in the same output; high tau on a loop is no achievement (SwiftLM#88)."""
+    grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def compare(
+    target,
+    drafter,
+    prompts: list[torch.Tensor],
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    pad_token_id: int = 0,
+    max_draft_tokens: int | None = None,
+    seed: int = 0,
+    show_progress: bool = True,
+) -> dict:
+    """Decode every prompt plainly and with the drafter, in turn, and compare.
+
+    Args:
+        target, drafter: as for `attach`.
+        prompts (`list[torch.LongTensor]` of shape `(1, S)`).
+        max_new_tokens (`int`): tokens generated for each.
+        temperature (`float`, *optional*, defaults to 0): 0 is greedy, and outputs must be equal; above 0 they are
+            samples, and equality is not asked for.
+
+    Returns:
+        dict with `acceptance` (tau, alpha, ...), `plain_tokens_per_second`, `tokens_per_second`, `speedup`,
+        `lossless` (counts of identical, near_tie and different outputs), `repetition` and a list of `prompts`.
+    """
+    model = innermost(target)
+    # an end-of-sequence token that transformers does not know of would be drafted past
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=temperature > 0,
+        temperature=temperature if temperature > 0 else None,
+        top_k=0 if temperature > 0 else None,
+        pad_token_id=pad_token_id,
+        eos_token_id=model.generation_config.eos_token_id,
+    )
+    seconds, tokens = {"plain": 0.0, "assisted": 0.0}, {"plain": 0, "assisted": 0}
+    rows, counts = [], {"identical": 0, "near_tie": 0, "different": 0}
+
+    def run(kind: str, prompt: torch.Tensor, assistant) -> torch.Tensor:
+        torch.manual_seed(seed)
+        start = time.perf_counter()
+        output = target.generate(
+            prompt, attention_mask=torch.ones_like(prompt), generation_config=config, assistant_model=assistant
+        )
+        if output.is_cuda:
+            torch.cuda.synchronize()
+        seconds[kind] += time.perf_counter() - start
+        tokens[kind] += output.shape[1] - prompt.shape[1]
+        return output
+
+    with attach(target, drafter, max_draft_tokens=max_draft_tokens) as attachment, torch.no_grad():
+        for kind, assistant in (("plain", None), ("assisted", drafter)):  # warm up, not counted
+            run(kind, prompts[0], assistant)
+        attachment.generations.clear()
+        seconds, tokens = dict.fromkeys(seconds, 0.0), dict.fromkeys(tokens, 0)
+        for number, prompt in enumerate(track(prompts, "decoding", disable=not show_progress, transient=True)):
+            order = [("plain", None), ("assisted", drafter)]
+            outputs = {
+                kind: run(kind, prompt, assistant) for kind, assistant in (order if number % 2 else order[::-1])
+            }
+            difference = first_difference(model, outputs["plain"], outputs["assisted"]) if temperature == 0 else None
+            verdict = "identical" if difference is None else "near_tie" if difference["near_tie"] else "different"
+            counts[verdict] += temperature == 0
+            rounds = attachment.generations[-1]
+            rows.append(
+                {
+                    "prompt_tokens": prompt.shape[1],
+                    "new_tokens": outputs["assisted"].shape[1] - prompt.shape[1],
+                    "tau": sum(r.emitted for r in rounds) / len(rounds) if rounds else None,
+                    "difference": difference,
+                    "repetition": repetition(outputs["plain"][0, prompt.shape[1] :].tolist()),
+                }
+            )
+        acceptance = attachment.acceptance()
+    rate = {kind: tokens[kind] / seconds[kind] for kind in seconds}
+    return {
+        "acceptance": acceptance.to_dict(),
+        "plain_tokens_per_second": rate["plain"],
+        "tokens_per_second": rate["assisted"],
+        "speedup": rate["assisted"] / rate["plain"],
+        "lossless": counts if temperature == 0 else "sampled: not comparable token by token",
+        "repetition": sum(row["repetition"] for row in rows) / len(rows),
+        "prompts": rows,
+    }
+
+
+def encode_prompts(rows, tokenizer: PreTrainedTokenizerBase, count: int, longest: int, template_kwargs: dict | None):
+    """The first `count` rows as prompts (1, S): conversations up to the first answer, text up to `longest` tokens."""
+    kind, prompts = row_format(rows.column_names), []
+    for row in rows.select(range(min(count, len(rows)))):
+        if kind == "tokens":
+            ids = row["input_ids"][: prompt_length(row["supervised"])]
+        elif kind == "text":
+            ids = tokenizer(row["text"])["input_ids"][:longest]
+        else:
+            from trl import maybe_convert_to_chatml
+
+            messages = maybe_convert_to_chatml({kind: row[kind]})["messages"]
+            turns = []
+            for message in messages:
+                if message["role"] == "assistant":
+                    break
+                turns.append(message)
+            ids = tokenizer.apply_chat_template(
+                turns, add_generation_prompt=True, return_dict=True, **(template_kwargs or {})
+            )["input_ids"]
+        if ids:
+            prompts.append(torch.tensor([ids]))
+    if not prompts:
+        raise ValueError("no prompt could be made: the rows are empty, or begin with the assistant's turn")
+    return prompts
+
+
+def plot_alpha(results: dict[str, list[float]], path: Path) -> None:
+    """alpha_k over the slots, a line for each named result."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    for name, alpha in results.items():
+        axes.plot(range(1, len(alpha) + 1), alpha, marker="o", label=name)
+    axes.set(
+        xlabel="slot k",
+        ylabel="conditional acceptance α_k",
+        ylim=(0, 1),
+        title="Accepted, given that slot k was reached",
+    )
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def show(results: dict, console: Console) -> None:
+    """A table of one comparison, and the verdict in words."""
+    acceptance = results["acceptance"]
+    table = Table("", "plain", "with drafter")
+    table.add_row("tokens/s", f"{results['plain_tokens_per_second']:.1f}", f"{results['tokens_per_second']:.1f}")
+    table.add_row("tau", "1.00", f"{acceptance['tau']:.2f}")
+    table.add_row("alpha_1, 2, 3", "", "  ".join(f"{a:.2f}" for a in acceptance["alpha"][:3]))
+    console.print(table)
+    faster = results["speedup"]
+    console.print(f"{'faster' if faster > 1 else 'SLOWER than plain decoding'}: {faster:.2f}x. {TAU_DEFINITION}.")
+    console.print(f"outputs: {results['lossless']}; repeated 4-grams: {results['repetition']:.0%}")
+
+
+@dataclass
+class EvaluateArguments:
+    """Arguments of `python -m hf_specauf.evaluate`."""
+
+    target: str = field(metadata={"help": "Hub id or folder of the target."})
+    drafter: str = field(metadata={"help": "Hub id or folder of the drafter."})
+    prompts: str = field(
+        metadata={"help": "Hub dataset, or .jsonl/.parquet/.txt file with messages, conversations or text."}
+    )
+    prompts_split: str = field(default="train", metadata={"help": "Split of a Hub dataset."})
+    target_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the target."})
+    drafter_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the drafter."})
+    count: int = field(default=24, metadata={"help": "Prompts to decode."})
+    prompt_tokens: int = field(default=128, metadata={"help": "Prompt length for plain text rows."})
+    max_new_tokens: int = field(default=128, metadata={"help": "Tokens to generate for each prompt."})
+    max_draft_tokens: int | None = field(default=None, metadata={"help": "Cap on drafted tokens a pass."})
+    temperature: float = field(default=0.0, metadata={"help": "0 is greedy and checks equality; 1 samples."})
+    dtype: str = field(default="auto", metadata={"help": "auto, float32 or bfloat16, for both models."})
+    device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "cuda or cpu."})
+    out: str = field(default="eval", metadata={"help": "Folder for eval.json and alpha.png."})
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line of `python -m hf_specauf.evaluate`."""
+    (args,) = TrlParser(EvaluateArguments, prog="python -m hf_specauf.evaluate").parse_args_and_config(argv)
+    try:
+        target = load_target(args.target, args.target_revision, dtype=args.dtype).to(args.device)
+        drafter = AutoModel.from_pretrained(args.drafter, revision=args.drafter_revision, dtype=args.dtype).to(
+            args.device
+        )
+        tokenizer = AutoTokenizer.from_pretrained(args.target, revision=args.target_revision)
+        rows = load_rows(args.prompts, split=args.prompts_split)
+        template_kwargs = getattr(drafter.config, "chat_template_kwargs", None)
+        prompts = encode_prompts(rows, tokenizer, args.count, args.prompt_tokens, template_kwargs)
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        prompts = [prompt.to(args.device) for prompt in prompts]
+        results = compare(
+            target, drafter, prompts, args.max_new_tokens, temperature=args.temperature, pad_token_id=pad,
+            max_draft_tokens=args.max_draft_tokens,
+        )  # fmt: skip
+    except (ValueError, TypeError, OSError) as error:
+        raise SystemExit(f"error: {error}") from error
+    from .train import environment
+
+    conditions = {k: getattr(args, k) for k in ("max_new_tokens", "max_draft_tokens", "temperature", "prompt_tokens")}
+    conditions |= {
+        "batch_size": 1,
+        "device": args.device,
+        "prompts": args.prompts,
+        "chat_template_kwargs": template_kwargs,
+    }
+    record = {
+        "tau_definition": TAU_DEFINITION,
+        "target": {"name_or_path": args.target, "revision": args.target_revision, "dtype": str(target.dtype)},
+        "drafter": {"name_or_path": args.drafter, "revision": args.drafter_revision, "dtype": str(drafter.dtype)},
+        "conditions": conditions,
+        "environment": environment(),
+        **results,
+    }
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "eval.json").write_text(json.dumps(record, indent=2) + "\n")
+    plot_alpha({Path(args.drafter).name: results["acceptance"]["alpha"]}, out / "alpha.png")
+    console = Console()
+    show(results, console)
+    console.print(f"written: {out / 'eval.json'}, {out / 'alpha.png'}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

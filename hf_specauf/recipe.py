@@ -1,0 +1,93 @@
+"""A recipe: one YAML file, or the same keys on the command line, parsed into dataclasses. Unknown keys fail."""
+
+import json
+from dataclasses import dataclass, field
+
+from trl import TrlParser
+
+from .trainer import AUFConfig
+
+
+@dataclass
+class TargetArguments:
+    """The frozen target."""
+
+    target_model_name_or_path: str = field(metadata={"help": "Hub id or folder of the causal LM to draft for."})
+    target_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the target."})
+    target_dtype: str = field(default="auto", metadata={"help": "auto (as stored), bfloat16 or float32."})
+    target_attn_implementation: str | None = field(
+        default=None, metadata={"help": "sdpa, eager, flash_attention_2, ..."}
+    )
+    target_device_map: str | None = field(
+        default=None, metadata={"help": "e.g. auto: spread a target too large for one GPU; it is then never moved."}
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run the target repository's own code; give target_revision with it."}
+    )
+
+    def __post_init__(self):
+        if self.target_dtype not in ("auto", "bfloat16", "float32"):
+            raise ValueError(f"target_dtype is {self.target_dtype!r}; it must be auto, bfloat16 or float32")
+        if self.trust_remote_code and self.target_revision is None:
+            raise ValueError("trust_remote_code: true needs target_revision, so that the code cannot change under you")
+
+
+@dataclass
+class DrafterArguments:
+    """The drafter. What is left out is derived from the target once, printed, and stored in its config.json."""
+
+    num_draft_layers: int = field(default=5, metadata={"help": "Layers of the drafter."})
+    block_size: int = field(default=16, metadata={"help": "K, slots of a block, anchor included (2 or more)."})
+    target_layer_ids: list[int] | None = field(
+        default=None, metadata={"help": "Taps: 0-based target layers whose output is read; never the last one."}
+    )
+    mask_token_id: int | None = field(
+        default=None, metadata={"help": "By default the tokenizer's mask token, else the first unused embedding row."}
+    )
+    draft_intermediate_size: int | None = field(default=None, metadata={"help": "By default the target's."})
+    chat_template_kwargs: str | dict | None = field(
+        default=None, metadata={"help": 'Arguments of the chat template, e.g. {"enable_thinking": false}.'}
+    )
+    save_dtype: str = field(
+        default="auto", metadata={"help": "Dtype of the final folder: auto (the target's), bfloat16 or float32."}
+    )
+
+    def __post_init__(self):
+        if isinstance(self.chat_template_kwargs, str):
+            self.chat_template_kwargs = json.loads(self.chat_template_kwargs)
+        if self.save_dtype not in ("auto", "bfloat16", "float32"):
+            raise ValueError(f"save_dtype is {self.save_dtype!r}; it must be auto, bfloat16 or float32")
+        if self.block_size < 2:
+            raise ValueError(f"block_size is {self.block_size}; a block needs an anchor and at least one drafted slot")
+
+
+@dataclass
+class DataArguments:
+    """The training text: Hub datasets or local files with `messages`, `conversations` or `text`."""
+
+    dataset_name: str = field(metadata={"help": "Hub id, or a local .jsonl, .json, .parquet, .csv or .txt file."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
+    dataset_split: str = field(default="train", metadata={"help": "Split of a Hub dataset."})
+    dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub dataset."})
+    eval_dataset_name: str | None = field(
+        default=None, metadata={"help": "Held-out rows; by default the last eval_rows of the training rows."}
+    )
+    eval_dataset_split: str = field(default="train", metadata={"help": "Split of the held-out rows."})
+    eval_rows: int = field(default=64, metadata={"help": "At most this many held-out rows."})
+    max_train_rows: int | None = field(default=None, metadata={"help": "Use only the first rows, for a trial run."})
+
+
+def parse(argv: list[str]) -> tuple[TargetArguments, DrafterArguments, DataArguments, AUFConfig]:
+    """Parse `--config recipe.yaml` and command-line overrides (the command line wins).
+
+    Raises:
+        ValueError: a key no dataclass knows, or a value that is not allowed.
+    """
+    parser = TrlParser(
+        (TargetArguments, DrafterArguments, DataArguments, AUFConfig), prog="python -m hf_specauf.train"
+    )
+    parser.description = (
+        "Train an Accept-Until-Fail drafter for a causal LM. Give a recipe with --config recipe.yaml; any of its keys "
+        "can be overridden here, e.g. --objective decay --max_steps 100."
+    )
+    return parser.parse_args_and_config(argv)

@@ -1,0 +1,229 @@
+"""The frozen target: noise embeddings, tapped hidden states and head, lent to a drafter and never changed."""
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from .drafters.configuration_dflash import DFlashConfig, check_target_layer_ids
+from .drafters.generation_block import embed_noise
+
+
+def innermost(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The transformers model inside a PEFT wrapper, or the model itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def load_target(name_or_path: str, revision: str | None = None, **kwargs) -> PreTrainedModel:
+    """`AutoModelForCausalLM.from_pretrained` with `dtype="auto"`; prints the commit that was loaded (z-lab#152)."""
+    kwargs.setdefault("dtype", "auto")
+    model = AutoModelForCausalLM.from_pretrained(name_or_path, revision=revision, **kwargs)
+    return model.eval()
+
+
+def embedding_rows(target: PreTrainedModel) -> int:
+    """Rows of the target's input embedding, at least its tokenizer's length."""
+    return target.get_input_embeddings().weight.shape[0]
+
+
+def default_target_layer_ids(num_target_layers: int, taps: int = 5) -> list[int]:
+    """Usual taps of a D-layer target: round(1 + i (D - 4) / (L - 1)), D // 2 for one (arXiv 2602.06036's code).
+
+    Raises:
+        ValueError: the target is so shallow that the rule repeats a layer.
+    """
+    depth = num_target_layers
+    ids = [depth // 2] if taps == 1 else [round(1 + i * (depth - 4) / (taps - 1)) for i in range(taps)]
+    if ids != sorted(set(ids)):
+        raise ValueError(
+            f"a target with {depth} layers is too shallow for {taps} evenly spread taps ({ids} repeats a layer): give "
+            f"target_layer_ids yourself, sorted, each in 0..{depth - 2}"
+        )
+    return ids
+
+
+def default_mask_token_id(target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The tokenizer's mask token, else the first unused row of the target's embedding; never a resized row.
+
+    Raises:
+        ValueError: there is neither.
+    """
+    if tokenizer.mask_token_id is not None:
+        return tokenizer.mask_token_id
+    if len(tokenizer) < embedding_rows(target):
+        return len(tokenizer)
+    raise ValueError(
+        f"the tokenizer has no mask token and its {len(tokenizer)} ids use every row of the embedding: give "
+        "mask_token_id, a token that never occurs in your data (a reserved special token, for instance)"
+    )
+
+
+def drafter_config(
+    target: PreTrainedModel,
+    *,
+    num_hidden_layers: int,
+    block_size: int,
+    mask_token_id: int,
+    target_layer_ids: list[int] | None = None,
+    intermediate_size: int | None = None,
+    target_revision: str | None = None,
+    chat_template_kwargs: dict | None = None,
+) -> DFlashConfig:
+    """A drafter config with the target's own widths, heads, rope base and special ids.
+
+    Args:
+        target (`PreTrainedModel`): the target.
+        num_hidden_layers, block_size, mask_token_id, target_layer_ids: as in [`DFlashConfig`]; taps default to
+            `default_target_layer_ids`.
+        intermediate_size (`int`, *optional*): defaults to the target's, or 4 H where it has none.
+    """
+    target = innermost(target)
+    text = target.config.get_text_config(decoder=True)
+    heads = text.num_attention_heads
+    rope = getattr(text, "rope_parameters", None) or {}
+    rope = rope.get("full_attention", rope)  # Gemma-3 has one set per layer type
+    return DFlashConfig(
+        hidden_size=text.hidden_size,
+        intermediate_size=intermediate_size or getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+        num_hidden_layers=num_hidden_layers,
+        num_attention_heads=heads,
+        num_key_value_heads=getattr(text, "num_key_value_heads", None) or heads,
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        rms_norm_eps=getattr(text, "rms_norm_eps", None) or 1e-6,
+        vocab_size=embedding_rows(target),
+        max_position_embeddings=text.max_position_embeddings,
+        rope_parameters={"rope_type": "default", "rope_theta": float(rope.get("rope_theta") or 10_000.0)},
+        block_size=block_size,
+        mask_token_id=mask_token_id,
+        target_layer_ids=target_layer_ids or default_target_layer_ids(text.num_hidden_layers),
+        num_target_layers=text.num_hidden_layers,
+        chat_template_kwargs=chat_template_kwargs,
+        target_model_name_or_path=target.config._name_or_path or None,
+        target_revision=target_revision,
+        bos_token_id=target.generation_config.bos_token_id,
+        eos_token_id=target.generation_config.eos_token_id,
+        pad_token_id=target.generation_config.pad_token_id,
+    )
+
+
+def check_pair(target: PreTrainedModel, config: DFlashConfig) -> None:
+    """Raise unless the drafter can serve the target: layers, hidden size and vocabulary agree.
+
+    Raises:
+        ValueError: what differs, and what to do.
+    """
+    target = innermost(target)
+    text = target.config.get_text_config(decoder=True)
+    found = {
+        "hidden_size": text.hidden_size,
+        "vocab_size": embedding_rows(target),
+        "num_target_layers": text.num_hidden_layers,
+    }
+    wrong = [
+        f"{key} {getattr(config, key)} (target: {value})"
+        for key, value in found.items()
+        if getattr(config, key) != value
+    ]
+    if wrong:
+        raise ValueError(
+            f"this drafter does not belong to this target: its config says {', '.join(wrong)}. It was trained for "
+            f"{config.target_model_name_or_path or 'an unnamed target'}; load that target or another drafter."
+        )
+    if target.config.is_encoder_decoder or target.get_output_embeddings() is None:
+        raise ValueError(
+            f"{type(target).__name__} is not a decoder-only language model with a head; drafters need one"
+        )
+
+
+class FrozenTarget:
+    """What a drafter borrows from its target. The target stays outside the drafter's module tree: frozen, in eval
+    mode, in its own dtype and on its own device(s); never moved, copied, resized or saved.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`): any `AutoModelForCausalLM`, also quantised or dispatched.
+        config (`DFlashConfig`): of the drafter.
+    """
+
+    def __init__(self, model: PreTrainedModel | PeftModel, config: DFlashConfig):
+        self.model = innermost(model)
+        check_pair(self.model, config)
+        self.model.eval().requires_grad_(False)
+        self.target_layer_ids = config.target_layer_ids
+        self.backbone = self.model.base_model
+        self.embedding = self.model.get_input_embeddings()
+        self.head = self.model.get_output_embeddings()
+
+    def noise_embeds(self, noise_ids: torch.Tensor) -> torch.Tensor:
+        """Embeddings of anchors and masks. (B, Q) -> (B, Q, H)"""
+        return embed_noise(self.embedding, noise_ids.to(self.embedding.weight.device)).to(noise_ids.device)
+
+    @property
+    def dispatched(self) -> bool:
+        """Whether the target was placed by quantisation or a device map, and must not be moved."""
+        return getattr(self.model, "is_quantized", False) or getattr(self.model, "hf_device_map", None) is not None
+
+    @torch.no_grad()
+    def context(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Tapped hidden states, concatenated. (B, S) -> (B, S, L * H). The backbone is called, never the head, and
+        it keeps the taps alone."""
+        states = self.backbone(
+            input_ids=input_ids.to(self.embedding.weight.device),
+            attention_mask=attention_mask,
+            use_cache=False,
+            output_hidden_states=[i + 1 for i in self.target_layer_ids],
+        ).hidden_states
+        return torch.cat([states[i + 1].to(input_ids.device) for i in self.target_layer_ids], dim=-1)
+
+    def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The target's head, in the target's dtype. (..., H) -> (..., V)"""
+        return self.head(hidden_states.to(self.head.weight.device)).to(hidden_states.device)
+
+    def decoder_layers(self) -> nn.ModuleList:
+        """The target's list of decoder layers."""
+        depth = self.model.config.get_text_config(decoder=True).num_hidden_layers
+        for module in self.backbone.modules():
+            if isinstance(module, nn.ModuleList) and len(module) == depth:
+                return module
+        raise ValueError(f"{type(self.model).__name__} has no list of {depth} decoder layers: taps cannot be checked")
+
+    @torch.no_grad()
+    def check(self, probe_ids: torch.Tensor) -> None:
+        """Compare, on a few real tokens, taps with hooks on the layers and the lent head with the target's logits.
+
+        A tap off by one or an untied head never breaks text, it only pins acceptance at 1.0
+        (onnxruntime-genai#2460, SpecForge#473), so it is checked at every start.
+
+        Args:
+            probe_ids (`torch.LongTensor` of shape `(1, S)`).
+        """
+        check_target_layer_ids(self.target_layer_ids, len(self.decoder_layers()))
+        seen: dict[int, torch.Tensor] = {}
+
+        def keep(index):
+            def hook(module, args, output):
+                seen[index] = (output[0] if isinstance(output, tuple) else output).detach()
+
+            return hook
+
+        layers = self.decoder_layers()
+        handles = [layers[i].register_forward_hook(keep(i)) for i in self.target_layer_ids]
+        try:
+            context = self.context(probe_ids)
+        finally:
+            for handle in handles:
+                handle.remove()
+        hooked = torch.cat([seen[i].to(context.device) for i in self.target_layer_ids], dim=-1)
+        if not torch.equal(hooked.reshape(context.shape), context):
+            raise ValueError(
+                f"the hidden states transformers returns for taps {self.target_layer_ids} are not "
+                "those layers' outputs: the drafter would be trained on the wrong layers. Report this target."
+            )
+        probe = probe_ids.to(self.embedding.weight.device)
+        logits = self.model(input_ids=probe, use_cache=False).logits
+        lent = self.logits(self.backbone(input_ids=probe, use_cache=False).last_hidden_state)
+        agreement = (lent.argmax(-1) == logits.argmax(-1)).float().mean().item()
+        if agreement < 0.9:  # ties may flip in bf16; an untied head agrees almost nowhere
+            raise ValueError(
+                f"the target's output embedding reproduces its own predictions on only {agreement:.0%} of tokens: the "
+                "head is not the trained one (a tied head that was not tied?). Load the target with its own class."
+            )

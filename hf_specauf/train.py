@@ -1,0 +1,173 @@
+"""`accelerate launch -m hf_specauf.train --config recipe.yaml`: recipe -> objects -> train -> evaluate -> save."""
+
+import json
+import os
+import platform
+import sys
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from transformers import AutoTokenizer, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from .conversations import load_rows, show_row
+from .drafters.modeling_dflash import DFlashDraftModel
+from .recipe import DataArguments, DrafterArguments, TargetArguments, parse
+from .target import default_mask_token_id, drafter_config, load_target
+from .trainer import AUFConfig, AUFTrainer
+
+PACKAGES = ("hf-specauf", "torch", "transformers", "peft", "trl", "accelerate", "datasets", "huggingface-hub")
+
+
+def load_data(data: DataArguments):
+    """(training rows, held-out rows)."""
+    train = load_rows(data.dataset_name, data.dataset_config, data.dataset_split, data.dataset_revision)
+    if data.eval_dataset_name is not None:
+        heldout = load_rows(data.eval_dataset_name, None, data.eval_dataset_split)
+        heldout = heldout.select(range(min(data.eval_rows, len(heldout))))
+    else:
+        size = min(data.eval_rows, len(train) // 10)
+        heldout = train.select(range(len(train) - size, len(train)))
+        train = train.select(range(len(train) - size))
+    if data.max_train_rows is not None:
+        train = train.select(range(min(data.max_train_rows, len(train))))
+    return train, heldout
+
+
+def environment() -> dict:
+    """Versions and hardware of a run, without host, user or path names."""
+    cuda = torch.cuda.is_available()
+    return {
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in PACKAGES},
+        "hardware": torch.cuda.get_device_name() if cuda else f"CPU, {os.cpu_count()} cores",
+        "processes": PartialState().num_processes,
+    }
+
+
+def provenance(recipe: dict, trainer: AUFTrainer, started: datetime) -> dict:
+    """What was run, on what, and what came of it; cards are rendered from it."""
+    history = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
+    return {
+        "recipe": recipe,
+        "target": {
+            "name_or_path": trainer.target.model.config._name_or_path,
+            "revision": recipe["target_revision"],
+            "dtype": str(trainer.target.model.dtype).removeprefix("torch."),
+        },
+        "environment": environment(),
+        "started": started.isoformat(timespec="seconds"),
+        "seconds": round((datetime.now(UTC) - started).total_seconds(), 1),
+        "steps": trainer.state.global_step,
+        "rows": len(trainer.train_dataset),
+        "trainable_parameters": trainer.get_num_trainable_parameters(),
+        "history": history,
+    }
+
+
+def train(target_args: TargetArguments, draft: DrafterArguments, data: DataArguments, args: AUFConfig) -> AUFTrainer:
+    """Run one recipe; the final drafter, `provenance.json` and checkpoints lie under `args.output_dir`.
+
+    A drafter in training is resumed with `resume_from_checkpoint: true` (the newest checkpoint) or a folder.
+    """
+    started = datetime.now(UTC)
+    resume = args.resume_from_checkpoint
+    if isinstance(resume, str) and resume.lower() in ("true", "false"):
+        resume = resume.lower() == "true"
+    if resume is True:
+        resume = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
+    if isinstance(resume, str) and not os.path.isdir(resume):
+        raise ValueError(
+            f"resume_from_checkpoint: there is no folder {resume!r}; `true` takes the newest of output_dir"
+        )
+    set_seed(args.seed)
+    name = target_args.target_model_name_or_path
+    tokenizer = AutoTokenizer.from_pretrained(
+        name, revision=target_args.target_revision, trust_remote_code=target_args.trust_remote_code
+    )
+    target = load_target(
+        name,
+        target_args.target_revision,
+        dtype=target_args.target_dtype,
+        attn_implementation=target_args.target_attn_implementation,
+        device_map=target_args.target_device_map,
+        trust_remote_code=target_args.trust_remote_code,
+    )
+    mask = draft.mask_token_id
+    config = drafter_config(
+        target,
+        num_hidden_layers=draft.num_draft_layers,
+        block_size=draft.block_size,
+        mask_token_id=default_mask_token_id(target, tokenizer) if mask is None else mask,
+        target_layer_ids=draft.target_layer_ids,
+        intermediate_size=draft.draft_intermediate_size,
+        target_revision=target_args.target_revision,
+        chat_template_kwargs=draft.chat_template_kwargs,
+    )
+    set_seed(args.seed)  # the drafter's first weights depend on the seed alone
+    drafter = DFlashDraftModel(config)
+    train_rows, heldout = load_data(data)
+    trainer = AUFTrainer(
+        model=drafter,
+        target_model=target,
+        args=args,
+        train_dataset=train_rows,
+        eval_dataset=heldout,
+        processing_class=tokenizer,
+    )
+    resolved = asdict(target_args) | asdict(draft) | asdict(data)
+    resolved |= {key: value for key, value in args.to_dict().items() if not key.endswith("_token")}
+    resolved |= {
+        "mask_token_id": config.mask_token_id,
+        "target_layer_ids": config.target_layer_ids,
+        "gamma": trainer.gamma,
+    }
+    if trainer.is_world_process_zero():
+        origin = {"mask_token_id": mask is not None, "target_layer_ids": draft.target_layer_ids is not None}
+        for key, given in origin.items():
+            print(f"{key}: {getattr(config, key)} ({'recipe' if given else 'derived from the target'})")
+        print(
+            f"target: {name}, {config.num_target_layers} layers; drafter: {config.num_hidden_layers} layers, block "
+            f"size {config.block_size}, {trainer.get_num_trainable_parameters() / 1e6:.1f} M parameters; "
+            f"objective: {args.objective}" + (f", gamma {trainer.gamma:g}" if trainer.gamma else "")
+        )
+        print(f"first row, supervised tokens between ⟦ and ⟧:\n{show_row(trainer.train_dataset[0], tokenizer)}\n")
+    trainer.train(resume_from_checkpoint=resume)
+    if trainer.state.global_step < trainer.state.max_steps:
+        print(
+            f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; "
+            "resume with --resume_from_checkpoint true"
+        )
+        return trainer
+    if args.eval_strategy == "no" or trainer.state.log_history[-1].get("step") != trainer.state.global_step:
+        trainer.evaluate()
+    save_final(trainer, target, draft.save_dtype, provenance(resolved, trainer, started))
+    return trainer
+
+
+def save_final(trainer: AUFTrainer, target, save_dtype: str, record: dict) -> None:
+    """The trained drafter in the dtype it will serve in, and `provenance.json`, in the root of `output_dir`."""
+    drafter = trainer.accelerator.unwrap_model(trainer.model)
+    if trainer.is_world_process_zero():
+        dtype = target.dtype if save_dtype == "auto" else getattr(torch, save_dtype)
+        vars(drafter.config).pop("use_cache", None)
+        drafter.to(dtype).save_pretrained(trainer.args.output_dir)
+        Path(trainer.args.output_dir, "provenance.json").write_text(json.dumps(record, indent=2, default=str) + "\n")
+        print(f"drafter saved to {trainer.args.output_dir}")
+    trainer.accelerator.wait_for_everyone()
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line of `python -m hf_specauf.train`."""
+    try:
+        train(*parse(sys.argv[1:] if argv is None else argv))
+    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

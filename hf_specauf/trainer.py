@@ -1,0 +1,434 @@
+"""AUFTrainer: transformers' Trainer for block drafters. The drafter is the model; the target stands outside."""
+
+import signal
+from dataclasses import dataclass, field
+
+import torch
+from accelerate.utils import gather_object
+from datasets import Dataset
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
+from transformers import (
+    EvalPrediction,
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.utils import is_torch_bf16_gpu_available
+
+from .acceptance import accepted_prefix, summarize
+from .blocks import EVALUATION_STEP, Blocks, make_blocks, sample_anchors
+from .conversations import prepare_rows, prompt_length
+from .generate import attach
+from .objectives import NORMALISATIONS, OBJECTIVES, loss_terms, resolve_gamma, weights_from_correct
+from .target import FrozenTarget, innermost
+
+
+@dataclass
+class AUFConfig(TrainingArguments):
+    """Arguments of [`AUFTrainer`], beside all of [`~transformers.TrainingArguments`].
+
+    The objective is Accept-Until-Fail unless told otherwise (Spec-AUF, arXiv 2607.01893).
+    """
+
+    objective: str = field(
+        default="auf",
+        metadata={"help": "Which slots count: uniform, decay (DFlash), auf (up to the first wrong slot), auf_decay."},
+    )
+    gamma: float | None = field(
+        default=None,
+        metadata={
+            "help": "Decay length in slots, for decay and auf_decay; by default 7, 5, 4 for block size 16, 10, 8."
+        },
+    )
+    normalisation: str = field(
+        default="pooled",
+        metadata={"help": "pooled: one division by all weights of an optimizer step. per_block: mean of block means."},
+    )
+    anchors_per_row: int = field(default=512, metadata={"help": "N, blocks drawn from each row at each step."})
+    max_length: int = field(default=3072, metadata={"help": "S, tokens of a row; longer conversations are truncated."})
+    head_rows_per_chunk: int = field(
+        default=2048, metadata={"help": "Slots whose logits are held at once; lower it to save memory."}
+    )
+    eval_prompts: int = field(
+        default=8, metadata={"help": "Held-out prompts decoded at each evaluation for eval_tau; 0 for none."}
+    )
+    eval_new_tokens: int = field(default=64, metadata={"help": "Tokens decoded for each of them."})
+    learning_rate: float = field(default=6e-4, metadata={"help": "Peak learning rate."})
+    logging_steps: float = field(default=10, metadata={"help": "Log every this many steps (a share of them if < 1)."})
+    bf16: bool | None = field(
+        default=None,
+        metadata={"help": "bf16 autocast over fp32 drafter weights; by default on where a GPU supports it."},
+    )
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay false: rows carry more than ids."})
+
+    def __post_init__(self):
+        if self.fp16:
+            raise ValueError("fp16: true would train a drafter that accepts nothing (vllm#55250): use bf16: true")
+        if self.bf16 is None:
+            self.bf16 = not self.use_cpu and torch.cuda.is_available() and is_torch_bf16_gpu_available()
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"objective is {self.objective!r}; it must be one of {', '.join(OBJECTIVES)}")
+        if self.normalisation not in NORMALISATIONS:
+            raise ValueError(f"normalisation is {self.normalisation!r}; it must be one of {', '.join(NORMALISATIONS)}")
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns: true would drop the supervised mask: remove the key")
+        for key in ("anchors_per_row", "head_rows_per_chunk"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key} is {getattr(self, key)}; it must be at least 1")
+        if self.label_names is None:
+            self.label_names = []  # PeftModel hides forward's argument names (peft#1881)
+        super().__post_init__()
+
+
+class InterruptCallback(TrainerCallback):
+    """Ctrl-C finishes the step, saves a checkpoint and stops; a second Ctrl-C stops at once."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Take over SIGINT for the time of training."""
+        self.interrupted = False
+        try:
+            self.previous = signal.signal(signal.SIGINT, self._note)
+        except ValueError:  # not in the main thread
+            self.previous = None
+
+    def _note(self, signum, frame):
+        if self.interrupted:
+            raise KeyboardInterrupt
+        self.interrupted = True
+        print("\ninterrupted: finishing this step and saving; press Ctrl-C again to stop at once", flush=True)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Ask for a checkpoint and the end."""
+        if self.interrupted:
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args, state, control, **kwargs):
+        """Give SIGINT back."""
+        if self.previous is not None:
+            signal.signal(signal.SIGINT, self.previous)
+
+
+class TauProgressCallback(ProgressCallback):
+    """Trainer's progress bar with loss and tau beside it, instead of a line of JSON for every log."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Show the newest figures."""
+        if state.is_world_process_zero and self.training_bar is not None:
+            names = {"loss": "loss", "teacher_forced_tau": "tf_tau", "eval_tau": "tau", "active_ratio": "active"}
+            self.shown = getattr(self, "shown", {}) | {
+                short: f"{logs[name]:.3f}" for name, short in names.items() if name in (logs or {})
+            }
+            self.training_bar.set_postfix(self.shown)
+
+
+# Sums over slots or blocks; the columns of every counter tensor below.
+COUNTERS = (
+    "numerator",
+    "denominator",
+    "supported",
+    "supported_correct",
+    "valid",
+    "valid_correct",
+    "slots",
+    "blocks",
+    "prefix",
+)
+
+
+def diagnostics(sums: dict[str, float]) -> dict[str, float]:
+    """The paper's diagnostics from summed counters (arXiv 2607.01893)."""
+
+    def ratio(a: str, b: str) -> float:
+        return sums[a] / sums[b] if sums[b] else float("nan")
+
+    return {
+        "active_ratio": ratio("supported", "valid"),
+        "active_ratio_all_slots": ratio("supported", "slots"),
+        "support_accuracy": ratio("supported_correct", "supported"),
+        "common_accuracy": ratio("valid_correct", "valid"),
+        "teacher_forced_tau": 1 + ratio("prefix", "blocks"),
+    }
+
+
+class RowCollator:
+    """Pads rows; the last gate before training for tokens that would break the masking."""
+
+    def __init__(self, pad_token_id: int, mask_token_id: int):
+        self.pad_token_id, self.mask_token_id = pad_token_id, mask_token_id
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        length = max(len(row["input_ids"]) for row in rows)
+        input_ids = torch.full((len(rows), length), self.pad_token_id)
+        supervised = torch.zeros(len(rows), length, dtype=torch.bool)
+        document_ids = torch.full((len(rows), length), -1)
+        for i, row in enumerate(rows):
+            size = len(row["input_ids"])
+            input_ids[i, :size] = torch.as_tensor(row["input_ids"])
+            supervised[i, :size] = torch.as_tensor(row["supervised"], dtype=torch.bool)
+            document_ids[i, :size] = torch.as_tensor(row.get("document_ids", 0))
+        if bool(((input_ids == self.mask_token_id) & (document_ids >= 0)).any()):
+            found = [row["row"] for row in rows if self.mask_token_id in list(row["input_ids"])]
+            raise ValueError(
+                f"rows {found} contain the mask token (id {self.mask_token_id}): choose another mask_token_id"
+            )
+        row_ids = torch.tensor([row["row"] for row in rows])
+        return {"input_ids": input_ids, "supervised": supervised, "document_ids": document_ids, "row_ids": row_ids}
+
+
+class AUFTrainer(Trainer):
+    """Trains a block drafter on its target's own hidden states.
+
+    Args:
+        model (`PreTrainedModel`): the drafter, fp32.
+        target_model (`PreTrainedModel` or `PeftModel`): the target; frozen, and moved to the drafter's device only
+            where it is neither quantised nor dispatched.
+        args (`AUFConfig`).
+        train_dataset, eval_dataset (`Dataset`, *optional*): rows of `text`, `messages`, `conversations`, or token
+            rows with `input_ids` and `supervised`.
+        processing_class (`PreTrainedTokenizerBase`): the target's tokenizer.
+        peft_config (`PeftConfig`, *optional*): trains an adapter on the drafter instead.
+        callbacks (`list[TrainerCallback]`, *optional*).
+
+    Raises:
+        ValueError: whatever would train a drafter that silently accepts nothing; see `FrozenTarget.check` and
+            `prepare_rows`.
+    """
+
+    # The division happens once per optimizer step, in training_step
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model,
+        target_model,
+        args: AUFConfig,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config=None,
+        callbacks: list[TrainerCallback] | None = None,
+    ):
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"{args.n_gpu} GPUs are visible to one process, and Trainer would fall back to nn.DataParallel, which "
+                "breaks the exact loss. Start with `accelerate launch -m hf_specauf.train ...`, or set "
+                "CUDA_VISIBLE_DEVICES=0."
+            )
+        if model.dtype != torch.float32 and model.dtype != torch.float64:
+            raise ValueError(
+                f"the drafter's weights are {model.dtype}: small updates vanish in it, RMSNorms freeze "
+                "(Model-Optimizer#2322). Load it with dtype=torch.float32; bf16: true trains under autocast."
+            )
+        if processing_class is None:
+            raise ValueError("processing_class is missing: give the target's tokenizer")
+        config = model.config
+        self.block_size = config.block_size
+        self.gamma = resolve_gamma(args.objective, config.block_size, args.gamma)
+        self.target = FrozenTarget(target_model, config)
+        self.tokenizer = processing_class
+        if peft_config is not None:
+            from peft import get_peft_model
+
+            model = get_peft_model(model, peft_config)
+
+        def prepare(rows):
+            if rows is None:
+                return None
+            return prepare_rows(
+                rows, processing_class, max_length=args.max_length, block_size=config.block_size,
+                mask_token_id=config.mask_token_id, chat_template_kwargs=config.chat_template_kwargs,
+            )  # fmt: skip
+
+        with args.main_process_first(desc="tokenizing"):
+            train_dataset, eval_dataset = prepare(train_dataset), prepare(eval_dataset)
+        pad = next(i for i in (processing_class.pad_token_id, processing_class.eos_token_id, 0) if i is not None)
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            data_collator=RowCollator(pad, config.mask_token_id),
+            compute_metrics=self._metrics,
+            callbacks=[InterruptCallback(), *(callbacks or [])],
+        )
+        if self.pop_callback(ProgressCallback) is not None:  # absent with disable_tqdm
+            self.add_callback(TauProgressCallback)
+        if not self.target.dispatched:
+            self.target.model.to(args.device)
+        sample = (train_dataset if train_dataset is not None else eval_dataset)[0]["input_ids"][:64]
+        self.target.check(torch.tensor([sample], device=args.device))
+        self._step_sums = torch.zeros(2, dtype=torch.float64, device=args.device)
+        self._log_sums = torch.zeros(len(COUNTERS), dtype=torch.float64, device=args.device)
+
+    # ---- the loss
+
+    def _fill_blocks(self, model, inputs: dict, step: int) -> tuple[Blocks, torch.Tensor]:
+        """Draw anchors and fill their blocks -> the blocks, hidden rows of slots 1..K-1 (B, N, K-1, H)."""
+        ids, documents = inputs["input_ids"], inputs["document_ids"]
+        anchors, real = sample_anchors(
+            inputs["supervised"],
+            documents,
+            self.args.anchors_per_row,
+            inputs["row_ids"],
+            self.args.data_seed or self.args.seed,
+            step,
+        )
+        config = innermost(self.accelerator.unwrap_model(model)).config
+        blocks = make_blocks(
+            ids, inputs["supervised"], documents, anchors, real, self.block_size, config.mask_token_id
+        )
+        context = self.target.context(ids, (documents >= 0).long())
+        hidden = model(
+            noise_embeds=self.target.noise_embeds(blocks.noise_ids),
+            context_hidden_states=context,
+            attention_mask=blocks.attention_mask,
+            position_ids=blocks.position_ids,
+        ).last_hidden_state
+        return blocks, hidden.view(*anchors.shape, self.block_size, -1)[:, :, 1:]
+
+    def _predictions(self, hidden: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+        """argmax of the valid slots' logits, -1 elsewhere; (B, N, K-1, H) -> (B, N, K-1)."""
+        predicted = torch.full(valid.shape, -1, device=valid.device)
+        with torch.no_grad():
+            rows = hidden[valid].split(self.args.head_rows_per_chunk)
+            predicted[valid] = torch.cat([self.target.logits(chunk).argmax(-1) for chunk in rows])
+        return predicted
+
+    def _slot_losses(self, hidden: torch.Tensor, labels: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy where `counted`, 0 elsewhere: slots of weight zero cost nothing. -> (B, N, K-1)"""
+
+        def chunk_loss(rows, targets):
+            logits = self.target.logits(rows)
+            return cross_entropy(
+                logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, reduction="none"
+            )
+
+        size = self.args.head_rows_per_chunk
+        rows, targets = hidden[counted].split(size), labels[counted].split(size)
+        if len(rows) == 1:
+            parts = [chunk_loss(rows[0], targets[0])]
+        else:  # logits of one chunk at a time, recomputed in backward
+            parts = [checkpoint(chunk_loss, r, t, use_reentrant=False) for r, t in zip(rows, targets)]
+        values = torch.cat(parts)
+        losses = torch.zeros(labels.shape, dtype=values.dtype, device=labels.device)
+        return losses.masked_scatter(counted, values)
+
+    def _counters(self, model, inputs: dict, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss numerator with its graph, and detached counters per row (B, len(COUNTERS))."""
+        blocks, hidden = self._fill_blocks(model, inputs, step)
+        valid = blocks.valid
+        correct = self._predictions(hidden, valid) == blocks.labels
+        weights = weights_from_correct(self.args.objective, correct, valid, self.gamma)
+        losses = self._slot_losses(hidden, blocks.labels, weights > 0)
+        rows = [loss_terms(losses[i], weights[i], self.args.normalisation) for i in range(len(losses))]
+        numerator = torch.stack([n for n, _ in rows])  # (B,)
+        with torch.no_grad():
+            supported = weights > 0
+            columns = (
+                numerator, torch.stack([d for _, d in rows]), supported.sum((1, 2)), (supported & correct).sum((1, 2)),
+                valid.sum((1, 2)), (valid & correct).sum((1, 2)), torch.full_like(numerator, valid[0].numel()),
+                valid.any(-1).sum(1), accepted_prefix(correct, valid).sum(1),
+            )  # fmt: skip
+            counters = torch.stack([c.detach().double() for c in columns], dim=1)
+        # an empty batch still touches every parameter, so that ranks stay in step
+        return numerator.sum() + 0.0 * hidden.sum(), counters
+
+    @property
+    def _nominal(self) -> float:
+        # keeps gradients near their final size until the true denominator is known
+        return float(self.args.per_device_train_batch_size * self.args.anchors_per_row * (self.block_size - 1))
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Numerator over a fixed constant; `training_step` makes it exact once all micro-batches and ranks are in."""
+        numerator, counters = self._counters(model, inputs, self.state.global_step)
+        sums = counters.sum(0)
+        self._step_sums += sums[:2]
+        self._log_sums += sums
+        loss = numerator / self._nominal
+        return (loss, {}) if return_outputs else loss
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """One micro-batch; on the last of a step, rescale gradients to the exact pooled loss and return that loss.
+
+        The denominator (supported slots) is known only after the forward passes, so Trainer's `num_items_in_batch`
+        cannot carry it (Automodel#3797, verl#785).
+        """
+        super().training_step(model, inputs, num_items_in_batch)
+        if not self.accelerator.sync_gradients:
+            return torch.zeros((), device=self.args.device)
+        numerator, denominator = self.accelerator.reduce(self._step_sums, "sum").tolist()
+        self._step_sums.zero_()
+        # DDP and FSDP2 average gradients over ranks
+        scale = self._nominal * self.accelerator.num_processes / max(denominator, 1.0)
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        for gradient in gradients:
+            gradient.mul_(scale)
+        finite = torch.isfinite(torch.nn.utils.get_total_norm(gradients)).item()
+        if not (finite and torch.isfinite(torch.tensor(numerator))):
+            what = "loss" if finite else "gradient"
+            raise FloatingPointError(
+                f"the {what} of step {self.state.global_step + 1} is not a finite number; the optimizer was not "
+                f"stepped. Lower learning_rate, and go on from the last checkpoint in {self.args.output_dir} with "
+                "--resume_from_checkpoint true."
+            )
+        return torch.tensor(numerator / max(denominator, 1.0), device=self.args.device)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the paper's diagnostics, over all ranks since the last log, to a training log."""
+        if "loss" in logs:
+            sums = self.accelerator.reduce(self._log_sums, "sum").tolist()
+            self._log_sums.zero_()
+            logs |= diagnostics(dict(zip(COUNTERS, sums)))
+        super().log(logs, start_time)
+
+    # ---- evaluation
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Counters per row, so that the gathered sum is exact whatever the split."""
+        with torch.no_grad():
+            _, counters = self._counters(model, self._prepare_inputs(inputs), EVALUATION_STEP)
+        return None, counters, torch.zeros(len(counters), device=counters.device)
+
+    @staticmethod
+    def _metrics(prediction: EvalPrediction) -> dict[str, float]:
+        sums = dict(zip(COUNTERS, prediction.predictions.sum(0).tolist()))
+        return {"loss": sums["numerator"] / max(sums["denominator"], 1.0)} | diagnostics(sums)
+
+    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+        """Trainer's loop, then tau by real decoding of a few held-out prompts."""
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self.args.eval_prompts > 0:
+            output.metrics[f"{metric_key_prefix}_tau"] = self.decoded_tau()
+        return output
+
+    def decoded_tau(self) -> float:
+        """tau over `eval_prompts` prompts of the evaluation set, greedy, split over the ranks."""
+        drafter = self.accelerator.unwrap_model(self.model)
+        was_training = drafter.training
+        drafter.eval()
+        count = min(self.args.eval_prompts, len(self.eval_dataset))
+        mine = self.eval_dataset.select(range(self.args.process_index, count, self.args.world_size))
+        generation_config = GenerationConfig(
+            max_new_tokens=self.args.eval_new_tokens,
+            do_sample=False,
+            pad_token_id=self.data_collator.pad_token_id,
+            eos_token_id=self.target.model.generation_config.eos_token_id,
+        )
+        with attach(self.target.model, drafter) as attachment, torch.no_grad():
+            for row in mine:
+                prompt = torch.tensor([row["input_ids"][: prompt_length(row["supervised"])]], device=self.args.device)
+                self.target.model.generate(prompt, generation_config=generation_config, assistant_model=drafter)
+        drafter.train(was_training)
+        return summarize(gather_object(attachment.rounds), self.block_size).tau
+
+    # ---- saving
+
+    def _save(self, output_dir: str | None = None, state_dict=None):
+        # Trainer writes its own use_cache switch into the drafter's config
+        config = innermost(self.accelerator.unwrap_model(self.model)).config
+        vars(config).pop("use_cache", None)
+        super()._save(output_dir, state_dict)
