@@ -1,0 +1,122 @@
+"""Tiny real models for the tests: built here from real architectures, trained here, never downloaded."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.nn.functional import cross_entropy
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, set_seed
+
+import hf_specauf  # noqa: F401  registers the drafter
+from hf_specauf.blocks import make_blocks, sample_anchors
+from hf_specauf.drafters.modeling_dflash import DFlashDraftModel
+from hf_specauf.target import FrozenTarget, drafter_config
+
+VOCAB, MASK, EOS, PAD, BOS = 96, 95, 0, 1, 2
+SHAPE = dict(hidden_size=32, num_attention_heads=4, num_hidden_layers=4, vocab_size=VOCAB, max_position_embeddings=256)
+GATED = dict(intermediate_size=64, num_key_value_heads=2, head_dim=8, **SHAPE)
+MIXTURE = dict(num_local_experts=4, num_experts_per_tok=2, **GATED)
+ARCHITECTURES = {
+    "qwen3": GATED,
+    "llama": {k: v for k, v in GATED.items()},
+    "gemma3_text": dict(query_pre_attn_scalar=8, sliding_window=16, **GATED),
+    "gpt2": dict(n_embd=32, n_head=4, n_layer=4, n_positions=256, vocab_size=VOCAB),
+    "mixtral": MIXTURE,
+    "gpt_oss": dict(sliding_window=16, **MIXTURE),
+}
+TEXT = """To be read by a tiny tokenizer: the quick brown fox jumps over the lazy dog, while 0123456789 sheep sleep.
+def answer(question):
+    return {"role": "assistant", "content": question.upper()}
+"""
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>"
+    "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}<|end|>{% endgeneration %}"
+    "{% else %}{{ m['content'] }}<|end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def make_target(architecture: str = "qwen3", dtype: torch.dtype = torch.float64, seed: int = 0, **overrides):
+    """A tiny target with random weights spread enough that its greedy text is not one token for ever."""
+    set_seed(seed)
+    special = dict(eos_token_id=EOS, pad_token_id=PAD, bos_token_id=BOS)
+    config = AutoConfig.for_model(architecture, **(ARCHITECTURES[architecture] | special | overrides))
+    # grouped expert kernels know no float64
+    model = AutoModelForCausalLM.from_config(config, experts_implementation="eager")
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data.mul_(4.0)
+    model.generation_config.eos_token_id = None  # texts of a known length, unless a test wants the end
+    model.generation_config.pad_token_id = PAD
+    return model.to(dtype).eval()
+
+
+def make_drafter(target, block_size: int = 4, layers: int = 1, taps=(0, 2), seed: int = 0, dtype=torch.float32):
+    """A drafter for it with random weights."""
+    config = drafter_config(
+        target, num_hidden_layers=layers, block_size=block_size, mask_token_id=MASK, target_layer_ids=list(taps)
+    )
+    set_seed(seed)
+    return DFlashDraftModel(config).to(dtype).eval()
+
+
+def random_prompts(count: int, length: int = 12, seed: int = 0) -> torch.Tensor:
+    """(count, length) ids, no special token among them."""
+    return torch.randint(3, MASK, (count, length), generator=torch.Generator().manual_seed(seed))
+
+
+def overfit(drafter, target, texts: torch.Tensor, prompt_length: int, steps: int = 150, lr: float = 5e-3):
+    """Train a drafter, in a plain loop over our own blocks, on texts (B, S) the target wrote after their prompts."""
+    frozen = FrozenTarget(target, drafter.config)
+    supervised = torch.zeros_like(texts, dtype=torch.bool)
+    supervised[:, prompt_length:] = True
+    documents = torch.zeros_like(texts)
+    dtype = drafter.dtype
+    drafter.float().train()
+    optimizer = torch.optim.AdamW(drafter.parameters(), lr=lr)
+    context = frozen.context(texts).float()
+    for step in range(steps):
+        anchors, real = sample_anchors(supervised, documents, 16, torch.arange(len(texts)), 0, step)
+        blocks = make_blocks(
+            texts, supervised, documents, anchors, real, drafter.config.block_size, drafter.config.mask_token_id
+        )
+        hidden = drafter(
+            frozen.noise_embeds(blocks.noise_ids).float(), context, blocks.attention_mask, blocks.position_ids
+        ).last_hidden_state.view(*anchors.shape, drafter.config.block_size, -1)[:, :, 1:]
+        head = frozen.head.to(target.dtype)
+        logits = head(hidden[blocks.valid].to(target.dtype))
+        cross_entropy(logits, blocks.labels[blocks.valid]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return drafter.to(dtype).eval()
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of 360 tokens with eos, pad, mask and a chat template with generation markers."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    special = ["<|eos|>", "<|pad|>", "<|mask|>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=360,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator([TEXT] * 3, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<|eos|>", pad_token="<|pad|>", mask_token="<|mask|>", chat_template=CHAT_TEMPLATE
+    )
+
+
+@pytest.fixture(scope="session")
+def text_target(tokenizer):
+    """A tiny fp32 qwen3 target over the tokenizer's vocabulary."""
+    return make_target(
+        dtype=torch.float32, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
