@@ -1,5 +1,6 @@
 """tau, alpha_k and the histogram of accepted tokens: the single definition trainer, evaluation and cards use."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
@@ -33,8 +34,10 @@ class Acceptance:
     tokens: int
 
     def to_dict(self) -> dict:
-        """Plain values for JSON files."""
-        return asdict(self)
+        """Plain values for JSON files; what was never reached is `None`."""
+        values = asdict(self)
+        values["alpha"] = [None if math.isnan(a) else a for a in self.alpha]
+        return {key: None if isinstance(v, float) and math.isnan(v) else v for key, v in values.items()}
 
 
 def summarize(rounds: Sequence[Round], block_size: int) -> Acceptance:

@@ -161,7 +161,7 @@ def encode_prompts(rows, tokenizer: PreTrainedTokenizerBase, count: int, longest
     return prompts
 
 
-def plot_alpha(results: dict[str, list[float]], path: Path) -> None:
+def plot_alpha(results: dict[str, list[float | None]], path: Path) -> None:
     """alpha_k over the slots, a line for each named result."""
     import matplotlib
 
@@ -170,7 +170,8 @@ def plot_alpha(results: dict[str, list[float]], path: Path) -> None:
 
     figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
     for name, alpha in results.items():
-        axes.plot(range(1, len(alpha) + 1), alpha, marker="o", label=name)
+        reached = [(k, a) for k, a in enumerate(alpha, start=1) if a is not None]
+        axes.plot(*zip(*reached), marker="o", label=name)
     axes.set(
         xlabel="slot k",
         ylabel="conditional acceptance α_k",
@@ -183,13 +184,18 @@ def plot_alpha(results: dict[str, list[float]], path: Path) -> None:
     plt.close(figure)
 
 
+def shown(value: float | None) -> str:
+    """Two decimals, or a dash for what was never reached."""
+    return "-" if value is None else f"{value:.2f}"
+
+
 def show(results: dict, console: Console) -> None:
     """A table of one comparison, and the verdict in words."""
     acceptance = results["acceptance"]
     table = Table("", "plain", "with drafter")
     table.add_row("tokens/s", f"{results['plain_tokens_per_second']:.1f}", f"{results['tokens_per_second']:.1f}")
-    table.add_row("tau", "1.00", f"{acceptance['tau']:.2f}")
-    table.add_row("alpha_1, 2, 3", "", "  ".join(f"{a:.2f}" for a in acceptance["alpha"][:3]))
+    table.add_row("tau", "1.00", shown(acceptance["tau"]))
+    table.add_row("alpha_1, 2, 3", "", "  ".join(map(shown, acceptance["alpha"][:3])))
     console.print(table)
     faster = results["speedup"]
     console.print(f"{'faster' if faster > 1 else 'SLOWER than plain decoding'}: {faster:.2f}x. {TAU_DEFINITION}.")

@@ -143,7 +143,8 @@ def train(target_args: TargetArguments, draft: DrafterArguments, data: DataArgum
             "resume with --resume_from_checkpoint true"
         )
         return trainer
-    if args.eval_strategy == "no" or trainer.state.log_history[-1].get("step") != trainer.state.global_step:
+    evaluated = [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    if trainer.state.global_step not in evaluated:
         trainer.evaluate()
     save_final(trainer, target, draft.save_dtype, provenance(resolved, trainer, started))
     return trainer

@@ -110,7 +110,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
     core.train_from_iterator([TEXT] * 3, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=core, eos_token="<|eos|>", pad_token="<|pad|>", mask_token="<|mask|>", chat_template=CHAT_TEMPLATE
+        tokenizer_object=core,
+        eos_token="<|eos|>",
+        pad_token="<|pad|>",
+        mask_token="<|mask|>",
+        chat_template=CHAT_TEMPLATE,
     )
 
 
@@ -118,5 +122,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def text_target(tokenizer):
     """A tiny fp32 qwen3 target over the tokenizer's vocabulary."""
     return make_target(
-        dtype=torch.float32, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+        dtype=torch.float32,
+        vocab_size=len(tokenizer),
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
