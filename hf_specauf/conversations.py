@@ -1,8 +1,9 @@
 """Datasets -> the target's chat template -> token ids and the supervised mask. First version: text and chat rows."""
 
 import os
-from collections import Counter
+from itertools import groupby
 
+import numpy as np
 from datasets import Dataset, load_dataset
 from transformers import PreTrainedTokenizerBase
 from trl import maybe_convert_to_chatml
@@ -113,11 +114,8 @@ class RowEncoder:
 
 def longest_run(supervised: list[int]) -> int:
     """Longest run of supervised tokens in a row."""
-    best = run = 0
-    for flag in supervised:
-        run = run + 1 if flag else 0
-        best = max(best, run)
-    return best
+    edges = np.diff(np.concatenate([[0], supervised, [0]]))
+    return int(np.max(np.flatnonzero(edges < 0) - np.flatnonzero(edges > 0), initial=0))
 
 
 def prepare_rows(
@@ -149,27 +147,33 @@ def prepare_rows(
         )  # fmt: skip
     else:
         dataset = dataset.select_columns(["input_ids", "supervised"])
-    counts, keep = Counter(), []
-    for index, (ids, supervised) in enumerate(zip(dataset["input_ids"], dataset["supervised"])):
-        if mask_token_id in ids:
-            raise ValueError(
-                f"row {index} contains the mask token (id {mask_token_id}): a real token would look like a slot to "
-                "fill. Choose another mask_token_id, or remove the token from the data."
-            )
-        run = longest_run(supervised)
-        counts["supervised"] += sum(supervised)
-        counts["full"] += run >= block_size
-        # context, anchor, label
-        if run >= 2 and len(ids) >= 3:
-            keep.append(index)
-    if not counts["supervised"]:
+
+    def measure(batch: dict) -> dict:
+        return {
+            "run": [longest_run(flags) for flags in batch["supervised"]],
+            "tokens": [len(ids) for ids in batch["input_ids"]],
+            "has_mask": [mask_token_id in ids for ids in batch["input_ids"]],
+        }
+
+    measures = dataset.map(
+        measure, batched=True, remove_columns=dataset.column_names, num_proc=num_proc, desc="Checking rows"
+    ).with_format("numpy")[:]
+    if measures["has_mask"].any():
+        raise ValueError(
+            f"row {measures['has_mask'].argmax()} contains the mask token (id {mask_token_id}): a real token would "
+            "look like a slot to fill. Choose another mask_token_id, or remove the token from the data."
+        )
+    full = int((measures["run"] >= block_size).sum())
+    # context, anchor, label
+    keep = np.flatnonzero((measures["run"] >= 2) & (measures["tokens"] >= 3))
+    if not measures["run"].any():
         raise ValueError(
             f"not one token of {len(dataset)} rows is supervised: the drafter would learn nothing. For conversations, "
             "check that there are assistant turns and that the target's chat template marks them."
         )
-    if not keep or counts["full"] < FEWEST_FULL_BLOCKS * len(dataset):
+    if not len(keep) or full < FEWEST_FULL_BLOCKS * len(dataset):
         raise ValueError(
-            f"rows are too short: only {counts['full']} of {len(dataset)} hold a whole block of {block_size} "
+            f"rows are too short: only {full} of {len(dataset)} hold a whole block of {block_size} "
             f"supervised tokens. Lower block_size, raise max_length (now {max_length}), or use longer answers."
         )
     if len(keep) < len(dataset):
@@ -180,12 +184,11 @@ def prepare_rows(
 
 def show_row(row: dict, tokenizer: PreTrainedTokenizerBase, most: int = 160) -> str:
     """A row decoded, its first `most` tokens, supervised spans between ⟦ and ⟧."""
-    text, inside = "", False
-    for token, supervised in list(zip(row["input_ids"], row["supervised"]))[:most]:
-        if bool(supervised) != inside:
-            text, inside = text + ("⟦" if supervised else "⟧"), bool(supervised)
-        text += tokenizer.decode([token])
-    return text + ("…" if len(row["input_ids"]) > most else "") + ("⟧" if inside else "")
+    pairs, text = list(zip(row["input_ids"], map(bool, row["supervised"])))[:most], ""
+    for supervised, span in groupby(pairs, key=lambda pair: pair[1]):
+        words = tokenizer.decode([token for token, _ in span])
+        text += f"⟦{words}⟧" if supervised else words
+    return text + ("…" if len(row["input_ids"]) > most else "")
 
 
 def prompt_length(supervised: list[int]) -> int:

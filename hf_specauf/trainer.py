@@ -269,13 +269,9 @@ class AUFTrainer(Trainer):
     def _fill_blocks(self, model, inputs: dict, step: int) -> tuple[Blocks, torch.Tensor]:
         """Draw anchors and fill their blocks -> the blocks, hidden rows of slots 1..K-1 (B, N, K-1, H)."""
         ids, documents = inputs["input_ids"], inputs["document_ids"]
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         anchors, real = sample_anchors(
-            inputs["supervised"],
-            documents,
-            self.args.anchors_per_row,
-            inputs["row_ids"],
-            self.args.data_seed or self.args.seed,
-            step,
+            inputs["supervised"], documents, self.args.anchors_per_row, inputs["row_ids"], seed, step
         )
         config = innermost(self.accelerator.unwrap_model(model)).config
         blocks = make_blocks(
@@ -398,20 +394,19 @@ class AUFTrainer(Trainer):
         sums = dict(zip(COUNTERS, prediction.predictions.sum(0).tolist()))
         return {"loss": sums["numerator"] / max(sums["denominator"], 1.0)} | diagnostics(sums)
 
-    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+    def evaluation_loop(self, dataloader, *args, metric_key_prefix="eval", **kwargs):
         """Trainer's loop, then tau by real decoding of a few held-out prompts."""
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         if self.args.eval_prompts > 0:
-            output.metrics[f"{metric_key_prefix}_tau"] = self.decoded_tau()
+            output.metrics[f"{metric_key_prefix}_tau"] = self.decoded_tau(dataloader.dataset)
         return output
 
-    def decoded_tau(self) -> float:
-        """tau over `eval_prompts` prompts of the evaluation set, greedy, split over the ranks."""
+    def decoded_tau(self, rows: Dataset) -> float:
+        """tau over the first `eval_prompts` rows' prompts, decoded greedily, split over the ranks."""
         drafter = self.accelerator.unwrap_model(self.model)
         was_training = drafter.training
-        drafter.eval()
-        count = min(self.args.eval_prompts, len(self.eval_dataset))
-        mine = self.eval_dataset.select(range(self.args.process_index, count, self.args.world_size))
+        count = min(self.args.eval_prompts, len(rows))
+        mine = rows.select(range(self.args.process_index, count, self.args.world_size))
         generation_config = GenerationConfig(
             max_new_tokens=self.args.eval_new_tokens,
             do_sample=False,
