@@ -40,6 +40,16 @@ def row_format(columns: list[str]) -> str:
     )
 
 
+# ShareGPT's names; trl renames the keys of a turn, not its roles
+ROLES = {"human": "user", "gpt": "assistant", "bing": "assistant", "chatgpt": "assistant", "bard": "assistant"}
+
+
+def chat_messages(row: dict) -> list[dict]:
+    """The turns of a `messages` or ShareGPT `conversations` row, with the roles chat templates know."""
+    turns = maybe_convert_to_chatml(row)["messages"]
+    return [turn | {"role": ROLES.get(turn["role"], turn["role"])} for turn in turns]
+
+
 def _chat_ids(messages: list[dict], tokenizer: PreTrainedTokenizerBase, template: str | None, kwargs: dict):
     """Token ids of a conversation and which of them the assistant wrote, by the template's generation markers."""
     out = tokenizer.apply_chat_template(
@@ -57,7 +67,8 @@ def _chat_ids_by_prefix(messages: list[dict], tokenizer: PreTrainedTokenizerBase
     text, spans = render(messages, False), []
     for i, message in enumerate(messages):
         if message["role"] == "assistant":
-            before, through = render(messages[:i], True), render(messages[: i + 1], False)
+            before = render(messages[:i], True) if i else ""  # templates refuse an empty conversation
+            through = render(messages[: i + 1], False)
             if not (text.startswith(through) and through.startswith(before)):
                 raise ValueError(
                     "the chat template renders a conversation's beginning differently once it goes on, so the "
@@ -82,9 +93,9 @@ class RowEncoder:
                     "the rows are conversations, but the target's tokenizer has no chat template: give `text` rows"
                 )
             try:
-                self.template = get_training_chat_template(tokenizer) or tokenizer.chat_template
+                self.template = get_training_chat_template(tokenizer) or tokenizer.get_chat_template()
             except ValueError:  # trl knows no training version of it; markers may still be in it
-                self.template = tokenizer.chat_template
+                self.template = tokenizer.get_chat_template()
             # without markers transformers returns an all-zero mask, silently (marin#7237)
             self.by_prefix = "{% generation" not in self.template.replace("{%-", "{%")
 
@@ -99,8 +110,8 @@ class RowEncoder:
                     rows["input_ids"].append(ids[start : start + self.max_length])
                     rows["supervised"].append([1] * len(rows["input_ids"][-1]))
                 continue
-            messages = maybe_convert_to_chatml({self.kind: batch[self.kind][i]})["messages"]
             try:
+                messages = chat_messages({self.kind: batch[self.kind][i]})
                 if self.by_prefix:
                     ids, mask = _chat_ids_by_prefix(messages, self.tokenizer, self.kwargs)
                 else:
@@ -138,7 +149,13 @@ def prepare_rows(
         ValueError: unknown columns; no supervised token anywhere; hardly a row with a whole block; the mask token
             occurs in the data.
     """
+    if not len(dataset):
+        raise ValueError("the dataset has no rows: check dataset_name, dataset_split and max_train_rows")
     kind = row_format(dataset.column_names)
+    if kind == "tokens" and "supervised" not in dataset.column_names:
+        raise ValueError(
+            "token rows need a `supervised` column beside `input_ids`: 1 where the target's words are, else 0"
+        )
     if kind != "tokens":
         encoder = RowEncoder(tokenizer, kind, max_length, chat_template_kwargs)
         dataset = dataset.map(

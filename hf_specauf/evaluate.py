@@ -4,6 +4,7 @@ import json
 import sys
 import time
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from transformers import AutoModel, AutoTokenizer, GenerationConfig, PreTrainedT
 from trl import TrlParser
 
 from .acceptance import TAU_DEFINITION
-from .conversations import load_rows, prompt_length, row_format
+from .conversations import chat_messages, load_rows, prompt_length, row_format
 from .generate import attach
 from .target import innermost, load_target
 
@@ -143,14 +144,9 @@ def encode_prompts(rows, tokenizer: PreTrainedTokenizerBase, count: int, longest
         elif kind == "text":
             ids = tokenizer(row["text"])["input_ids"][:longest]
         else:
-            from trl import maybe_convert_to_chatml
-
-            messages = maybe_convert_to_chatml({kind: row[kind]})["messages"]
-            turns = []
-            for message in messages:
-                if message["role"] == "assistant":
-                    break
-                turns.append(message)
+            turns = list(takewhile(lambda turn: turn["role"] != "assistant", chat_messages({kind: row[kind]})))
+            if not turns:
+                continue
             ids = tokenizer.apply_chat_template(
                 turns, add_generation_prompt=True, return_dict=True, **(template_kwargs or {})
             )["input_ids"]

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -37,6 +38,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from .acceptance import TAU_DEFINITION
 from .conversations import load_rows
 from .evaluate import compare, plot_alpha
+from .optimizer import MuonWithAdamW
 from .recipe import parse
 from .train import train
 from .trainer import InterruptCallback
@@ -111,41 +113,6 @@ def train_tokenizer(texts: list[str], vocab_size: int):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD, mask_token=MASK)
 
 
-class MuonWithAdamW(torch.optim.Optimizer):
-    """Muon for the matrices, AdamW for embedding and norms, as one optimizer for Trainer: on this little text it
-    reaches in 300 steps the loss that AdamW alone reaches in 1,000."""
-
-    def __init__(self, model: torch.nn.Module, learning_rate: float, adam_learning_rate: float):
-        super().__init__(model.parameters(), {})
-        names = dict(model.named_parameters())
-        matrices = [p for name, p in names.items() if p.dim() == 2 and "embed" not in name]
-        others = [p for name, p in names.items() if p.dim() != 2 or "embed" in name]
-        self.parts = [
-            torch.optim.Muon(matrices, lr=learning_rate, weight_decay=0.0),
-            torch.optim.AdamW(others, lr=adam_learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
-        ]
-        self._share_groups()
-
-    def _share_groups(self) -> None:
-        # the very dicts of the parts, so that a learning-rate scheduler reaches them
-        self.param_groups = [group for part in self.parts for group in part.param_groups]
-
-    def step(self, closure=None):
-        """One step of both."""
-        for part in self.parts:
-            part.step()
-
-    def state_dict(self) -> dict:
-        """State of both."""
-        return {"parts": [part.state_dict() for part in self.parts]}
-
-    def load_state_dict(self, state_dict: dict) -> None:
-        """Restore both."""
-        for part, state in zip(self.parts, state_dict["parts"]):
-            part.load_state_dict(state)
-        self._share_groups()
-
-
 def quickstart_target(settings: TargetSettings) -> Path:
     """Folder with the trained target, its tokenizer and `heldout.jsonl` / `train.jsonl`; trained on the first call.
 
@@ -216,6 +183,42 @@ def quickstart_target(settings: TargetSettings) -> Path:
     return folder
 
 
+def cut(texts: list[str], tokenizer, count: int, tokens: int) -> list[list[int]]:
+    """`count` pieces of `tokens` ids, at even distances over all texts, past the files' headers."""
+    files = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    pieces = [ids[i : i + tokens] for ids in files for i in range(tokens, len(ids) - tokens, tokens)]
+    if len(pieces) < count:
+        raise ValueError(f"the files give {len(pieces)} prompts of {tokens} tokens, and {count} were asked for")
+    return [pieces[i * len(pieces) // count] for i in range(count)]
+
+
+def write_rows(folder: Path, name: str, count: int, prompt_tokens: int = 64, row_tokens: int = 256) -> Path:
+    """Token rows for drafters: the target's own continuations of real text, once, kept beside the target.
+
+    A drafter serves what its target writes, so it learns from what its target writes: the prompt is real text, the
+    supervised rest is sampled from the target at temperature 0.5.
+    """
+    path = folder / f"{name}_rows.jsonl"
+    if path.is_file():
+        return path
+    set_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    target = AutoModelForCausalLM.from_pretrained(folder).eval()
+    prompts = torch.tensor(
+        cut(list(load_rows(str(folder / f"{name}.jsonl"))["text"]), tokenizer, count, prompt_tokens)
+    )
+    supervised = [0] * prompt_tokens + [1] * (row_tokens - prompt_tokens)
+    # rows of one length: the end of text may be written, and text goes on after it, as in the target's training
+    settings = dict(do_sample=True, temperature=0.5, top_k=0, max_new_tokens=row_tokens - prompt_tokens)
+    settings |= dict(eos_token_id=None, pad_token_id=tokenizer.pad_token_id, suppress_tokens=[tokenizer.mask_token_id])
+    with open(path.with_suffix(".part"), "w") as file, torch.no_grad():
+        for batch in track(prompts.split(96), f"the target writes {count} {name} rows"):
+            rows = target.generate(batch, attention_mask=torch.ones_like(batch), **settings)
+            for ids in rows.tolist():
+                file.write(json.dumps({"input_ids": ids, "supervised": supervised}) + "\n")
+    return path.with_suffix(".part").rename(path)
+
+
 def recipes_folder() -> Path:
     """`recipes/` inside an installed package, or beside it in a checkout."""
     here = Path(__file__).parent
@@ -223,15 +226,9 @@ def recipes_folder() -> Path:
 
 
 def heldout_prompts(target: Path, count: int, tokens: int) -> list[torch.Tensor]:
-    """`count` prompts (1, tokens), cut from the held-out files at even distances, past their headers."""
-    tokenizer = AutoTokenizer.from_pretrained(target)
-    ids = [tokenizer(row["text"])["input_ids"] for row in load_rows(str(target / "heldout.jsonl"))]
-    chunks = [file[i : i + tokens] for file in ids for i in range(tokens, len(file) - tokens, tokens)]
-    if len(chunks) < count:
-        raise ValueError(
-            f"the held-out files give {len(chunks)} prompts of {tokens} tokens, and {count} were asked for"
-        )
-    return [torch.tensor([chunks[i * len(chunks) // count]]) for i in range(count)]
+    """`count` prompts (1, tokens) from the held-out files."""
+    texts = list(load_rows(str(target / "heldout.jsonl"))["text"])
+    return [torch.tensor([ids]) for ids in cut(texts, AutoTokenizer.from_pretrained(target), count, tokens)]
 
 
 def train_drafter(target: Path, recipe: Path, out: Path, *overrides: str) -> dict:
@@ -239,7 +236,8 @@ def train_drafter(target: Path, recipe: Path, out: Path, *overrides: str) -> dic
     one is kept. Returns its provenance."""
     record = out / "provenance.json"
     argv = ["--config", str(recipe), "--target_model_name_or_path", str(target), "--output_dir", str(out)]
-    argv += ["--dataset_name", str(target / "train.jsonl"), "--eval_dataset_name", str(target / "heldout.jsonl")]
+    rows, heldout = write_rows(target, "train", 1920), write_rows(target, "heldout", 64)
+    argv += ["--dataset_name", str(rows), "--eval_dataset_name", str(heldout)]
     argv += ["--resume_from_checkpoint", "true", *overrides]
     arguments = parse(argv)
     if record.is_file():

@@ -50,10 +50,11 @@ def default_mask_token_id(target: PreTrainedModel, tokenizer: PreTrainedTokenize
     """
     if tokenizer.mask_token_id is not None:
         return tokenizer.mask_token_id
-    if len(tokenizer) < embedding_rows(target):
-        return len(tokenizer)
+    unused = max(tokenizer.get_vocab().values()) + 1  # ids may have holes: the length is not the last id
+    if unused < embedding_rows(target):
+        return unused
     raise ValueError(
-        f"the tokenizer has no mask token and its {len(tokenizer)} ids use every row of the embedding: give "
+        "the tokenizer has no mask token and its ids use every row of the embedding: give "
         "mask_token_id, a token that never occurs in your data (a reserved special token, for instance)"
     )
 
@@ -96,7 +97,9 @@ def drafter_config(
         rope_parameters={"rope_type": "default", "rope_theta": float(rope.get("rope_theta") or 10_000.0)},
         block_size=block_size,
         mask_token_id=mask_token_id,
-        target_layer_ids=target_layer_ids or default_target_layer_ids(text.num_hidden_layers),
+        target_layer_ids=(
+            default_target_layer_ids(text.num_hidden_layers) if target_layer_ids is None else target_layer_ids
+        ),
         num_target_layers=text.num_hidden_layers,
         chat_template_kwargs=chat_template_kwargs,
         target_model_name_or_path=target.config._name_or_path or None,
@@ -154,6 +157,7 @@ class FrozenTarget:
         self.embedding = self.model.get_input_embeddings()
         self.head = self.model.get_output_embeddings()
 
+    @torch.no_grad()
     def noise_embeds(self, noise_ids: torch.Tensor) -> torch.Tensor:
         """Embeddings of anchors and masks. (B, Q) -> (B, Q, H)"""
         return embed_noise(self.embedding, noise_ids.to(self.embedding.weight.device)).to(noise_ids.device)

@@ -24,6 +24,7 @@ from .blocks import EVALUATION_STEP, Blocks, make_blocks, sample_anchors
 from .conversations import prepare_rows, prompt_length
 from .generate import attach
 from .objectives import NORMALISATIONS, OBJECTIVES, loss_terms, resolve_gamma, weights_from_correct
+from .optimizer import MuonWithAdamW
 from .target import FrozenTarget, innermost
 
 
@@ -58,6 +59,13 @@ class AUFConfig(TrainingArguments):
     )
     eval_new_tokens: int = field(default=64, metadata={"help": "Tokens decoded for each of them."})
     learning_rate: float = field(default=6e-4, metadata={"help": "Peak learning rate."})
+    muon_learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Train the drafter's matrices by Muon at this rate (try 0.02), the rest by AdamW at "
+            "learning_rate; by default AdamW (or optim) trains all."
+        },
+    )
     logging_steps: float = field(default=10, metadata={"help": "Log every this many steps (a share of them if < 1)."})
     bf16: bool | None = field(
         default=None,
@@ -76,6 +84,8 @@ class AUFConfig(TrainingArguments):
             raise ValueError(f"normalisation is {self.normalisation!r}; it must be one of {', '.join(NORMALISATIONS)}")
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns: true would drop the supervised mask: remove the key")
+        if self.muon_learning_rate is not None and (self.fsdp or self.deepspeed):
+            raise ValueError("muon_learning_rate needs whole matrices, and FSDP and DeepSpeed shard them: remove it")
         for key in ("anchors_per_row", "head_rows_per_chunk"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key} is {getattr(self, key)}; it must be at least 1")
@@ -263,6 +273,14 @@ class AUFTrainer(Trainer):
         self.target.check(torch.tensor([sample], device=args.device))
         self._step_sums = torch.zeros(2, dtype=torch.float64, device=args.device)
         self._log_sums = torch.zeros(len(COUNTERS), dtype=torch.float64, device=args.device)
+
+    def create_optimizer(self, model=None):
+        """Trainer's own, or Muon for the matrices where `muon_learning_rate` is set."""
+        if self.args.muon_learning_rate is None or self.optimizer is not None:
+            return super().create_optimizer(model)
+        rates = self.args.muon_learning_rate, self.args.learning_rate
+        self.optimizer = MuonWithAdamW(model or self.model, *rates, weight_decay=self.args.weight_decay)
+        return self.optimizer
 
     # ---- the loss
 

@@ -56,7 +56,9 @@ def test_quickstart_writes_its_report_and_goes_on_after_a_loss(cache, tmp_path, 
         assert stored["acceptance"]["tau"] == row["tau"]
     same = {key: value for key, value in report["recipes"]["auf"].items() if value != report["recipes"]["decay"][key]}
     assert set(same) <= {"objective", "gamma", "output_dir", "resume_from_checkpoint"}
-    assert (tmp_path / "qs" / "alpha.png").stat().st_size > 5000 and (tmp_path / "qs" / "tau.png").stat().st_size > 5000
+    assert (tmp_path / "qs" / "alpha.png").stat().st_size > 5000 and (
+        tmp_path / "qs" / "tau.png"
+    ).stat().st_size > 5000
 
     shutil.rmtree(tmp_path / "qs" / "auf")
     capsys.readouterr()

@@ -1,0 +1,242 @@
+"""`evaluate`: plain against assisted decoding, what it measures and what it writes."""
+
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import EOS, MASK, PAD, make_drafter, make_target, overfit, random_prompts
+from transformers import set_seed
+
+from hf_specauf.acceptance import TAU_DEFINITION
+from hf_specauf.drafters.modeling_dflash import DFlashDraftModel
+from hf_specauf.evaluate import compare, first_difference, main, near_tie_bound, repetition
+from hf_specauf.generate import attach
+from hf_specauf.target import drafter_config
+
+PROMPT, NEW, K = 12, 24, 4
+
+
+@pytest.fixture(scope="module")
+def pair():
+    target = make_target()
+    prompts = random_prompts(3, PROMPT)
+    texts = target.generate(prompts[:2], do_sample=False, max_new_tokens=NEW, suppress_tokens=[MASK])
+    drafter = overfit(make_drafter(target, block_size=K, dtype=torch.float64), target, texts, PROMPT, steps=60)
+    return SimpleNamespace(target=target, drafter=drafter, prompts=list(prompts[:, None]))
+
+
+def run(pair, new: int = NEW, **options) -> dict:
+    return compare(pair.target, pair.drafter, pair.prompts, new, pad_token_id=PAD, show_progress=False, **options)
+
+
+def strict_json(results: dict) -> dict:
+    return json.loads(json.dumps(results, allow_nan=False))
+
+
+# ---- compare
+
+
+@pytest.mark.parametrize("cap", [None, 1])
+def test_compare_measures_what_attach_records(pair, cap):
+    results = strict_json(run(pair, max_draft_tokens=cap))
+    with attach(pair.target, pair.drafter, max_draft_tokens=cap) as attachment:
+        for prompt in pair.prompts:
+            pair.target.generate(prompt, do_sample=False, max_new_tokens=NEW, assistant_model=pair.drafter)
+    expected = attachment.acceptance()
+    assert results["acceptance"] == strict_json(expected.to_dict())
+    assert results["acceptance"]["tokens"] == 3 * (NEW - 1) and 1 < expected.tau <= (cap or K - 1) + 1
+    assert results["lossless"] == {"identical": 3, "near_tie": 0, "different": 0}
+    assert results["speedup"] == results["tokens_per_second"] / results["plain_tokens_per_second"] > 0
+    for row, rounds in zip(results["prompts"], attachment.generations, strict=True):
+        assert (row["prompt_tokens"], row["new_tokens"], row["difference"]) == (PROMPT, NEW, None)
+        assert row["tau"] == pytest.approx((NEW - 1) / len(rounds))
+    assert results["repetition"] == pytest.approx(sum(row["repetition"] for row in results["prompts"]) / 3)
+    assert "_get_candidate_generator" not in vars(pair.target)
+
+
+@pytest.mark.parametrize(("new", "tau", "alpha"), [(1, None, [None] * 3), (2, 1.0, [None] * 3)])
+def test_what_no_pass_reached_is_null_and_the_json_is_valid(pair, new, tau, alpha):
+    results = strict_json(run(pair, new))
+    assert (results["acceptance"]["tau"], results["acceptance"]["alpha"]) == (tau, alpha)
+    assert [row["tau"] for row in results["prompts"]] == [tau] * 3
+
+
+def test_compare_stops_at_the_targets_own_end_of_sequence(pair):
+    free = pair.target.generate(pair.prompts[0], do_sample=False, max_new_tokens=NEW)[0, PROMPT:].tolist()
+    end = free[5]
+    pair.target.generation_config.eos_token_id = [end, EOS]
+    try:
+        results = run(pair)
+    finally:
+        pair.target.generation_config.eos_token_id = None
+    assert results["prompts"][0]["new_tokens"] == free.index(end) + 1 < NEW
+    assert results["lossless"]["identical"] == 3
+
+
+def test_sampled_outputs_are_measured_but_not_compared(pair):
+    results = strict_json(run(pair, temperature=1.0))
+    assert results["lossless"] == "sampled: not comparable token by token"
+    assert all(row["difference"] is None for row in results["prompts"])
+    assert results["acceptance"]["tokens"] == 3 * (NEW - 1)
+    greedy = run(pair)
+    assert results["acceptance"]["histogram"] != greedy["acceptance"]["histogram"]
+    assert results == strict_json(results | run(pair, temperature=1.0) | timings(results))  # one seed, one outcome
+
+
+def timings(results: dict) -> dict:
+    return {key: value for key, value in results.items() if key.endswith("per_second") or key == "speedup"}
+
+
+# ---- differences and repetition
+
+
+@pytest.mark.parametrize(("gap", "tie"), [(0.0, True), (5e-4, True), (2e-3, False)])
+def test_a_first_difference_is_a_near_tie_only_below_the_bound(gap, tie):
+    target = make_target()
+    plain = random_prompts(1, 20)
+    assisted = plain.clone()
+    assisted[0, 13], assisted[0, 17] = 3, 3
+    with torch.no_grad():
+        logits = target(plain[:, :13]).logits[0, -1]
+        best, runner_up = logits.topk(2).indices.tolist()
+        # the runner-up's logit becomes the best one's less the gap
+        target.lm_head.weight[runner_up] = target.lm_head.weight[best] * (1 - gap / logits[best])
+    assert first_difference(target, plain, plain.clone()) is None
+    assert first_difference(target, plain, assisted) == {
+        "position": 13,
+        "top2_gap": pytest.approx(gap, abs=1e-5),
+        "near_tie": tie,
+    }
+
+
+@pytest.mark.parametrize(("longer", "expected"), [("neither", None), ("plain", 15), ("assisted", 15)])
+def test_an_output_that_ends_early_differs_where_it_ends(longer, expected):
+    target, ids = make_target(), random_prompts(1, 20)
+    plain, assisted = (ids if longer in (name, "neither") else ids[:, :15] for name in ("plain", "assisted"))
+    found = first_difference(target, plain, assisted)
+    assert (found and found["position"]) == expected
+
+
+def test_the_bound_of_a_near_tie_is_fixed_in_fp32_and_a_few_roundings_in_bf16():
+    logits = torch.tensor([3.0, -10.0, 9.0])
+    assert near_tie_bound(torch.float32, logits) == near_tie_bound(torch.float64, logits) == 1e-3
+    assert near_tie_bound(torch.bfloat16, logits) == pytest.approx(4 * 2**-7 * 10)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "expected"),
+    [
+        (range(40), 0.0),
+        ([5] * 40, 36 / 37),
+        ([5, 6, 7] * 20, 1 - 3 / 57),
+        ([1, 2, 3, 4, 9, 1, 2, 3, 4], 1 / 6),
+        ([1, 1, 1], 0.0),
+        ([], 0.0),
+    ],
+)
+def test_repetition_is_the_share_of_four_grams_seen_before(tokens, expected):
+    assert repetition(list(tokens)) == pytest.approx(expected)
+
+
+# ---- the command line
+
+
+@pytest.fixture(scope="module")
+def folders(tokenizer, tmp_path_factory):
+    """A target with its tokenizer, a drafter, and prompts as text and as conversations, all on disk."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    target = make_target(
+        dtype=torch.float32, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
+    )  # fmt: skip
+    config = drafter_config(
+        target, num_hidden_layers=1, block_size=K, mask_token_id=tokenizer.mask_token_id, target_layer_ids=[0, 2]
+    )
+    set_seed(0)
+    for name, part in dict(target=target, drafter=DFlashDraftModel(config)).items():
+        part.save_pretrained(folder / name)
+    tokenizer.save_pretrained(folder / "target")
+    texts = [{"text": f"the quick brown fox jumps over {i} lazy dogs"} for i in range(3)]
+    chats = [
+        {"messages": [{"role": "user", "content": row["text"]}, {"role": "assistant", "content": "really?"}]}
+        for row in texts
+    ]
+    for name, rows in dict(text=texts, chat=chats).items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def arguments(folders, out, prompts="text.jsonl", drafter="drafter", **more) -> list[str]:
+    given = dict(target=folders / "target", drafter=folders / drafter, prompts=folders / prompts, out=out)
+    given |= dict(count=2, max_new_tokens=8, prompt_tokens=10) | more
+    return [word for key, value in given.items() for word in (f"--{key}", str(value))]
+
+
+def evaluate_in_a_process(folders, out, **more) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "hf_specauf.evaluate", *arguments(folders, out, **more)], cwd=out.parent,
+        capture_output=True, text=True, timeout=400, env=os.environ | {"HF_DATASETS_CACHE": str(out.parent / "cache")},
+    )  # fmt: skip
+
+
+def check_written(folders, out, prompt_tokens: list[int]) -> dict:
+    record = json.loads((out / "eval.json").read_text(), parse_constant=pytest.fail)
+    assert (out / "alpha.png").read_bytes().startswith(b"\x89PNG")
+    assert [row["prompt_tokens"] for row in record["prompts"]] == prompt_tokens
+    assert [row["new_tokens"] for row in record["prompts"]] == [8, 8]
+    assert record["lossless"]["different"] == 0
+    assert record["acceptance"]["tokens"] == 14 and record["tau_definition"] == TAU_DEFINITION
+    assert record["target"]["name_or_path"] == str(folders / "target")
+    assert record["drafter"]["dtype"] == "torch.float32"
+    assert record["conditions"]["max_new_tokens"] == 8 and record["environment"]
+    return record
+
+
+def test_the_command_line_writes_results_and_a_plot(folders, tmp_path):
+    done = evaluate_in_a_process(folders, tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    record = check_written(folders, tmp_path / "out", [10, 10])
+    assert f"{record['speedup']:.2f}x" in done.stdout and "tau" in done.stdout
+    assert ("SLOWER" in done.stdout) == (record["speedup"] <= 1)
+
+
+def test_conversations_are_prompted_up_to_the_first_answer(folders, tokenizer, tmp_path, capsys):
+    main(arguments(folders, tmp_path / "out", prompts="chat.jsonl", temperature=0.0))
+    lengths = [
+        len(tokenizer(f"<|user|>the quick brown fox jumps over {i} lazy dogs<|end|><|assistant|>")["input_ids"])
+        for i in range(2)
+    ]
+    check_written(folders, tmp_path / "out", lengths)
+    assert "written:" in capsys.readouterr().out
+
+
+def test_the_command_line_fails_in_one_clear_line(folders, tmp_path):
+    done = evaluate_in_a_process(folders, tmp_path / "out", prompts="nowhere.jsonl")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: ") and "there is none at" in last and str(folders / "nowhere.jsonl") in last
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "advice"),
+    [
+        (dict(drafter="target"), "Qwen3Model is not a block drafter; load one with AutoModel"),
+        (dict(drafter="empty"), "empty"),
+        (dict(max_draft_tokens=K), r"must be in 1\.\.3"),
+        (dict(prompts="columns.jsonl"), "none of `messages`, `conversations`"),
+    ],
+    ids=["a target as drafter", "an empty folder", "cap", "columns"],
+)
+def test_what_cannot_be_evaluated_is_one_line_of_advice(folders, tmp_path, more, advice):
+    (folders / "empty").mkdir(exist_ok=True)
+    (folders / "columns.jsonl").write_text('{"question": "why?"}\n')
+    with pytest.raises(SystemExit, match=advice) as error:
+        main(arguments(folders, tmp_path / "out", **more))
+    message = str(error.value)
+    assert message.startswith("error: ") and "\n" not in message
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,608 @@
+"""`attach` and transformers' own route: the target's own output, honest statistics, nothing left behind."""
+
+from copy import deepcopy
+from functools import cache
+from itertools import accumulate
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ARCHITECTURES, EOS, MASK, PAD, VOCAB, make_drafter, make_target, overfit, random_prompts
+from peft import LoraConfig, get_peft_model
+from scipy.stats import chisquare
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BloomConfig,
+    BloomForCausalLM,
+    DynamicCache,
+    pipeline,
+    set_seed,
+)
+from transformers.generation import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+)
+from transformers.generation.streamers import BaseStreamer
+
+from hf_specauf.acceptance import accepted_prefix, summarize
+from hf_specauf.blocks import make_blocks
+from hf_specauf.drafters.generation_block import BlockCandidateGenerator, Round
+from hf_specauf.drafters.modeling_dflash import DFlashDraftModel
+from hf_specauf.generate import attach
+from hf_specauf.target import FrozenTarget, drafter_config
+
+K, PROMPT, NEW = 4, 12, 36
+GREEDY = dict(do_sample=False, max_new_tokens=NEW)
+
+
+@cache
+def pair(architecture: str = "qwen3"):
+    """A float64 target, a drafter that helps, the two prompts whose texts it has seen and one it has not, and what
+    plain and assisted decoding make of each."""
+    target = make_target(architecture)
+    prompts = random_prompts(3, PROMPT)
+    texts = target.generate(prompts[:2], **GREEDY, suppress_tokens=[MASK])
+    drafter = overfit(make_drafter(target, block_size=K, dtype=torch.float64), target, texts, PROMPT, steps=100)
+    p = SimpleNamespace(target=target, drafter=drafter, prompts=[prompt[None] for prompt in prompts])
+    p.plain = [plain(p, prompt) for prompt in p.prompts]
+    p.assisted = [decode(p, prompt) for prompt in p.prompts]
+    return p
+
+
+def plain(p, prompt, **options):
+    return p.target.generate(prompt, **GREEDY | options)
+
+
+def decode(p, prompt, drafter=None, attached=None, **options):
+    """One `generate` with the drafter attached -> output, rounds, and what the drafter made of each block (K, H)."""
+    drafter, hidden = drafter or p.drafter, []
+    handle = drafter.register_forward_hook(lambda module, args, output: hidden.append(output.last_hidden_state[0]))
+    try:
+        with attach(p.target, drafter, **attached or {}) as attachment, torch.no_grad():
+            output = p.target.generate(prompt, **GREEDY | options, assistant_model=drafter)
+    finally:
+        handle.remove()
+    assert len(attachment.generations) == 1
+    return output, attachment.rounds, hidden
+
+
+def emitted_anchors(rounds: list[Round], prompt_length: int) -> list[int]:
+    """Index, in the output, of the anchor of each pass: the last token committed before it."""
+    return [prompt_length + n for n in accumulate((r.emitted for r in rounds), initial=0)][:-1]
+
+
+@torch.no_grad()
+def teacher_forced(p, output, rounds, prompt_length: int = PROMPT):
+    """Blocks at just the anchors decoding visited, filled by the training-mode forward over the finished text ->
+    hidden states (N, K, H), and the accepted tokens of each before any cut."""
+    frozen = FrozenTarget(p.target, p.drafter.config)
+    anchors = torch.tensor([emitted_anchors(rounds, prompt_length)])
+    everything, document = torch.ones_like(output, dtype=torch.bool), torch.zeros_like(output)
+    blocks = make_blocks(output, everything, document, anchors, torch.ones_like(anchors).bool(), K, MASK)
+    hidden = p.drafter(
+        frozen.noise_embeds(blocks.noise_ids), frozen.context(output), blocks.attention_mask, blocks.position_ids
+    ).last_hidden_state.view(anchors.shape[1], K, -1)
+    drafts = frozen.logits(hidden[:, 1:]).argmax(-1)
+    return hidden, accepted_prefix(drafts == blocks.labels[0], blocks.valid[0]).tolist()
+
+
+# ---- greedy decoding is the target's own, and the statistics are true
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_attached_greedy_is_lossless_with_accepted_and_rejected_tokens(architecture):
+    p = pair(architecture)
+    for expected, (output, rounds, _) in zip(p.plain, p.assisted):
+        assert torch.equal(output, expected)
+        assert sum(r.emitted for r in rounds) == NEW - 1  # the prefill emits the first token
+        assert all(r.emitted == r.accepted + 1 and r.accepted <= r.tested <= r.drafted <= K - 1 for r in rounds)
+    seen = p.assisted[0][1] + p.assisted[1][1]
+    assert sum(r.accepted for r in seen) >= len(seen)  # one a pass on average
+    assert any(r.accepted < r.tested for r in seen + p.assisted[2][1])
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_transformers_own_route_is_lossless_and_accepts_as_much(architecture):
+    p, passes = pair(architecture), []
+    handle = p.target.register_forward_hook(lambda *_: passes.append(1))
+    try:
+        for prompt, expected, (_, rounds, _) in zip(p.prompts, p.plain, p.assisted):
+            passes.clear()
+            output = p.target.generate(prompt, **GREEDY, assistant_model=p.drafter, speculation_type="dflash")
+            assert torch.equal(output, expected)
+            assert len(passes) - 1 == len(rounds)  # less the prefill; which accept and reject, see above
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_teacher_forced_tau_at_the_anchors_decoding_visited_equals_decoded_tau(architecture):
+    p = pair(architecture)
+    for output, rounds, hidden in p.assisted:
+        expected, accepted = teacher_forced(p, output, rounds)
+        # the last pass may verify fewer slots than the text lets teacher forcing judge
+        accepted = [min(a, r.drafted) for a, r in zip(accepted, rounds)]
+        assert accepted == [r.accepted for r in rounds]
+        assert summarize(rounds, K).tau == pytest.approx(1 + sum(accepted) / len(rounds), abs=1e-12)
+        drafting = [i for i, r in enumerate(rounds) if r.drafted]
+        torch.testing.assert_close(torch.stack(hidden), expected[drafting], rtol=0, atol=1e-10)
+
+
+def test_acceptance_sums_up_every_generation_of_an_attachment():
+    p = pair()
+    with attach(p.target, p.drafter) as attachment:
+        assert attachment.acceptance().passes == 0
+        for prompt in p.prompts:
+            p.target.generate(prompt, **GREEDY, assistant_model=p.drafter)
+            p.target.generate(prompt, **GREEDY)  # leaves no trace
+    assert len(attachment.generations) == 3
+    assert attachment.rounds == [r for _, rounds, _ in p.assisted for r in rounds]
+    acceptance = attachment.acceptance()
+    assert acceptance.tokens == 3 * (NEW - 1)
+    assert acceptance.tau == acceptance.tokens / acceptance.passes == 1 + acceptance.accepted_per_pass
+
+
+@pytest.mark.parametrize("cap", [1, 2, 3])
+def test_max_draft_tokens_caps_every_draft(cap):
+    p = pair()
+    output, rounds, _ = decode(p, p.prompts[1], attached=dict(max_draft_tokens=cap))
+    assert torch.equal(output, p.plain[1])
+    room = [PROMPT + NEW - anchor - 2 for anchor in emitted_anchors(rounds, PROMPT)]  # one is left for the bonus
+    assert [r.drafted for r in rounds] == [min(cap, left) for left in room]
+    assert max(r.emitted for r in rounds) == cap + 1
+
+
+SKIPS = {
+    "every": lambda rounds: True,
+    "every second": lambda rounds: len(rounds) % 2 == 0,
+    "the first three": lambda rounds: len(rounds) < 3,
+    "after a failure": lambda rounds: bool(rounds) and rounds[-1].drafted > rounds[-1].accepted,
+}
+
+
+@pytest.mark.parametrize("skip", SKIPS)
+def test_skipped_rounds_lose_no_context_for_later_drafts(skip):
+    p = pair()
+    output, rounds, hidden = decode(p, p.prompts[0], attached=dict(skip_round=SKIPS[skip]))
+    assert torch.equal(output, p.plain[0])
+    skipped = [i for i in range(len(rounds)) if SKIPS[skip](rounds[:i])]
+    drafting = [i for i, r in enumerate(rounds) if r.drafted]
+    assert skipped and all(rounds[i] == Round(emitted=1, accepted=0, tested=0, drafted=0) for i in skipped)
+    assert len(hidden) == len(drafting)  # a skipped round costs no drafter pass
+    if skip == "every":
+        assert drafting == []
+        return
+    # at the same anchors a drafter that skipped nothing says the same
+    expected, accepted = teacher_forced(p, output, rounds)
+    torch.testing.assert_close(torch.stack(hidden), expected[drafting], rtol=0, atol=1e-10)
+    assert [min(accepted[i], rounds[i].drafted) for i in drafting] == [rounds[i].accepted for i in drafting]
+    assert any(rounds[i].accepted for i in drafting)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(repetition_penalty=1.3),
+        dict(no_repeat_ngram_size=2),
+        dict(min_new_tokens=20, eos_token_id=80),
+        dict(repetition_penalty=1.1, suppress_tokens=[80, 77], bad_words_ids=[[30, 74]]),
+    ],
+    ids=str,
+)
+def test_logits_processors_give_what_they_give_without_a_drafter(options):
+    p = pair()
+    changed = accepted = 0
+    for prompt, unprocessed in zip(p.prompts[:2], p.plain):
+        output, rounds, _ = decode(p, prompt, **options)
+        assert torch.equal(output, plain(p, prompt, **options))
+        changed += not torch.equal(output, unprocessed)
+        accepted += sum(r.accepted for r in rounds)
+    assert changed and accepted
+
+
+class FollowOn(LogitsProcessor):
+    """Allows one token alone, which depends on the one before it."""
+
+    def __call__(self, input_ids, scores):
+        only = torch.full_like(scores, -torch.inf)
+        return only.scatter(1, (input_ids[:, -1:] * 7 + 3) % VOCAB, 0.0)
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_the_draft_itself_goes_through_the_logits_processors_slot_by_slot(do_sample):
+    p = pair()
+    processors = LogitsProcessorList([FollowOn()])
+    output, rounds, _ = decode(p, p.prompts[0], do_sample=do_sample, logits_processor=processors)
+    tokens = output[0, PROMPT - 1 :].tolist()
+    assert tokens[1:] == [(token * 7 + 3) % VOCAB for token in tokens[:-1]]
+    assert all(r.accepted == r.drafted for r in rounds) and len(rounds) == -(-(NEW - 1) // K)
+
+
+def first_occurrence(output, rounds, wanted) -> tuple[int, int] | None:
+    """(pass, slot) of a token that `wanted(round, slot)` and that the text holds nowhere before."""
+    for i, (anchor, r) in enumerate(zip(emitted_anchors(rounds, PROMPT), rounds)):
+        for slot in range(1, r.emitted + 1):
+            text = output[0, PROMPT : anchor + slot].tolist()
+            if wanted(r, slot) and output[0, anchor + slot].item() not in text:
+                return i, slot
+    return None
+
+
+ENDS = {  # where the end of sequence falls -> what the last round says
+    "inside the accepted draft": (lambda r, s: 1 < s < r.accepted, lambda r, s: Round(s, s, s, r.drafted)),
+    "the last slot of a full draft": (lambda r, s: s == r.accepted == K - 1, lambda r, s: Round(s, s, s, r.drafted)),
+    "the bonus after a full draft": (lambda r, s: s == K == r.emitted, lambda r, s: r),
+    "in place of a rejected token": (lambda r, s: s == r.emitted <= r.drafted, lambda r, s: r),
+}
+
+
+@pytest.mark.parametrize("where", ENDS)
+def test_an_end_of_sequence_in_a_block_cuts_output_and_round_there(where):
+    wanted, last = ENDS[where]
+    cases = 0
+    for architecture in ("qwen3", "llama", "gpt2"):
+        p = pair(architecture)
+        for prompt, (output, rounds, _) in zip(p.prompts, p.assisted):
+            if (found := first_occurrence(output, rounds, wanted)) is None:
+                continue
+            i, slot = found
+            anchor = emitted_anchors(rounds, PROMPT)[i]
+            eos = output[0, anchor + slot].item()
+            ended, its_rounds, _ = decode(p, prompt, eos_token_id=[eos, EOS])
+            assert torch.equal(ended, output[:, : anchor + slot + 1])
+            assert torch.equal(ended, plain(p, prompt, eos_token_id=[eos, EOS]))
+            assert its_rounds == [*rounds[:i], last(rounds[i], slot)]
+            cases += 1
+    assert cases
+
+
+def test_an_end_of_sequence_from_the_prefill_leaves_no_round():
+    p = pair()
+    first = p.plain[0][0, PROMPT].item()
+    output, rounds, hidden = decode(p, p.prompts[0], eos_token_id=first)
+    assert output.shape[1] == PROMPT + 1 and rounds == [] and hidden == []
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "gemma3_text", "gpt2", "gpt_oss"])
+def test_a_left_padded_prompt_decodes_like_the_bare_one(architecture):
+    p = pair(architecture)
+    prompt = p.prompts[0]
+    padded = torch.cat([torch.full((1, 5), PAD), prompt], dim=1)
+    mask = (torch.arange(padded.shape[1]) >= 5).long()[None]
+    output, rounds, _ = decode(p, padded, attention_mask=mask)
+    assert torch.equal(output, plain(p, padded, attention_mask=mask))
+    bare, its_rounds, _ = p.assisted[0]
+    assert torch.equal(output[:, 5:], bare) and rounds == its_rounds  # positions and mask reach the drafter, too
+    assert not torch.equal(output, plain(p, padded, attention_mask=torch.ones_like(mask)))
+
+
+class Collect(BaseStreamer):
+    def __init__(self):
+        self.pieces, self.ended = [], False
+
+    def put(self, value):
+        self.pieces.append(value.flatten().tolist())
+
+    def end(self):
+        self.ended = True
+
+
+def test_a_streamer_gets_every_token_once_and_several_at_a_time():
+    p, streamer = pair(), Collect()
+    output, rounds, _ = decode(p, p.prompts[1], streamer=streamer)
+    assert sum(streamer.pieces, []) == output[0].tolist() and streamer.ended
+    assert [len(piece) for piece in streamer.pieces] == [PROMPT, 1, *(r.emitted for r in rounds)]
+
+
+@pytest.mark.parametrize(
+    ("length", "new", "expected_rounds"),
+    [(PROMPT, 1, []), (PROMPT, 2, [Round(1, 0, 0, 0)]), (1, 1, []), (1, 2, [Round(1, 0, 0, 0)]), (1, NEW, None)],
+)
+def test_the_shortest_prompts_and_answers_are_lossless(length, new, expected_rounds):
+    p = pair()
+    prompt = p.prompts[0][:, :length]
+    output, rounds, _ = decode(p, prompt, max_new_tokens=new)
+    assert torch.equal(output, plain(p, prompt, max_new_tokens=new)) and output.shape[1] == length + new
+    if expected_rounds is not None:
+        assert rounds == expected_rounds
+    else:
+        _, accepted = teacher_forced(p, output, rounds, prompt_length=1)
+        assert [min(a, r.drafted) for a, r in zip(accepted, rounds)] == [r.accepted for r in rounds]
+
+
+def test_a_target_without_position_ids_is_served():
+    set_seed(0)
+    bloom = BloomForCausalLM(BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=4, n_head=4)).double().eval()
+    for parameter in bloom.parameters():
+        if parameter.dim() > 1:
+            parameter.data.mul_(4.0)
+    bloom.generation_config.eos_token_id, bloom.generation_config.pad_token_id = None, PAD
+    prompts = random_prompts(2, PROMPT)
+    # widths, depth and vocabulary are those of the other tiny targets
+    drafter = make_drafter(make_target(), block_size=K, dtype=torch.float64)
+    texts = bloom.generate(prompts, do_sample=False, max_new_tokens=24)
+    p = SimpleNamespace(target=bloom, drafter=overfit(drafter, bloom, texts, PROMPT, steps=60))
+    padded = torch.cat([torch.full((1, 5), PAD), prompts[:1]], dim=1)
+    mask = (torch.arange(padded.shape[1]) >= 5).long()[None]
+    for prompt, options in ((prompts[:1], {}), (prompts[1:], {}), (padded, dict(attention_mask=mask))):
+        output, rounds, _ = decode(p, prompt, **options)
+        assert torch.equal(output, plain(p, prompt, **options))
+        assert sum(r.accepted for r in rounds) > len(rounds) / 2
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        lambda p: dict(speculation_type="dflash"),  # the line that works without this package works with it
+        lambda p: dict(past_key_values=DynamicCache(config=p.target.config)),  # empty
+        lambda p: dict(inputs_embeds=p.target.get_input_embeddings()(p.prompts[0])),  # beside input_ids
+        lambda p: dict(return_dict_in_generate=True, output_scores=True),
+        lambda p: dict(max_length=PROMPT + NEW, max_new_tokens=None),
+    ],
+    ids=["speculation_type", "an empty cache", "embeddings beside ids", "a dict of outputs", "max_length"],
+)
+def test_harmless_options_change_neither_output_nor_rounds(options):
+    p = pair()
+    with torch.no_grad():
+        output, rounds, _ = decode(p, p.prompts[0], **options(p))
+    sequences = output if torch.is_tensor(output) else output.sequences
+    assert torch.equal(sequences, p.plain[0]) and rounds == p.assisted[0][1]
+
+
+@pytest.mark.parametrize(
+    ("target_dtype", "drafter_dtype"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)], ids=str
+)
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_target_and_drafter_may_differ_in_dtype(target_dtype, drafter_dtype, do_sample):
+    p = pair()
+    mixed = SimpleNamespace(target=deepcopy(p.target).to(target_dtype), drafter=deepcopy(p.drafter).to(drafter_dtype))
+    set_seed(0)
+    output, rounds, _ = decode(mixed, p.prompts[0], do_sample=do_sample)
+    assert any(r.accepted for r in rounds)
+    if target_dtype == torch.float32 and not do_sample:
+        assert torch.equal(output, p.plain[0])
+
+
+# ---- sampling keeps the target's distribution
+
+SMALL_VOCAB, JOINT = 6, 3
+
+
+class Enough(StoppingCriteria):
+    """Stops once the joint is there; `max_new_tokens` is larger, so that its tokens come from wide drafts."""
+
+    def __init__(self, length: int):
+        self.length = length
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.tensor([input_ids.shape[1] >= self.length])
+
+
+@cache
+def sampling_pair():
+    target = make_target(vocab_size=SMALL_VOCAB, num_hidden_layers=2, dtype=torch.float32)
+    config = drafter_config(
+        target, num_hidden_layers=1, block_size=K, mask_token_id=SMALL_VOCAB - 1, target_layer_ids=[0]
+    )
+    set_seed(0)
+    return target, DFlashDraftModel(config).eval(), torch.tensor([[3, 2, 4, 3]])
+
+
+@torch.no_grad()
+def exact_joint(target, prompt, warpers: LogitsProcessorList) -> torch.Tensor:  # (V ** JOINT,)
+    """The target's own probability of every continuation of JOINT tokens."""
+    tails = torch.cartesian_prod(*[torch.arange(SMALL_VOCAB)] * JOINT)
+    rows = torch.cat([prompt.expand(len(tails), -1), tails], dim=1)
+    logits = target(rows).logits[:, -JOINT - 1 : -1].double()
+    chances = [warpers(rows, logits[:, i]).softmax(-1).gather(1, tails[:, i : i + 1]) for i in range(JOINT)]
+    return torch.cat(chances, dim=1).prod(dim=1)
+
+
+def sampled_p_value(drafter, draws: int, temperature: float, top_k: int):
+    """Chi-squared p of JOINT tokens drawn by assisted generation against the exact joint, and what was accepted."""
+    target, _, prompt = sampling_pair()
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
+    if top_k:
+        warpers.append(TopKLogitsWarper(top_k))
+    expected = exact_joint(target, prompt, warpers) * draws
+    length = prompt.shape[1] + JOINT
+    place = SMALL_VOCAB ** torch.arange(JOINT - 1, -1, -1)
+    set_seed(0)
+    with attach(target, drafter) as attachment:
+        drawn = [
+            target.generate(
+                prompt, do_sample=True, temperature=temperature, top_k=top_k, max_new_tokens=JOINT + 2,
+                assistant_model=drafter, stopping_criteria=[Enough(length)],
+            )[0, length - JOINT : length] @ place
+            for _ in range(draws)
+        ]  # fmt: skip
+    observed = torch.bincount(torch.stack(drawn), minlength=SMALL_VOCAB**JOINT)
+    assert (observed[expected == 0] == 0).all()
+    frequent = expected >= 5  # the others are pooled: too rare to be judged alone
+    observed, expected = (
+        torch.cat([counts[frequent], counts[~frequent].sum()[None]]) for counts in (observed.double(), expected)
+    )
+    used = expected > 0
+    p_value = chisquare(observed[used], expected[used] * (draws / expected.sum())).pvalue
+    return p_value, sum(r.accepted for r in attachment.rounds) / sum(r.tested for r in attachment.rounds)
+
+
+@pytest.mark.parametrize(("temperature", "top_k"), [(1.0, 0), (1.3, 4)], ids=["plain", "temperature and top-k"])
+def test_sampling_follows_the_targets_exact_distribution(temperature, top_k):
+    p_value, accepted = sampled_p_value(sampling_pair()[1], 1500, temperature, top_k)
+    assert p_value > 1e-3
+    assert 0.1 < accepted < 0.9
+
+
+class GreedyDraft(BlockCandidateGenerator):
+    """z-lab#74: drafts the best token, but says it was drawn from the whole distribution."""
+
+    def _choose(self, input_ids, logits):
+        _, logits = super()._choose(input_ids, logits)
+        return logits.argmax(-1), logits
+
+
+def test_a_draft_not_drawn_from_the_distribution_it_claims_is_detected():
+    drafter = deepcopy(sampling_pair()[1])
+    drafter.get_candidate_generator = lambda target, config, **kwargs: GreedyDraft(drafter, target, config, **kwargs)
+    p_value, accepted = sampled_p_value(drafter, 500, 1.0, 0)
+    assert p_value < 1e-6
+    assert 0 < accepted < 1
+
+
+# ---- nothing is left behind, and other ways to generate keep working
+
+
+def test_detach_and_the_context_manager_give_the_target_its_own_generate_back():
+    p = pair()
+    before = set(vars(p.target))
+    with attach(p.target, p.drafter) as attachment:
+        assert set(vars(p.target)) - before
+    assert set(vars(p.target)) == before
+    with pytest.raises(AttributeError):  # transformers' plain behaviour for a drafter it is not told of
+        p.target.generate(p.prompts[0], **GREEDY, assistant_model=p.drafter)
+    assert attachment.rounds == []
+    with pytest.raises(RuntimeError, match="inside"), attach(p.target, p.drafter):
+        raise RuntimeError("an error inside the block")
+    attachment = attach(p.target, p.drafter)
+    attachment.detach()
+    attachment.detach()
+    assert set(vars(p.target)) == before
+
+
+def test_other_assistants_and_prompt_lookup_work_while_attached():
+    p = pair()
+    small = make_target(seed=1, num_hidden_layers=1)
+    with attach(p.target, p.drafter) as attachment:
+        for others in (dict(assistant_model=small), dict(prompt_lookup_num_tokens=3), {}):
+            assert torch.equal(plain(p, p.prompts[0], **others), p.plain[0])
+        beams = plain(p, p.prompts[0], num_beams=2)
+    assert attachment.generations == []
+    assert torch.equal(beams, plain(p, p.prompts[0], num_beams=2))
+
+
+def test_attaching_changes_neither_the_generation_config_nor_what_is_saved(tmp_path):
+    p = pair()
+    p.target.save_pretrained(tmp_path / "before")
+    config = p.target.generation_config
+    own = config.to_dict()
+    with attach(p.target, p.drafter):
+        p.target.generate(p.prompts[0], **GREEDY, assistant_model=p.drafter)
+        p.target.save_pretrained(tmp_path / "after")
+    assert p.target.generation_config is config and config.to_dict() == own
+    files = [{f.name: f.read_bytes() for f in (tmp_path / when).iterdir()} for when in ("before", "after")]
+    assert files[0] == files[1] and "generation_config.json" in files[0]
+
+
+def lora(model, alpha: float, **more):
+    """A LoRA wrapper whose weights already do something."""
+    config = LoraConfig(r=2, lora_alpha=alpha, target_modules=["q_proj", "v_proj"], init_lora_weights=False, **more)
+    set_seed(0)
+    return get_peft_model(deepcopy(model), config)
+
+
+def test_a_peft_wrapped_target_is_served():
+    p = pair()
+    wrapped = SimpleNamespace(target=lora(p.target, 0.2, task_type="CAUSAL_LM"), drafter=p.drafter)
+    output, rounds, _ = decode(wrapped, p.prompts[0])
+    assert torch.equal(output, plain(wrapped, p.prompts[0]))
+    assert not torch.equal(output, p.plain[0]) and any(r.accepted for r in rounds)
+    assert "_get_candidate_generator" not in vars(wrapped.target.get_base_model())
+
+
+def test_a_peft_wrapped_drafter_drafts_like_the_merged_one():
+    p, hidden = pair(), []
+    wrapped = lora(p.drafter, 0.2)
+    wrapped.get_base_model().register_forward_hook(lambda module, args, output: hidden.append(output[0][0]))
+    with attach(p.target, wrapped) as attachment:
+        output = plain(p, p.prompts[1], assistant_model=wrapped)
+    assert torch.equal(output, p.plain[1])
+    _, rounds, merged = decode(p, p.prompts[1], drafter=deepcopy(wrapped).merge_and_unload())
+    assert attachment.rounds == rounds
+    torch.testing.assert_close(torch.stack(hidden[: len(merged)]), torch.stack(merged), rtol=0, atol=1e-10)
+    assert (hidden[0] - p.assisted[1][2][0]).abs().max() > 1e-3  # the adapter does something
+
+
+def test_the_text_generation_pipeline_takes_an_attached_drafter(text_target, tokenizer):
+    target = deepcopy(text_target)
+    for key in ("eos_token_id", "pad_token_id", "bos_token_id"):  # the pipeline compares those of the two configs
+        value = getattr(tokenizer, key)
+        setattr(target.config, key, value)
+        setattr(target.generation_config, key, value)
+    config = drafter_config(
+        target, num_hidden_layers=1, block_size=K, mask_token_id=tokenizer.mask_token_id, target_layer_ids=[0, 2]
+    )
+    set_seed(0)
+    drafter = DFlashDraftModel(config).eval()
+    options = dict(max_new_tokens=12, do_sample=False)
+    expected = pipeline("text-generation", model=target, tokenizer=tokenizer)("the quick brown", **options)
+    with attach(target, drafter) as attachment:
+        drafting = pipeline("text-generation", model=target, tokenizer=tokenizer, assistant_model=drafter)
+        assert drafting("the quick brown", **options) == expected
+    assert sum(r.emitted for r in attachment.rounds) == 11 and any(r.drafted for r in attachment.rounds)
+
+
+# ---- errors
+
+
+def filled_cache(p):
+    return dict(past_key_values=p.target(p.prompts[0][:, :4], use_cache=True).past_key_values)
+
+
+@pytest.mark.parametrize(
+    ("options", "advice"),
+    [
+        (filled_cache, "pass the full conversation as input_ids and no past_key_values"),
+        (lambda p: dict(inputs=torch.cat(p.prompts)), "the batch has 3 rows.*Call generate row by row"),
+        (lambda p: dict(num_beams=2), "silently ignore the drafter: set num_beams=1"),
+        (lambda p: dict(num_return_sequences=2, do_sample=True), "num_return_sequences has to be 1"),
+        (lambda p: dict(output_hidden_states=True, return_dict_in_generate=True), "Run one more forward pass"),
+        (lambda p: dict(inputs=None, inputs_embeds=p.target.get_input_embeddings()(p.prompts[0])), "pass input_ids"),
+        (lambda p: dict(use_cache=False), "use_cache=True"),
+        (lambda p: dict(cache_implementation="static"), "(?i)static cache"),
+    ],
+    ids=["filled cache", "batch", "beams", "sequences", "hidden states", "embeds alone", "no cache", "static cache"],
+)
+def test_a_call_that_cannot_be_drafted_for_says_what_to_change(options, advice):
+    p = pair()
+    with attach(p.target, p.drafter) as attachment, pytest.raises(ValueError, match=advice):
+        p.target.generate(**GREEDY | dict(inputs=p.prompts[0], assistant_model=p.drafter) | options(p))
+    assert attachment.rounds == []
+
+
+def test_a_stateful_target_is_refused():
+    config = AutoConfig.for_model(
+        "qwen3_next", vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, linear_num_value_heads=4, linear_num_key_heads=2,
+        linear_key_head_dim=8, linear_value_head_dim=8, num_experts=4, num_experts_per_tok=2,
+        moe_intermediate_size=16, shared_expert_intermediate_size=16, max_position_embeddings=256,
+    )  # fmt: skip
+    target = AutoModelForCausalLM.from_config(config)
+    drafter = make_drafter(target)
+    with attach(target, drafter), pytest.raises(ValueError, match="Generate without assistant_model"):
+        target.generate(random_prompts(1), **GREEDY, assistant_model=drafter)
+
+
+@pytest.mark.parametrize(
+    ("drafter", "options", "error", "advice"),
+    [
+        (lambda: make_drafter(make_target(), dtype=torch.float16), {}, ValueError, "bfloat16 or float32"),
+        (lambda: make_drafter(make_target(hidden_size=64)), {}, ValueError, r"hidden_size 64 \(target: 32\)"),
+        (lambda: make_drafter(make_target(vocab_size=128)), {}, ValueError, r"vocab_size 128 \(target: 96\)"),
+        (lambda: make_drafter(make_target(num_hidden_layers=5)), {}, ValueError, r"num_target_layers 5 \(target: 4\)"),
+        (lambda: make_target(), {}, TypeError, "is not a block drafter; load one with AutoModel"),
+        (lambda: pair().drafter, dict(max_draft_tokens=0), ValueError, r"must be in 1\.\.3"),
+        (lambda: pair().drafter, dict(max_draft_tokens=K), ValueError, r"must be in 1\.\.3"),
+    ],
+    ids=["fp16", "hidden size", "vocabulary", "layers", "a plain model", "cap of 0", "cap of K"],
+)
+def test_attach_refuses_what_cannot_work_and_leaves_the_target_alone(drafter, options, error, advice):
+    target = pair().target
+    before = set(vars(target))
+    with pytest.raises(error, match=advice):
+        attach(target, drafter(), **options)
+    assert set(vars(target)) == before

@@ -1,0 +1,129 @@
+"""Recipes: every shipped file parses, the command line wins, and nothing misspelt passes."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hf_specauf.recipe import parse
+
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted((ROOT / "recipes").glob("*/*.yaml"))
+NAMED = dict(target_model_name_or_path="some/target", dataset_name="rows.jsonl", output_dir="out", use_cpu=True)
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """Parses keys written as YAML text or given as a dict, then command-line words."""
+
+    def recipe(keys: dict | str, *words: str):
+        text = keys if isinstance(keys, str) else yaml.safe_dump(NAMED | keys)
+        path = tmp_path / "recipe.yaml"
+        path.write_text(text)
+        target, draft, data, args = parse(["--config", str(path), *words])
+        return vars(target) | vars(draft) | vars(data) | vars(args)
+
+    return recipe
+
+
+def words(keys: dict) -> list[str]:
+    return [word for key, value in keys.items() for word in (f"--{key}", str(value))]
+
+
+def test_there_are_recipes():
+    assert {path.parent.name for path in RECIPES} >= {"quickstart"}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_shipped_recipe_parses_and_every_key_takes_effect(recipe, path):
+    text = path.read_text()
+    keys = yaml.safe_load(text)
+    # what `make quickstart` fills in; a machine without a GPU must say so
+    given = {key: value for key, value in NAMED.items() if key not in keys}
+    parsed = recipe(text, *words(given))
+    for key, value in (keys | given).items():
+        assert parsed[key] == value, key
+
+
+def test_quickstart_recipes_differ_in_the_objective_alone():
+    files = [ROOT / f"recipes/quickstart/dflash_{name}.yaml" for name in ("auf", "decay")]
+    auf, decay = (yaml.safe_load(file.read_text()) for file in files)
+    assert auf.pop("objective") == "auf" and decay.pop("objective") == "decay"
+    assert auf == decay
+
+
+@pytest.mark.parametrize(
+    "key, in_yaml, on_command_line, wins",
+    [
+        ("objective", "decay", "uniform", "uniform"),
+        ("learning_rate", "6e-4", "1e-3", 1e-3),  # YAML 1.1 reads 6e-4 as text
+        ("block_size", 8, "10", 10),
+        ("target_layer_ids", [1, 2], "3", [3]),
+        ("bf16", False, "false", False),
+        ("target_model_name_or_path", "in/yaml", "on/line", "on/line"),
+    ],
+)
+def test_command_line_beats_yaml(recipe, key, in_yaml, on_command_line, wins):
+    from_yaml = float(in_yaml) if key == "learning_rate" else in_yaml
+    assert recipe({key: in_yaml})[key] == from_yaml
+    assert recipe({key: in_yaml}, f"--{key}", on_command_line)[key] == wins
+
+
+@pytest.mark.parametrize("key", ["objectve", "blocksize", "target_layers", "warmup_ratio", "Objective"])
+def test_unknown_keys_fail_and_are_named(recipe, key):
+    with pytest.raises(ValueError, match=f"--{key}"):
+        recipe({key: "auf"})
+    with pytest.raises(ValueError, match=f"--{key}"):
+        recipe({}, f"--{key}", "auf")
+
+
+@pytest.mark.parametrize(
+    "keys, message",
+    [
+        (dict(objective="aufff"), "objective is 'aufff'; it must be one of uniform, decay, auf, auf_decay"),
+        (dict(normalisation="mean"), "normalisation is 'mean'"),
+        (dict(target_dtype="fp16"), "target_dtype is 'fp16'; it must be auto, bfloat16 or float32"),
+        (dict(target_dtype="float16"), "target_dtype is 'float16'"),
+        (dict(save_dtype="float16"), "save_dtype is 'float16'; it must be auto, bfloat16 or float32"),
+        (dict(block_size=1), "block_size is 1"),
+        (dict(fp16=True), "use bf16: true"),
+        (dict(trust_remote_code=True), "trust_remote_code: true needs target_revision"),
+    ],
+)
+def test_values_that_are_not_allowed_fail_in_yaml_and_on_the_command_line(recipe, keys, message):
+    with pytest.raises(ValueError, match=message):
+        recipe(keys)
+    with pytest.raises(ValueError, match=message):
+        recipe({}, *words(keys))
+
+
+def test_remote_code_is_allowed_with_a_revision(recipe):
+    parsed = recipe(dict(trust_remote_code=True, target_revision="abc123"))
+    assert (parsed["trust_remote_code"], parsed["target_revision"]) == (True, "abc123")
+
+
+def test_chat_template_kwargs_may_be_a_mapping(recipe):
+    text = yaml.safe_dump(NAMED) + "chat_template_kwargs: {enable_thinking: false}\n"
+    assert recipe(text)["chat_template_kwargs"] == {"enable_thinking": False}
+
+
+@pytest.mark.parametrize("missing", ["target_model_name_or_path", "dataset_name"])
+def test_required_keys_are_named(recipe, missing, capsys):
+    keys = {key: value for key, value in NAMED.items() if key != missing}
+    with pytest.raises(SystemExit):
+        recipe(yaml.safe_dump(keys))
+    assert f"the following arguments are required: --{missing}" in capsys.readouterr().err
+
+
+def test_help_explains_the_objective():
+    done = subprocess.run(
+        [sys.executable, "-m", "hf_specauf.train", "--help"],
+        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "Accept-Until-Fail" in done.stdout
+    assert re.search(r"--objective OBJECTIVE\s+Which slots count: uniform, decay \(DFlash\), auf", done.stdout)

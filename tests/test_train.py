@@ -1,0 +1,200 @@
+"""`python -m hf_specauf.train` end to end: a saved target and a file of rows become a drafter folder."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+import yaml
+from conftest import TEXT, make_target
+from transformers import AutoModel
+from transformers.trainer_utils import get_last_checkpoint
+
+from hf_specauf import DFlashDraftModel
+from hf_specauf.train import main
+
+ROOT = Path(__file__).parents[1]
+BASE = dict(
+    use_cpu="true", num_draft_layers=1, block_size=4, target_layer_ids="0 2", max_length=96, anchors_per_row=4,
+    max_steps=3, per_device_train_batch_size=2, per_device_eval_batch_size=2, eval_rows=3, eval_prompts=1,
+    eval_new_tokens=8, logging_steps=1, disable_tqdm="true", seed=7,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, tokenizer):
+    """A folder with a target, `text.jsonl` and `chat.jsonl`; what `datasets` caches lies there too."""
+    folder = tmp_path_factory.mktemp("files")
+    ids = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None)
+    make_target(dtype=torch.float32, vocab_size=len(tokenizer), **ids).save_pretrained(folder / "target")
+    tokenizer.save_pretrained(folder / "target")
+    words = TEXT.split()
+    texts = [" ".join(words[i % 9 :] + words[: i % 5]) for i in range(30)]
+    chats = [
+        [{"role": "user", "content": f"Question {i}?"}, {"role": "assistant", "content": text}]
+        for i, text in enumerate(texts)
+    ]
+    for name, column, rows in (("text", "text", texts), ("chat", "messages", chats), ("short", "text", ["a b"] * 30)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({column: row}) + "\n" for row in rows))
+    cache, datasets.config.HF_DATASETS_CACHE = datasets.config.HF_DATASETS_CACHE, folder / "cache"
+    yield folder
+    datasets.config.HF_DATASETS_CACHE = cache
+
+
+@pytest.fixture
+def command(files, tmp_path):
+    """Words of a command line; keyword arguments override `base`."""
+
+    def command(data="text", base=BASE, **overrides) -> list[str]:
+        keys = dict(target_model_name_or_path=files / "target", dataset_name=files / f"{data}.jsonl")
+        keys |= dict(output_dir=tmp_path / "out") | base | overrides
+        return [word for key, value in keys.items() for word in (f"--{key}", *str(value).split())]
+
+    return command
+
+
+def start(files, *words: str) -> subprocess.Popen:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(files / "cache")}
+    return subprocess.Popen(
+        [sys.executable, "-m", *words], cwd=ROOT, env=environment,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def final(folder) -> dict[str, torch.Tensor]:
+    return AutoModel.from_pretrained(folder, dtype=torch.float32).state_dict()
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def strict(text: str):
+    """JSON as the standard has it: NaN and Infinity are errors."""
+
+    def refuse(constant):
+        raise ValueError(f"{constant} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+@pytest.mark.parametrize(
+    "data, first_row",
+    [("text", "⟦To be read by a tiny tokenizer:"), ("chat", "<|user|>Question 0?<|end|><|assistant|>⟦To be read")],
+)
+def test_command_leaves_a_drafter_and_its_provenance(command, data, first_row, tmp_path, capsys):
+    main(command(data, hub_token="hf_PLANTED", save_steps=2, objective="auf_decay", gamma=2.5))
+    printed = capsys.readouterr().out
+    assert "mask_token_id: 2 (derived from the target)" in printed
+    assert "target_layer_ids: [0, 2] (recipe)" in printed
+    assert "4 layers; drafter: 1 layers, block size 4" in printed and "objective: auf_decay, gamma 2.5" in printed
+    assert first_row in printed and "drafter saved to" in printed
+
+    out = tmp_path / "out"
+    drafter = AutoModel.from_pretrained(out)
+    assert isinstance(drafter, DFlashDraftModel)
+    assert drafter.dtype == torch.float32  # the target's
+    assert drafter.config.target_model_name_or_path.endswith("target")
+
+    record = strict((out / "provenance.json").read_text())
+    assert json.loads(json.dumps(record, allow_nan=False)) == record
+    resolved = dict(mask_token_id=2, target_layer_ids=[0, 2], gamma=2.5, seed=7, objective="auf_decay", block_size=4)
+    assert resolved.items() <= record["recipe"].items()
+    assert record["environment"]["packages"]["transformers"].startswith("5.")
+    assert record["environment"]["packages"]["hf-specauf"] and record["environment"]["processes"] == 1
+    assert (record["steps"], record["rows"]) == (3, 27)
+    assert record["target"]["dtype"] == "float32"
+    assert record["trainable_parameters"] == sum(p.numel() for p in drafter.parameters())
+    assert [entry["step"] for entry in record["history"]] == [1, 2, 3, 3]
+    assert record["history"][-1]["eval_tau"] >= 1 and record["history"][0]["loss"] > 0
+    assert not [key for key in record["recipe"] if key.endswith("_token")]
+    written = {path.name: path.read_text() for path in out.rglob("*.json")}
+    assert {"config.json", "provenance.json", "trainer_state.json"} <= set(written)
+    assert not [name for name, text in written.items() if "hf_PLANTED" in text]
+
+
+def test_same_seed_same_weights_and_bfloat16_on_request(command, tmp_path):
+    for name, dtype in (("a", "float32"), ("b", "bfloat16")):
+        main(command(output_dir=tmp_path / name, save_dtype=dtype))
+    assert json.loads((tmp_path / "b" / "config.json").read_text())["dtype"] == "bfloat16"
+    stored = AutoModel.from_pretrained(tmp_path / "b", dtype="auto")
+    assert stored.dtype == torch.bfloat16
+    rounded = {name: value.bfloat16() for name, value in final(tmp_path / "a").items()}
+    assert same(stored.state_dict(), rounded)
+    # what is trained stays fp32
+    checkpoint = get_last_checkpoint(tmp_path / "b")
+    assert same(AutoModel.from_pretrained(checkpoint, dtype="auto").state_dict(), final(tmp_path / "a"))
+
+
+def test_drafters_of_all_objectives_and_no_other_seed_start_alike(command, tmp_path):
+    runs = {"auf": dict(objective="auf"), "decay": dict(objective="decay", gamma=2), "other": dict(seed=8)}
+    for name, keys in runs.items():
+        main(command(output_dir=tmp_path / name, learning_rate=0, max_steps=1, **keys))
+    first = {name: final(tmp_path / name) for name in runs}
+    assert same(first["auf"], first["decay"])
+    assert not same(first["auf"], first["other"])
+
+
+def test_interrupted_command_resumes_to_a_finished_run(command, files, tmp_path):
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    keys = dict(max_steps=120, save_steps=10, save_total_limit=1, logging_steps=10)
+    process = start(files, "hf_specauf.train", *command(**keys))
+    deadline = time.monotonic() + 300
+    while process.poll() is None and not list(out.glob("checkpoint-*/trainer_state.json")):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    printed, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, printed
+    assert "Traceback" not in printed
+    stopped = int(get_last_checkpoint(out).rsplit("-", 1)[1])
+    assert f"stopped at step {stopped} of 120; resume with --resume_from_checkpoint true" in printed
+    assert 0 < stopped < 120 and not (out / "provenance.json").exists()
+
+    main(command(**keys, resume_from_checkpoint="true"))
+    record = strict((out / "provenance.json").read_text())
+    assert record["steps"] == 120
+    main(command(**keys, output_dir=whole))
+    assert same(final(out), final(whole))
+
+
+def test_accelerate_launch_runs_a_recipe(command, files, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(BASE | dict(target_layer_ids=[0, 2], use_cpu=True)))
+    launcher = ("accelerate.commands.accelerate_cli", "launch", "--num_processes", "1", "--cpu")
+    process = start(files, *launcher, "-m", "hf_specauf.train", "--config", str(recipe), *command(base={}))
+    printed, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, printed
+    assert strict((tmp_path / "out" / "provenance.json").read_text())["steps"] == 3
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (dict(dataset_name="nowhere/rows.jsonl"), "'nowhere/rows.jsonl' looks like a local file, but there is none"),
+        (dict(target_layer_ids="0 3"), "leaves the allowed range 0..2 of a target with 4 layers"),
+        (dict(data="short"), "rows are too short: only 0 of 27 hold a whole block of 4"),
+        (dict(resume_from_checkpoint="out/checkpoint-9"), "there is no folder 'out/checkpoint-9'"),
+        (dict(gamma=7), "objective 'auf' has no decay and would ignore it"),
+        (dict(objectve="auf"), "--objectve"),
+    ],
+)
+def test_errors_are_one_line_without_a_traceback(command, overrides, message):
+    with pytest.raises(SystemExit) as stop:
+        main(command(**overrides))
+    assert stop.value.code.startswith("error: ") and "\n" not in stop.value.code
+    assert message in stop.value.code
+
+
+def test_error_of_the_command_itself_shows_no_traceback(command, files):
+    process = start(files, "hf_specauf.train", *command(dataset_name="nowhere/rows.jsonl"))
+    printed, _ = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert "Traceback" not in printed
+    assert printed.splitlines()[-1].startswith("error: dataset_name 'nowhere/rows.jsonl' looks like a local file")

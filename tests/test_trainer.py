@@ -1,0 +1,533 @@
+"""AUFTrainer on tiny real pairs: the loss is exact however a step is computed, and nothing fails silently."""
+
+import math
+import os
+import signal
+from copy import deepcopy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import EOS, MASK, PAD, make_drafter, make_target, overfit, random_prompts
+from datasets import Dataset
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModel, TrainerCallback
+
+from hf_specauf.blocks import EVALUATION_STEP, make_blocks, sample_anchors
+from hf_specauf.generate import attach
+from hf_specauf.trainer import AUFConfig, AUFTrainer, RowCollator
+
+PROMPT, LENGTHS = 8, (42, 11, 24, 13, 36, 10, 18)
+BASE = dict(
+    use_cpu=True, anchors_per_row=6, max_steps=3, per_device_train_batch_size=8, learning_rate=1e-3,
+    lr_scheduler_type="constant", logging_steps=1, save_strategy="no", eval_prompts=3, eval_new_tokens=12,
+    disable_tqdm=True,
+)  # fmt: skip
+SGD = dict(optim="sgd", learning_rate=0.05, max_grad_norm=0.0)
+DIAGNOSTICS = ("active_ratio", "active_ratio_all_slots", "support_accuracy", "common_accuracy", "teacher_forced_tau")
+
+
+def written_by(target, count: int, seed: int = 0) -> torch.Tensor:
+    """(count, 42) prompts and what the target wrote after them, never the mask token."""
+    return target.generate(
+        random_prompts(count, PROMPT, seed), max_new_tokens=34, do_sample=False, suppress_tokens=[MASK]
+    )
+
+
+def token_rows(texts: list[list[int]], prompt: int = PROMPT) -> Dataset:
+    supervised = [[0] * prompt + [1] * (len(text) - prompt) for text in texts]
+    return Dataset.from_dict({"input_ids": texts, "supervised": supervised})
+
+
+@pytest.fixture(scope="module")
+def pair(tokenizer):
+    """A float64 target, 12 rows of uneven length it wrote, and a half-trained drafter: supports of 1 to K-1 slots."""
+    target = make_target()
+    texts = written_by(target, 12)
+    drafter = overfit(make_drafter(target, dtype=torch.float64), target, texts, PROMPT, steps=25)
+    rows = token_rows([text[: LENGTHS[i % len(LENGTHS)]] for i, text in enumerate(texts.tolist())])
+    return SimpleNamespace(target=target, drafter=drafter, rows=rows, tokenizer=tokenizer)
+
+
+@pytest.fixture
+def build(pair, tmp_path):
+    """Builds a trainer of a copy of the pair's drafter; keyword arguments override the trainer's, then `BASE`'s."""
+
+    def build(cls=AUFTrainer, **overrides) -> AUFTrainer:
+        given = dict(
+            model=pair.drafter, target_model=pair.target, train_dataset=pair.rows, eval_dataset=pair.rows,
+            processing_class=pair.tokenizer, peft_config=None, callbacks=None,
+        )  # fmt: skip
+        given |= {key: overrides.pop(key) for key in given if key in overrides}
+        given["model"] = deepcopy(given["model"])
+        gpus = overrides.pop("n_gpu", None)
+        args = AUFConfig(**dict(output_dir=str(tmp_path / "out")) | BASE | overrides)
+        if gpus is not None:
+            args._n_gpu = gpus
+        return cls(args=args, **given)
+
+    return build
+
+
+def train(trainer: AUFTrainer, **kwargs) -> list[dict]:
+    """Train -> the log of each step."""
+    trainer.train(**kwargs)
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def weights(trainer: AUFTrainer) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in trainer.model.state_dict().items()}
+
+
+def assert_same(a: dict, b: dict, rtol: float = 0.0) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=rtol, atol=rtol * 1e-3)
+
+
+class BeforeStep(TrainerCallback):
+    """Does something to the model just before one step."""
+
+    def __init__(self, step: int, action):
+        self.step, self.action = step, action
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step == self.step - 1:
+            self.action(model)
+
+
+# ---- the exact pooled loss
+
+
+def by_hand(trainer, drafter, rows, step: int):
+    """Loss with its graph, and diagnostics, written out: all logits of all slots, then a loop over slots."""
+    args, target, config = trainer.args, trainer.target.model, drafter.config
+    batch = trainer.data_collator(list(rows))
+    spans = batch["supervised"], batch["document_ids"]
+    anchors, real = sample_anchors(*spans, args.anchors_per_row, batch["row_ids"], args.seed, step)
+    blocks = make_blocks(batch["input_ids"], *spans, anchors, real, config.block_size, config.mask_token_id)
+    with torch.no_grad():
+        states = target(
+            input_ids=batch["input_ids"], attention_mask=(spans[1] >= 0).long(), output_hidden_states=True
+        ).hidden_states
+        noise = target.get_input_embeddings()(blocks.noise_ids)
+    context = torch.cat([states[i + 1] for i in config.target_layer_ids], dim=-1)
+    hidden = drafter(noise, context, blocks.attention_mask, blocks.position_ids).last_hidden_state
+    log_p = target.lm_head(hidden).log_softmax(-1).view(*anchors.shape, config.block_size, -1)[:, :, 1:]
+
+    until_fail = args.objective.startswith("auf")
+    terms, count = [], dict.fromkeys(("supported", "supported_correct", "valid", "correct", "prefix"), 0)
+    for b, n in real.nonzero().tolist():
+        block, alive = [], True
+        for k in range(config.block_size - 1):
+            if not blocks.valid[b, n, k]:
+                break
+            label = blocks.labels[b, n, k]
+            right = bool(log_p[b, n, k].argmax() == label)
+            count["valid"] += 1
+            count["correct"] += right
+            if alive or not until_fail:
+                weight = math.exp(-k / trainer.gamma) if args.objective.endswith("decay") else 1.0
+                block.append((weight, -log_p[b, n, k, label]))
+                count["supported"] += 1
+                count["supported_correct"] += right
+            alive = alive and right
+            count["prefix"] += alive
+        terms.append((b, block))
+    values = [(b, sum(w * loss for w, loss in block), sum(w for w, _ in block)) for b, block in terms]
+    if args.normalisation == "per_block":
+        values = [(b, loss / weight, 1.0) for b, loss, weight in values]
+    loss = sum(v for _, v, _ in values) / sum(w for _, _, w in values)
+    diagnostics = {
+        "active_ratio": count["supported"] / count["valid"],
+        "active_ratio_all_slots": count["supported"] / blocks.valid.numel(),
+        "support_accuracy": count["supported_correct"] / count["supported"],
+        "common_accuracy": count["correct"] / count["valid"],
+        "teacher_forced_tau": 1 + count["prefix"] / len(terms),
+    }
+    per_row = [
+        sum(v for b, v, _ in values if b == row) / sum(w for b, _, w in values if b == row)
+        for row in range(len(batch["input_ids"]))
+    ]
+    return loss, diagnostics, torch.stack(per_row).mean()
+
+
+OBJECTIVES = [
+    ("auf", None, "pooled"),
+    ("auf", None, "per_block"),
+    ("decay", 2.0, "pooled"),
+    ("decay", 2.0, "per_block"),
+    ("auf_decay", 2.0, "pooled"),
+    ("uniform", None, "pooled"),
+]
+
+
+@pytest.mark.parametrize("objective, gamma, normalisation", OBJECTIVES)
+def test_one_step_equals_a_computation_of_all_logits_by_hand(build, pair, objective, gamma, normalisation):
+    trainer = build(
+        objective=objective, gamma=gamma, normalisation=normalisation, max_steps=1,
+        per_device_train_batch_size=3, gradient_accumulation_steps=4, **SGD,
+    )  # fmt: skip
+    drafter = deepcopy(pair.drafter)
+    loss, diagnostics, mean_of_rows = by_hand(trainer, drafter, trainer.train_dataset, step=0)
+    loss.backward()
+    (log,) = train(trainer)
+    # otherwise a biased mean over micro-batches would pass
+    if normalisation == "pooled":
+        assert abs(loss.item() / mean_of_rows.item() - 1) > 1e-3
+    assert log["loss"] == pytest.approx(loss.item(), rel=1e-6)
+    gradients = {name: p.grad for name, p in drafter.named_parameters()}
+    norm = torch.stack([g.norm() for g in gradients.values()]).norm().item()
+    assert log["grad_norm"] == pytest.approx(norm, rel=1e-6)
+    for name, before in pair.drafter.named_parameters():
+        step = (before - trainer.model.get_parameter(name)) / SGD["learning_rate"]
+        torch.testing.assert_close(step, gradients[name], rtol=1e-6, atol=1e-9)
+    assert {key: log[key] for key in DIAGNOSTICS} == pytest.approx(diagnostics)
+
+
+WAYS = {
+    "4 x 2 rows": dict(per_device_train_batch_size=2, gradient_accumulation_steps=4),
+    "2 x 4 rows": dict(per_device_train_batch_size=4, gradient_accumulation_steps=2),
+    "8 x 1 row": dict(per_device_train_batch_size=1, gradient_accumulation_steps=8),
+    "one slot's logits at a time": dict(head_rows_per_chunk=1),
+    "gradient checkpointing": dict(gradient_checkpointing=True),
+}
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.0, 0.5], ids=["unclipped", "clipped"])
+@pytest.mark.parametrize(
+    "objective, gamma, normalisation, ways",
+    [(*OBJECTIVES[0], list(WAYS)), (*OBJECTIVES[1], ["4 x 2 rows"]), (*OBJECTIVES[2], ["4 x 2 rows", "8 x 1 row"])],
+)
+def test_losses_gradients_and_weights_do_not_depend_on_how_a_step_is_computed(
+    build, objective, gamma, normalisation, ways, max_grad_norm
+):
+    # 12 rows: every second step is a short one of 4 rows
+    common = SGD | dict(
+        objective=objective, gamma=gamma, normalisation=normalisation, max_grad_norm=max_grad_norm, max_steps=4
+    )
+    whole = build(**common)
+    expected = train(whole)
+    assert len({entry["active_ratio"] for entry in expected}) == (4 if objective == "auf" else 1)
+    assert all(entry["grad_norm"] > 0.5 for entry in expected)  # so that clipping clips
+    for way in ways:
+        split = build(**common | WAYS[way])
+        for ours, theirs in zip(train(split), expected, strict=True):
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6), way  # Trainer sums losses in fp32
+            assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-9), way
+            assert {k: ours[k] for k in DIAGNOSTICS} == pytest.approx({k: theirs[k] for k in DIAGNOSTICS}), way
+        assert_same(weights(split), weights(whole), rtol=1e-9)
+
+
+def test_gradient_checkpointing_recomputes_the_layers(build):
+    calls = []
+    for on in (False, True):
+        trainer = build(gradient_checkpointing=on, max_steps=1)
+        trainer.model.layers[0].mlp.register_forward_pre_hook(lambda *_, on=on: calls.append(on))
+        trainer.train()
+    assert calls == [False, True, True]
+
+
+def test_each_step_draws_new_anchors_and_the_seed_decides_which(build):
+    still = dict(learning_rate=0.0, per_device_train_batch_size=12)  # the same rows and weights at every step
+    losses = [log["loss"] for seed in (1, 2, 1) for log in train(build(seed=seed, **still))]
+    assert len(set(losses)) == 6 and losses[:3] == losses[6:]
+    # of two seeds anchors and the order of rows follow data_seed, also 0
+    assert [log["loss"] for log in train(build(seed=1, data_seed=0, **still))] == pytest.approx(
+        [log["loss"] for log in train(build(seed=2, data_seed=0, **still))]
+    )
+
+
+class DividedByTrainer(AUFTrainer):
+    """What Trainer does by default: divide each micro-batch by the number of micro-batches."""
+
+    loss_is_scaled_for_ga = None
+
+
+def test_trainers_own_division_would_shrink_gradients(build):
+    split = dict(per_device_train_batch_size=2, gradient_accumulation_steps=4, max_steps=1) | SGD
+    ours, theirs = build(**split), build(cls=DividedByTrainer, **split)
+    assert ours.loss_is_scaled_for_ga is True
+    assert ours.model_accepts_loss_kwargs is False
+    (right,), (wrong,) = train(ours), train(theirs)
+    assert wrong["grad_norm"] == pytest.approx(right["grad_norm"] / 4)
+
+
+def test_rows_without_a_block_neither_bias_nor_break_a_step(build, pair):
+    good = [pair.rows[i]["input_ids"] for i in range(4)]
+    some, empty = token_rows(good), dict(input_ids=[5, 6, 7, 8], supervised=[1, 1, 0, 0])  # no context before it
+    padded = Dataset.from_list(list(some) + [empty] * 4)
+    alone = build(train_dataset=some, per_device_train_batch_size=4, **SGD)
+    mixed = build(train_dataset=padded, per_device_train_batch_size=1, gradient_accumulation_steps=8, **SGD)
+    for ours, expected in zip(train(mixed), train(alone), strict=True):
+        assert ours["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+        assert ours["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-9)
+    assert_same(weights(mixed), weights(alone), rtol=1e-9)
+    nothing = build(train_dataset=padded, per_device_train_batch_size=1, max_steps=8, **SGD)
+    logs = train(nothing)
+    assert sum(log["loss"] == log["grad_norm"] == 0.0 for log in logs) == 4
+    assert all(math.isfinite(log["loss"]) for log in logs)
+
+
+def poison(parameter_name: str):
+    def action(model):
+        model.get_parameter(parameter_name).data.view(-1)[0] = math.nan
+
+    return action
+
+
+@pytest.mark.parametrize("where", ["drafter", "target"])
+def test_nan_stops_training_before_the_optimizer_steps(build, pair, where, tmp_path):
+    target = deepcopy(pair.target)
+    spoil = poison("fc.weight") if where == "drafter" else lambda model: poison("lm_head.weight")(target)
+    trainer = build(
+        model=make_drafter(pair.target), target_model=target, save_strategy="steps", save_steps=1, max_steps=5,
+        callbacks=[BeforeStep(3, spoil)],
+    )  # fmt: skip
+    with pytest.raises(FloatingPointError, match=r"of step 3 is not a finite number.*--resume_from_checkpoint"):
+        trainer.train()
+    assert sorted(os.listdir(tmp_path / "out")) == ["checkpoint-1", "checkpoint-2"]
+    last = dict(AutoModel.from_pretrained(tmp_path / "out" / "checkpoint-2").named_parameters())
+    for name, parameter in trainer.model.named_parameters():
+        changed = (parameter != last[name]).sum().item()
+        assert changed == (where == "drafter" and name == "fc.weight")
+        assert torch.isfinite(last[name]).all()
+
+
+# ---- evaluation
+
+
+@pytest.mark.parametrize("objective, gamma", [("auf", None), ("decay", 2.0)])
+def test_evaluation_equals_a_computation_by_hand_for_every_batch_size(build, pair, objective, gamma):
+    rows = pair.rows.select(range(7))
+    results = []
+    for size in (1, 3, 7):
+        trainer = build(objective=objective, gamma=gamma, eval_dataset=rows, per_device_eval_batch_size=size)
+        results.append(trainer.evaluate())
+        assert trainer.evaluate()["eval_loss"] == results[-1]["eval_loss"]  # fixed anchors
+    loss, diagnostics, _ = by_hand(trainer, pair.drafter, trainer.eval_dataset, EVALUATION_STEP)
+    with attach(pair.target, pair.drafter) as attachment:
+        for row in rows.select(range(BASE["eval_prompts"])):
+            prompt = torch.tensor([row["input_ids"][: row["supervised"].index(1)]])
+            pair.target.generate(
+                prompt, max_new_tokens=BASE["eval_new_tokens"], do_sample=False, assistant_model=pair.drafter
+            )
+    expected = {f"eval_{key}": value for key, value in diagnostics.items()}
+    expected |= {"eval_loss": loss.item(), "eval_tau": attachment.acceptance().tau}
+    assert expected["eval_tau"] > 1
+    for metrics in results:
+        assert {key: metrics[key] for key in expected} == pytest.approx(expected, rel=1e-6)
+
+
+def test_evaluation_does_not_change_training(build):
+    plain, evaluated = build(), build(eval_strategy="steps", eval_steps=1, eval_on_start=True)
+    for a, b in zip(train(plain), train(evaluated), strict=True):
+        assert (a["loss"], a["grad_norm"]) == (b["loss"], b["grad_norm"])
+    assert_same(weights(plain), weights(evaluated))
+    assert sum("eval_tau" in entry for entry in evaluated.state.log_history) == 4
+
+
+def test_best_model_is_chosen_by_decoded_tau(build, pair, tmp_path):
+    # the first step of a warm-up has learning rate 0, those after it ruin the drafter
+    trainer = build(
+        metric_for_best_model="eval_tau", load_best_model_at_end=True, eval_strategy="steps", eval_steps=1,
+        save_strategy="steps", save_steps=1, learning_rate=30.0, lr_scheduler_type="constant_with_warmup",
+        warmup_steps=2, optim="sgd",
+    )  # fmt: skip
+    trainer.train()
+    taus = [entry["eval_tau"] for entry in trainer.state.log_history if "eval_tau" in entry]
+    assert taus[0] > max(taus[1:])
+    assert trainer.state.best_metric == taus[0]
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "out" / "checkpoint-1")
+    assert_same(weights(trainer), pair.drafter.state_dict())
+
+
+def test_auf_starts_on_first_slots_grows_its_support_and_raises_tau(build, pair):
+    rows = token_rows(written_by(pair.target, 8, seed=1).tolist())
+    trainer = build(
+        model=make_drafter(pair.target), train_dataset=rows, eval_dataset=rows, max_steps=100, learning_rate=5e-3,
+        anchors_per_row=16, eval_on_start=True, eval_prompts=8, eval_new_tokens=34,
+    )  # fmt: skip
+    logs = train(trainer)
+    start = next(entry for entry in trainer.state.log_history if "eval_tau" in entry)
+    first, last = logs[0], logs[-1]
+    slots = 3  # K - 1
+    assert first["active_ratio"] < 1.2 / slots
+    assert last["active_ratio"] > 2 * first["active_ratio"]
+    assert all(0 < log["active_ratio"] <= 1 for log in logs)
+    assert start["eval_tau"] < 1.2
+    assert trainer.evaluate()["eval_tau"] > 1.5
+
+
+# ---- checkpoints
+
+
+def test_checkpoint_holds_the_drafter_alone_in_fp32(build, pair, tmp_path):
+    drafter = make_drafter(pair.target)
+    trainer = build(model=drafter, save_strategy="steps", save_steps=3)
+    trainer.train()
+    folder = tmp_path / "out" / "checkpoint-3"
+    stored = load_file(folder / "model.safetensors")
+    assert_same(stored, weights(trainer))
+    assert sum(v.numel() for v in stored.values()) == sum(p.numel() for p in drafter.parameters())
+    loaded = AutoModel.from_pretrained(folder)
+    assert loaded.dtype == torch.float32
+    assert_same(loaded.state_dict(), stored)
+    assert "use_cache" not in (folder / "config.json").read_text()
+
+
+@pytest.mark.parametrize("peft_config", [None, LoraConfig(r=4, target_modules="all-linear")], ids=["full", "lora"])
+def test_resume_continues_bit_for_bit(build, pair, tmp_path, peft_config):
+    # 4 steps an epoch: the checkpoint lies in the middle of one
+    common = dict(
+        per_device_train_batch_size=1, gradient_accumulation_steps=3, max_steps=6, save_strategy="steps", save_steps=3,
+        lr_scheduler_type="linear", peft_config=peft_config,
+    )  # fmt: skip
+    whole = build(model=make_drafter(pair.target), **common)
+    expected = train(whole)
+    # an adapter's checkpoint does not hold its base
+    fresh = make_drafter(pair.target, seed=0 if peft_config else 1)
+    resumed = build(model=fresh, output_dir=str(tmp_path / "again"), seed=42, **common)
+    logs = train(resumed, resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-3"))
+    assert logs == expected
+    assert resumed.state.global_step == 6
+    assert_same(weights(resumed), weights(whole))
+
+
+def test_lora_trains_the_adapter_alone_and_loads_with_peft(build, pair, tmp_path):
+    base = make_drafter(pair.target)
+    trainer = build(
+        model=base, peft_config=LoraConfig(r=4, target_modules="all-linear"), learning_rate=1e-2,
+        save_strategy="steps", save_steps=3, eval_strategy="steps", eval_steps=3,
+    )  # fmt: skip
+    before = weights(trainer)
+    logs = train(trainer)
+    assert logs[-1]["loss"] < logs[0]["loss"]
+    after = weights(trainer)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all("lora_" in name for name in changed)
+    (evaluation,) = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert evaluation["eval_tau"] >= 1 and math.isfinite(evaluation["eval_loss"])
+    folder = tmp_path / "out" / "checkpoint-3"
+    assert all("lora_" in name for name in load_file(folder / "adapter_model.safetensors"))
+    assert not (folder / "model.safetensors").exists()
+    assert_same(PeftModel.from_pretrained(base, folder).state_dict(), after)
+
+
+def test_ctrl_c_finishes_the_step_saves_and_gives_the_handler_back(build, tmp_path):
+    def mine(signum, frame):
+        raise AssertionError("training let a Ctrl-C through")
+
+    previous = signal.signal(signal.SIGINT, mine)
+    try:
+        trainer = build(max_steps=8, callbacks=[BeforeStep(3, lambda model: os.kill(os.getpid(), signal.SIGINT))])
+        trainer.train()
+        assert signal.getsignal(signal.SIGINT) is mine
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    assert trainer.state.global_step == 3
+    assert os.listdir(tmp_path / "out") == ["checkpoint-3"]
+    saved = AutoModel.from_pretrained(tmp_path / "out" / "checkpoint-3", dtype="auto")
+    assert_same(saved.state_dict(), weights(trainer))
+
+
+def test_second_ctrl_c_stops_at_once(build, tmp_path):
+    def twice(model):
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    previous = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            build(callbacks=[BeforeStep(3, twice)]).train()
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def test_training_leaves_the_target_untouched(build, pair, tmp_path):
+    target = deepcopy(pair.target)
+    for parameter in target.parameters():
+        parameter.requires_grad_(True)
+    trainer = build(target_model=target, save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1)
+    trainer.train()
+    trained = {id(p) for p in trainer.model.parameters()}
+    trained |= {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+    for name, parameter in target.named_parameters():
+        assert torch.equal(parameter, pair.target.get_parameter(name))
+        assert not parameter.requires_grad and parameter.grad is None and id(parameter) not in trained
+    assert not target.training
+    expected = set(pair.drafter.state_dict())
+    for step in (1, 2, 3):
+        assert set(load_file(tmp_path / "out" / f"checkpoint-{step}" / "model.safetensors")) == expected
+
+
+# ---- precision and refusals
+
+
+def test_bf16_autocast_trains_fp32_weights(build):
+    target = make_target(dtype=torch.float32)
+    drafter = make_drafter(target)
+    trainer = build(model=drafter, target_model=target, bf16=True, eval_strategy="steps", eval_steps=3)
+    losses = [log["loss"] for log in train(trainer)]
+    exact = [log["loss"] for log in train(build(model=drafter, target_model=target))]
+    assert losses == pytest.approx(exact, rel=0.02) and losses != exact
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+    assert not torch.equal(trainer.model.fc.weight, drafter.fc.weight)
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (dict(fp16=True), "use bf16: true"),
+        (dict(objective="aufff"), "objective is 'aufff'; it must be one of uniform, decay, auf, auf_decay"),
+        (dict(normalisation="mean"), "normalisation is 'mean'; it must be one of pooled, per_block"),
+        (dict(gamma=7.0), "objective 'auf' has no decay and would ignore it"),
+        (dict(objective="decay"), "needs gamma.*block_size is 4"),
+        (dict(objective="auf_decay", gamma=0.0), "needs gamma > 0"),
+        (dict(remove_unused_columns=True), "remove_unused_columns: true would drop the supervised mask"),
+        (dict(anchors_per_row=0), "anchors_per_row is 0"),
+        (dict(head_rows_per_chunk=0), "head_rows_per_chunk is 0"),
+        (dict(processing_class=None), "processing_class is missing"),
+        (dict(n_gpu=2), "2 GPUs are visible.*accelerate launch -m hf_specauf.train"),
+    ],
+)
+def test_arguments_that_would_mislead_are_refused(build, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        build(**overrides)
+
+
+@pytest.mark.parametrize(
+    "drafter, message",
+    [
+        (lambda target: make_drafter(target, dtype=torch.bfloat16), r"torch.bfloat16.*Model-Optimizer#2322"),
+        (lambda target: make_drafter(target, dtype=torch.float16), r"torch.float16.*Model-Optimizer#2322"),
+        (lambda target: make_drafter(make_target(hidden_size=16)), r"hidden_size 16 \(target: 32\)"),
+        (lambda target: make_drafter(make_target(vocab_size=100)), r"vocab_size 100 \(target: 96\)"),
+        (lambda target: make_drafter(make_target(num_hidden_layers=5)), r"num_target_layers 5 \(target: 4\)"),
+    ],
+)
+def test_drafters_that_cannot_serve_the_target_are_refused(build, pair, drafter, message):
+    with pytest.raises(ValueError, match=message):
+        build(model=drafter(pair.target))
+
+
+def test_mask_token_in_the_data_is_refused(build, pair):
+    text = pair.rows[0]["input_ids"]
+    spoilt = token_rows([text, text[:20] + [MASK] + text[20:]])
+    for rows in ("train_dataset", "eval_dataset"):
+        with pytest.raises(ValueError, match=f"row 1 contains the mask token \\(id {MASK}\\)"):
+            build(**{rows: spoilt})
+    collate = RowCollator(PAD, MASK)
+    rows = [dict(row, row=10 + i) for i, row in enumerate(spoilt)]
+    assert collate(rows[:1])["row_ids"].tolist() == [10]
+    with pytest.raises(ValueError, match=rf"rows \[11\] contain the mask token \(id {MASK}\)"):
+        collate(rows)
+
+
+def test_padding_may_be_any_token_even_the_mask():
+    batch = RowCollator(MASK, MASK)([dict(input_ids=[4] * n, supervised=[1] * n, row=n) for n in (3, 5)])
+    assert batch["input_ids"][0].tolist() == [4, 4, 4, MASK, MASK]
+    assert batch["document_ids"].tolist() == [[0, 0, 0, -1, -1], [0] * 5]
+    assert batch["supervised"].sum(1).tolist() == [3, 5]
+    assert EOS not in batch["input_ids"]
