@@ -273,10 +273,12 @@ def test_a_left_padded_prompt_decodes_like_the_bare_one(architecture):
     prompt = p.prompts[0]
     padded = torch.cat([torch.full((1, 5), PAD), prompt], dim=1)
     mask = (torch.arange(padded.shape[1]) >= 5).long()[None]
-    output, rounds, _ = decode(p, padded, attention_mask=mask)
+    output, rounds, hidden = decode(p, padded, attention_mask=mask)
     assert torch.equal(output, plain(p, padded, attention_mask=mask))
-    bare, its_rounds, _ = p.assisted[0]
-    assert torch.equal(output[:, 5:], bare) and rounds == its_rounds  # positions and mask reach the drafter, too
+    bare, its_rounds, its_hidden = p.assisted[0]
+    assert torch.equal(output[:, 5:], bare) and rounds == its_rounds
+    # positions and mask reach the drafter, too
+    torch.testing.assert_close(torch.stack(hidden), torch.stack(its_hidden), rtol=0, atol=1e-10)
     assert not torch.equal(output, plain(p, padded, attention_mask=torch.ones_like(mask)))
 
 

@@ -1,0 +1,47 @@
+"""Muon for matrices and AdamW for the rest behave as one optimizer of Trainer."""
+
+import pytest
+import torch
+from conftest import make_drafter, make_target, random_prompts
+from datasets import Dataset
+from safetensors.torch import load_file
+
+from hf_specauf.optimizer import MuonWithAdamW
+from hf_specauf.trainer import AUFConfig, AUFTrainer
+
+
+def test_matrices_go_to_muon_and_the_rest_to_adamw():
+    drafter = make_drafter(make_target())
+    drafter.fc.requires_grad_(False)
+    optimizer = MuonWithAdamW(drafter, 0.02, 0.003)
+    muon, adamw = ({id(p) for group in part.param_groups for p in group["params"]} for part in optimizer.parts)
+    names = {id(p): name for name, p in drafter.named_parameters()}
+    assert all(names[i].endswith("proj.weight") for i in muon) and all("norm" in names[i] for i in adamw)
+    assert muon | adamw == set(names) - {id(drafter.fc.weight)}
+
+
+def test_the_schedule_reaches_both_and_resuming_is_bit_for_bit(tokenizer, tmp_path):
+    target = make_target(dtype=torch.float32)
+    texts = target.generate(random_prompts(8), max_new_tokens=24, do_sample=False, suppress_tokens=[95]).tolist()
+    rows = Dataset.from_dict({"input_ids": texts, "supervised": [[0] * 12 + [1] * 24] * 8})
+
+    def build(folder):
+        args = AUFConfig(
+            output_dir=str(tmp_path / folder), use_cpu=True, max_steps=4, save_steps=2, per_device_train_batch_size=4,
+            anchors_per_row=8, muon_learning_rate=0.02, learning_rate=0.003, lr_scheduler_type="linear",
+            eval_prompts=0, disable_tqdm=True,
+        )  # fmt: skip
+        return AUFTrainer(make_drafter(target), target, args, train_dataset=rows, processing_class=tokenizer)
+
+    whole, resumed = build("whole"), build("resumed")
+    whole.train()
+    rates = [group["lr"] for group in whole.optimizer.param_groups]
+    assert rates == [0.0, 0.0] and whole.optimizer.optimizer.parts[0].param_groups[0]["lr"] == 0.0
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    ends = [load_file(tmp_path / folder / "checkpoint-4" / "model.safetensors") for folder in ("whole", "resumed")]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+def test_sharded_training_with_muon_is_refused():
+    with pytest.raises(ValueError, match="muon_learning_rate needs whole matrices"):
+        AUFConfig(output_dir="x", use_cpu=True, muon_learning_rate=0.02, fsdp=True)
