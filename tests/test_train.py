@@ -32,7 +32,8 @@ def files(tmp_path_factory, tokenizer):
     """A folder with a target, `text.jsonl` and `chat.jsonl`; what `datasets` caches lies there too."""
     folder = tmp_path_factory.mktemp("files")
     ids = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None)
-    make_target(dtype=torch.float32, vocab_size=len(tokenizer), **ids).save_pretrained(folder / "target")
+    target = make_target(dtype=torch.float32, vocab_size=len(tokenizer), num_hidden_layers=8, **ids)
+    target.save_pretrained(folder / "target")
     tokenizer.save_pretrained(folder / "target")
     words = TEXT.split()
     texts = [" ".join(words[i % 9 :] + words[: i % 5]) for i in range(30)]
@@ -89,11 +90,13 @@ def strict(text: str):
     [("text", "⟦To be read by a tiny tokenizer:"), ("chat", "<|user|>Question 0?<|end|><|assistant|>⟦To be read")],
 )
 def test_command_leaves_a_drafter_and_its_provenance(command, data, first_row, tmp_path, capsys):
-    main(command(data, hub_token="hf_PLANTED", save_steps=2, objective="auf_decay", gamma=2.5))
+    undecided = {key: value for key, value in BASE.items() if key != "target_layer_ids"}
+    keys = dict(base=undecided, block_size=8, objective="auf_decay", save_steps=2)
+    main(command(data, hub_token="hf_PLANTED", **keys))
     printed = capsys.readouterr().out
     assert "mask_token_id: 2 (derived from the target)" in printed
-    assert "target_layer_ids: [0, 2] (recipe)" in printed
-    assert "4 layers; drafter: 1 layers, block size 4" in printed and "objective: auf_decay, gamma 2.5" in printed
+    assert "target_layer_ids: [1, 2, 3, 4, 5] (derived from the target)" in printed
+    assert "8 layers; drafter: 1 layers, block size 8" in printed and "objective: auf_decay, gamma 4" in printed
     assert first_row in printed and "drafter saved to" in printed
 
     out = tmp_path / "out"
@@ -104,7 +107,7 @@ def test_command_leaves_a_drafter_and_its_provenance(command, data, first_row, t
 
     record = strict((out / "provenance.json").read_text())
     assert json.loads(json.dumps(record, allow_nan=False)) == record
-    resolved = dict(mask_token_id=2, target_layer_ids=[0, 2], gamma=2.5, seed=7, objective="auf_decay", block_size=4)
+    resolved = dict(mask_token_id=2, target_layer_ids=[1, 2, 3, 4, 5], gamma=4.0, seed=7, block_size=8)
     assert resolved.items() <= record["recipe"].items()
     assert record["environment"]["packages"]["transformers"].startswith("5.")
     assert record["environment"]["packages"]["hf-specauf"] and record["environment"]["processes"] == 1
@@ -141,7 +144,7 @@ def test_drafters_of_all_objectives_and_no_other_seed_start_alike(command, tmp_p
     assert not same(first["auf"], first["other"])
 
 
-def test_interrupted_command_resumes_to_a_finished_run(command, files, tmp_path):
+def test_interrupted_command_resumes_to_a_finished_run(command, files, tmp_path, capsys):
     out, whole = tmp_path / "out", tmp_path / "whole"
     keys = dict(max_steps=120, save_steps=10, save_total_limit=1, logging_steps=10)
     process = start(files, "hf_specauf.train", *command(**keys))
@@ -158,6 +161,7 @@ def test_interrupted_command_resumes_to_a_finished_run(command, files, tmp_path)
     assert 0 < stopped < 120 and not (out / "provenance.json").exists()
 
     main(command(**keys, resume_from_checkpoint="true"))
+    assert capsys.readouterr().out.count("{'loss'") == 12 - stopped // 10  # it did not start afresh
     record = strict((out / "provenance.json").read_text())
     assert record["steps"] == 120
     main(command(**keys, output_dir=whole))
@@ -178,7 +182,7 @@ def test_accelerate_launch_runs_a_recipe(command, files, tmp_path):
     "overrides, message",
     [
         (dict(dataset_name="nowhere/rows.jsonl"), "'nowhere/rows.jsonl' looks like a local file, but there is none"),
-        (dict(target_layer_ids="0 3"), "leaves the allowed range 0..2 of a target with 4 layers"),
+        (dict(target_layer_ids="0 7"), "leaves the allowed range 0..6 of a target with 8 layers"),
         (dict(data="short"), "rows are too short: only 0 of 27 hold a whole block of 4"),
         (dict(resume_from_checkpoint="out/checkpoint-9"), "there is no folder 'out/checkpoint-9'"),
         (dict(gamma=7), "objective 'auf' has no decay and would ignore it"),
