@@ -45,7 +45,7 @@ class DrafterArguments:
         default=None, metadata={"help": "By default the tokenizer's mask token, else the first unused embedding row."}
     )
     draft_intermediate_size: int | None = field(default=None, metadata={"help": "By default the target's."})
-    chat_template_kwargs: str | dict | None = field(
+    chat_template_kwargs: str | None = field(
         default=None, metadata={"help": 'Arguments of the chat template, e.g. {"enable_thinking": false}.'}
     )
     save_dtype: str = field(

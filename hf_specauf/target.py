@@ -181,7 +181,11 @@ class FrozenTarget:
 
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """The target's head, in the target's dtype. (..., H) -> (..., V)"""
-        return self.head(hidden_states.to(self.head.weight.device)).to(hidden_states.device)
+        weight = (
+            self.head.weight
+        )  # accelerate hands out fp32 hidden states under autocast, whatever the target's dtype
+        dtype = weight.dtype if weight.is_floating_point() else hidden_states.dtype
+        return self.head(hidden_states.to(weight.device, dtype)).to(hidden_states.device)
 
     def decoder_layers(self) -> nn.ModuleList:
         """The target's list of decoder layers."""

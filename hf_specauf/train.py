@@ -155,6 +155,8 @@ def save_final(trainer: AUFTrainer, target, save_dtype: str, record: dict) -> No
     drafter = trainer.accelerator.unwrap_model(trainer.model)
     if trainer.is_world_process_zero():
         dtype = target.dtype if save_dtype == "auto" else getattr(torch, save_dtype)
+        if dtype == torch.float16:  # drafters accept nothing in it
+            dtype = torch.bfloat16
         vars(drafter.config).pop("use_cache", None)
         drafter.to(dtype).save_pretrained(trainer.args.output_dir)
         Path(trainer.args.output_dir, "provenance.json").write_text(json.dumps(record, indent=2, default=str) + "\n")

@@ -41,6 +41,16 @@ def embed_noise(embedding: nn.Module, noise_ids: torch.Tensor) -> torch.Tensor:
         embedding.embed_norm = norm
 
 
+def apply_head(head: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+    """The target's head in its own dtype and on its own device, in training and decoding alike. (..., H) -> (..., V)
+
+    Under autocast accelerate hands out fp32 hidden states, whatever the target's dtype.
+    """
+    weight = head.weight
+    dtype = weight.dtype if weight.is_floating_point() else hidden_states.dtype
+    return head(hidden_states.to(weight.device, dtype)).to(hidden_states.device)
+
+
 class BlockCandidateGenerator(CandidateGenerator):
     """Draft a block with one drafter pass over the target's tapped hidden states (DFlash, arXiv 2602.06036).
 
@@ -105,7 +115,7 @@ class BlockCandidateGenerator(CandidateGenerator):
         if drafted <= 0 or (self.skip_round is not None and self.skip_round(self.rounds)):
             return input_ids, None
         hidden_states = self._run_drafter(input_ids, model_kwargs)[:, 1 : drafted + 1]
-        logits = self.head(hidden_states.to(self.head.weight.device)).to(input_ids.device)  # (1, drafted, V)
+        logits = apply_head(self.head, hidden_states).to(input_ids.device)  # (1, drafted, V)
         self.draft, logits = self._choose(input_ids, logits)
         return torch.cat([input_ids, self.draft], dim=1), logits if self.returns_logits else None
 

@@ -62,7 +62,10 @@ def main() -> None:
             record = train_drafter(
                 target, recipes_folder() / "quickstart/dflash_auf.yaml", folder, *overrides, *settings
             )
-            row = evaluate_drafter(target, folder, record, prompts, 96)
+            kept = folder / f"row-{prompts}.json"
+            if not kept.is_file():
+                kept.write_text(json.dumps(evaluate_drafter(target, folder, record, prompts, 96)))
+            row = json.loads(kept.read_text())
             rows[name].append({key: row[key] for key in row if key != "path"} | {"seconds": record["seconds"]})
 
     table = Table(title=f"K = {args.block_size}, {steps} steps, seeds {seeds}, {prompts} held-out prompts x 96 tokens")
