@@ -6,7 +6,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from .drafters.configuration_dflash import DFlashConfig, check_target_layer_ids
-from .drafters.generation_block import embed_noise
+from .drafters.generation_block import apply_head, embed_noise
 
 
 def innermost(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
@@ -181,11 +181,7 @@ class FrozenTarget:
 
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """The target's head, in the target's dtype. (..., H) -> (..., V)"""
-        weight = (
-            self.head.weight
-        )  # accelerate hands out fp32 hidden states under autocast, whatever the target's dtype
-        dtype = weight.dtype if weight.is_floating_point() else hidden_states.dtype
-        return self.head(hidden_states.to(weight.device, dtype)).to(hidden_states.device)
+        return apply_head(self.head, hidden_states)
 
     def decoder_layers(self) -> nn.ModuleList:
         """The target's list of decoder layers."""
