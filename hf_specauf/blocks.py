@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+SMALLEST_GROUP = 128  # slots; smaller products are all overhead
 EVALUATION_STEP = -1  # anchors of evaluation are those of one fixed "step"
 
 
@@ -26,7 +27,7 @@ class Blocks:
     labels: torch.Tensor  # (B, N, K-1) long, token at anchor + k
     valid: torch.Tensor  # (B, N, K-1) bool, contiguous from slot 1
     position_ids: torch.Tensor  # (B, S + N * K) long, true positions in the document: context, then slots
-    attention_mask: torch.Tensor  # (B, 1, N * K, S + N * K) bool
+    attention_mask: tuple[torch.Tensor, ...]  # groups of whole blocks: (B, 1, G * K, C_g + G * K) bool each
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:
@@ -131,17 +132,45 @@ def make_blocks(
     slot_positions = positions.gather(1, anchors)[:, :, None] + torch.arange(block_size, device=device)
     position_ids = torch.cat([positions, slot_positions.flatten(1)], dim=1)
 
-    context = torch.arange(length, device=device)
-    sees_context = (
-        (context < anchors[:, :, None]) & (document_ids[:, None, :] == anchor_document[:, :, None]) & real[:, :, None]
-    )  # (B, N, S)
-    own = torch.eye(count, dtype=torch.bool, device=device).repeat_interleave(block_size, dim=1)  # (N, N * K)
-    mask = torch.cat([sees_context, own.expand(rows, -1, -1)], dim=2)  # (B, N, S + N * K)
     return Blocks(
         anchors=anchors,
         noise_ids=noise_ids.flatten(1),
         labels=take(input_ids)[:, :, 1:],
         valid=valid,
         position_ids=position_ids,
-        attention_mask=mask.repeat_interleave(block_size, dim=1)[:, None],
+        attention_mask=group_masks(anchors, anchor_document, real, document_ids, block_size),
     )
+
+
+def group_masks(
+    anchors: torch.Tensor, anchor_document: torch.Tensor, real: torch.Tensor, document_ids: torch.Tensor, block_size: int
+) -> tuple[torch.Tensor, ...]:
+    """The attention rule as one mask for each group of G neighbouring blocks, no larger than the group can see: the
+    context before its last anchor, and its own slots. One mask of all slots would be mostly other blocks.
+
+    Args:
+        anchors, anchor_document, real (`torch.Tensor` of shape `(B, N)`): anchors ascending.
+        document_ids (`torch.LongTensor` of shape `(B, S)`).
+        block_size (`int`): K.
+
+    Returns:
+        Masks of shape (B, 1, G * K, C_g + G * K), bool: keys are context 0..C_g-1, then the group's slots.
+    """
+    rows, count = anchors.shape
+    device = anchors.device
+    per_group = max(1, max(SMALLEST_GROUP, document_ids.shape[1] // 4) // block_size)
+    ends = [int(end) for end in torch.where(real, anchors, 0).amax(0).tolist()]  # one wait for the device
+    masks = []
+    for start in range(0, count, per_group):
+        group = slice(start, min(start + per_group, count))
+        size = group.stop - group.start
+        context = torch.arange(max(ends[group]), device=device)  # nobody in the group sees further
+        sees = (
+            (context < anchors[:, group, None])
+            & (document_ids[:, None, : len(context)] == anchor_document[:, group, None])
+            & real[:, group, None]
+        )  # (B, G, C_g)
+        own = torch.eye(size, dtype=torch.bool, device=device).repeat_interleave(block_size, dim=1)  # (G, G * K)
+        mask = torch.cat([sees, own.expand(rows, -1, -1)], dim=2)
+        masks.append(mask.repeat_interleave(block_size, dim=1)[:, None])
+    return tuple(masks)

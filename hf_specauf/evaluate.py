@@ -1,6 +1,5 @@
 """`python -m hf_specauf.evaluate`: plain against assisted decoding in one run -> eval.json, a plot, a verdict."""
 
-import json
 import sys
 import time
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from trl import TrlParser
 from .acceptance import TAU_DEFINITION
 from .conversations import chat_messages, load_rows, prompt_length, row_format
 from .generate import attach
+from .records import environment, errors_in_one_line, write_record
 from .target import innermost, load_target
 
 NEAR_TIE = 1e-3  # fp32: a first difference is a tie of rounding if the target's two best logits are closer than this
@@ -222,8 +222,8 @@ class EvaluateArguments:
 
 def main(argv: list[str] | None = None) -> None:
     """Command line of `python -m hf_specauf.evaluate`."""
-    (args,) = TrlParser(EvaluateArguments, prog="python -m hf_specauf.evaluate").parse_args_and_config(argv)
-    try:
+    with errors_in_one_line():
+        (args,) = TrlParser(EvaluateArguments, prog="python -m hf_specauf.evaluate").parse_args_and_config(argv)
         target = load_target(args.target, args.target_revision, dtype=args.dtype).to(args.device)
         drafter = AutoModel.from_pretrained(args.drafter, revision=args.drafter_revision, dtype=args.dtype).to(
             args.device
@@ -238,10 +238,6 @@ def main(argv: list[str] | None = None) -> None:
             target, drafter, prompts, args.max_new_tokens, temperature=args.temperature, pad_token_id=pad,
             max_draft_tokens=args.max_draft_tokens,
         )  # fmt: skip
-    except (ValueError, TypeError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error
-    from .train import environment
-
     conditions = {k: getattr(args, k) for k in ("max_new_tokens", "max_draft_tokens", "temperature", "prompt_tokens")}
     conditions |= {
         "batch_size": 1,
@@ -258,8 +254,7 @@ def main(argv: list[str] | None = None) -> None:
         **results,
     }
     out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "eval.json").write_text(json.dumps(record, indent=2) + "\n")
+    write_record(out / "eval.json", record)
     plot_alpha({Path(args.drafter).name: results["acceptance"]["alpha"]}, out / "alpha.png")
     console = Console()
     show(results, console)

@@ -40,6 +40,7 @@ from .conversations import load_rows
 from .evaluate import compare, plot_alpha
 from .optimizer import MuonWithAdamW
 from .recipe import parse
+from .records import write_record
 from .train import train
 from .trainer import InterruptCallback
 
@@ -62,7 +63,7 @@ class TargetSettings:
     head_dim: int = 32
     row_tokens: int = 256
     rows_per_step: int = 8
-    steps: int = 700
+    steps: int = 500
     learning_rate: float = 2e-2  # Muon's, for the matrices
     adam_learning_rate: float = 3e-3  # for embedding and norms
     python: str = f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -290,7 +291,7 @@ def evaluate_drafter(target_folder: Path, folder: Path, provenance: dict, prompt
         "device": "cpu",
     }
     record = {"tau_definition": TAU_DEFINITION, "conditions": conditions, **results}
-    (folder / "eval.json").write_text(json.dumps(record, indent=2) + "\n")
+    write_record(folder / "eval.json", record)
     recipe = provenance["recipe"]
     return {
         "objective": recipe["objective"],
@@ -339,7 +340,7 @@ def main(argv: list[str] | None = None, settings: TargetSettings | None = None) 
             row["objective"]: json.loads((Path(row["path"]) / "provenance.json").read_text())["recipe"] for row in rows
         },
     }
-    (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    write_record(out / "report.json", report)
     plot_alpha({row["objective"]: row["alpha"] for row in rows}, out / "alpha.png")
     plot_tau(histories, out / "tau.png")
     table = Table(title=f"{args.prompts} held-out prompts, {args.new_tokens} new tokens each, greedy")

@@ -54,7 +54,13 @@ class DrafterArguments:
 
     def __post_init__(self):
         if isinstance(self.chat_template_kwargs, str):
-            self.chat_template_kwargs = json.loads(self.chat_template_kwargs)
+            try:
+                self.chat_template_kwargs = json.loads(self.chat_template_kwargs)
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"chat_template_kwargs is {self.chat_template_kwargs!r}, which is no JSON object ({error}): write "
+                    'it like {"enable_thinking": false}'
+                ) from error
         if self.save_dtype not in ("auto", "bfloat16", "float32"):
             raise ValueError(f"save_dtype is {self.save_dtype!r}; it must be auto, bfloat16 or float32")
         if self.block_size < 2:
@@ -73,8 +79,12 @@ class DataArguments:
         default=None, metadata={"help": "Held-out rows; by default the last eval_rows of the training rows."}
     )
     eval_dataset_split: str = field(default="train", metadata={"help": "Split of the held-out rows."})
-    eval_rows: int = field(default=64, metadata={"help": "At most this many held-out rows."})
+    eval_rows: int = field(default=64, metadata={"help": "At most this many held-out rows; 0 for none."})
     max_train_rows: int | None = field(default=None, metadata={"help": "Use only the first rows, for a trial run."})
+
+    def __post_init__(self):
+        if self.eval_rows < 0:
+            raise ValueError(f"eval_rows is {self.eval_rows}; it must be 0 (no held-out rows) or more")
 
 
 def parse(argv: list[str]) -> tuple[TargetArguments, DrafterArguments, DataArguments, AUFConfig]:
@@ -90,4 +100,6 @@ def parse(argv: list[str]) -> tuple[TargetArguments, DrafterArguments, DataArgum
         "Train an Accept-Until-Fail drafter for a causal LM. Give a recipe with --config recipe.yaml; any of its keys "
         "can be overridden here, e.g. --objective decay --max_steps 100."
     )
+    if argv[-1:] == ["--config"]:
+        raise ValueError("--config needs the path of a recipe, e.g. --config recipes/qwen3-8b/dflash_auf.yaml")
     return parser.parse_args_and_config(argv)

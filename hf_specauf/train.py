@@ -1,52 +1,40 @@
 """`accelerate launch -m hf_specauf.train --config recipe.yaml`: recipe -> objects -> train -> evaluate -> save."""
 
-import json
 import os
-import platform
 import sys
 from dataclasses import asdict
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from transformers import AutoTokenizer, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from .conversations import load_rows, show_row
 from .drafters.modeling_dflash import DFlashDraftModel
 from .recipe import DataArguments, DrafterArguments, TargetArguments, parse
+from .records import environment, errors_in_one_line, write_record
 from .target import default_mask_token_id, drafter_config, load_target
 from .trainer import AUFConfig, AUFTrainer
 
-PACKAGES = ("hf-specauf", "torch", "transformers", "peft", "trl", "accelerate", "datasets", "huggingface-hub")
-
 
 def load_data(data: DataArguments):
-    """(training rows, held-out rows)."""
+    """(training rows, held-out rows or `None`)."""
     train = load_rows(data.dataset_name, data.dataset_config, data.dataset_split, data.dataset_revision)
     if data.eval_dataset_name is not None:
         heldout = load_rows(data.eval_dataset_name, None, data.eval_dataset_split)
         heldout = heldout.select(range(min(data.eval_rows, len(heldout))))
     else:
-        size = min(data.eval_rows, len(train) // 10)
+        if len(train) < 2:
+            raise ValueError(
+                f"{data.dataset_name} has {len(train)} rows, too few to hold one out: give more, or eval_dataset_name"
+            )
+        size = min(data.eval_rows, max(len(train) // 10, 1))
         heldout = train.select(range(len(train) - size, len(train)))
         train = train.select(range(len(train) - size))
     if data.max_train_rows is not None:
         train = train.select(range(min(data.max_train_rows, len(train))))
-    return train, heldout
-
-
-def environment() -> dict:
-    """Versions and hardware of a run, without host, user or path names."""
-    cuda = torch.cuda.is_available()
-    return {
-        "python": platform.python_version(),
-        "packages": {name: version(name) for name in PACKAGES},
-        "hardware": torch.cuda.get_device_name() if cuda else f"CPU, {os.cpu_count()} cores",
-        "processes": PartialState().num_processes,
-    }
+    return train, heldout if data.eval_rows else None
 
 
 def provenance(recipe: dict, trainer: AUFTrainer, started: datetime) -> dict:
@@ -80,10 +68,13 @@ def train(target_args: TargetArguments, draft: DrafterArguments, data: DataArgum
         resume = resume.lower() == "true"
     if resume is True:
         resume = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
+        if resume is None:
+            print(f"resume_from_checkpoint: there is no checkpoint in {args.output_dir} yet, so training starts afresh")
     if isinstance(resume, str) and not os.path.isdir(resume):
         raise ValueError(
             f"resume_from_checkpoint: there is no folder {resume!r}; `true` takes the newest of output_dir"
         )
+    train_rows, heldout = load_data(data)  # before the target, which may take minutes to load
     set_seed(args.seed)
     name = target_args.target_model_name_or_path
     tokenizer = AutoTokenizer.from_pretrained(
@@ -110,7 +101,6 @@ def train(target_args: TargetArguments, draft: DrafterArguments, data: DataArgum
     )
     set_seed(args.seed)  # the drafter's first weights depend on the seed alone
     drafter = DFlashDraftModel(config)
-    train_rows, heldout = load_data(data)
     trainer = AUFTrainer(
         model=drafter,
         target_model=target,
@@ -144,7 +134,7 @@ def train(target_args: TargetArguments, draft: DrafterArguments, data: DataArgum
         )
         return trainer
     evaluated = [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry]
-    if trainer.state.global_step not in evaluated:
+    if heldout is not None and trainer.state.global_step not in evaluated:
         trainer.evaluate()
     save_final(trainer, target, draft.save_dtype, provenance(resolved, trainer, started))
     return trainer
@@ -159,17 +149,15 @@ def save_final(trainer: AUFTrainer, target, save_dtype: str, record: dict) -> No
             dtype = torch.bfloat16
         vars(drafter.config).pop("use_cache", None)
         drafter.to(dtype).save_pretrained(trainer.args.output_dir)
-        Path(trainer.args.output_dir, "provenance.json").write_text(json.dumps(record, indent=2, default=str) + "\n")
+        write_record(Path(trainer.args.output_dir, "provenance.json"), record)
         print(f"drafter saved to {trainer.args.output_dir}")
     trainer.accelerator.wait_for_everyone()
 
 
 def main(argv: list[str] | None = None) -> None:
     """Command line of `python -m hf_specauf.train`."""
-    try:
+    with errors_in_one_line():
         train(*parse(sys.argv[1:] if argv is None else argv))
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
-        raise SystemExit(f"error: {error}") from error
 
 
 if __name__ == "__main__":

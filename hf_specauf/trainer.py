@@ -2,12 +2,11 @@
 
 import signal
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
-from torch.nn.functional import cross_entropy
-from torch.utils.checkpoint import checkpoint
 from transformers import (
     EvalPrediction,
     GenerationConfig,
@@ -17,14 +16,16 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import is_torch_bf16_gpu_available
 
 from .acceptance import accepted_prefix, summarize
 from .blocks import EVALUATION_STEP, Blocks, make_blocks, sample_anchors
 from .conversations import prepare_rows, prompt_length
 from .generate import attach
-from .objectives import NORMALISATIONS, OBJECTIVES, loss_terms, resolve_gamma, weights_from_correct
+from .objectives import NORMALISATIONS, OBJECTIVES, loss_terms, resolve_gamma
 from .optimizer import MuonWithAdamW
+from .progressive import head_loss
 from .target import FrozenTarget, innermost
 
 
@@ -52,7 +53,7 @@ class AUFConfig(TrainingArguments):
     anchors_per_row: int = field(default=512, metadata={"help": "N, blocks drawn from each row at each step."})
     max_length: int = field(default=3072, metadata={"help": "S, tokens of a row; longer conversations are truncated."})
     head_rows_per_chunk: int = field(
-        default=2048, metadata={"help": "Slots whose logits are held at once; lower it to save memory."}
+        default=256, metadata={"help": "Slots whose logits are held at once; lower it to save memory."}
     )
     eval_prompts: int = field(
         default=8, metadata={"help": "Held-out prompts decoded at each evaluation for eval_tau; 0 for none."}
@@ -82,8 +83,17 @@ class AUFConfig(TrainingArguments):
             raise ValueError(f"objective is {self.objective!r}; it must be one of {', '.join(OBJECTIVES)}")
         if self.normalisation not in NORMALISATIONS:
             raise ValueError(f"normalisation is {self.normalisation!r}; it must be one of {', '.join(NORMALISATIONS)}")
-        if self.remove_unused_columns:
-            raise ValueError("remove_unused_columns: true would drop the supervised mask: remove the key")
+        for key, harmless in INAPPLICABLE.items():
+            if getattr(self, key) != harmless:
+                raise ValueError(
+                    f"{key}: {getattr(self, key)} does not apply to block drafters and would be ignored or do harm: "
+                    "remove the key"
+                )
+        if self.eval_prompts and self.eval_new_tokens < 2:
+            raise ValueError(
+                f"eval_new_tokens is {self.eval_new_tokens}: the first token comes from the prefill, so tau needs 2 or "
+                "more; eval_prompts: 0 leaves decoding out"
+            )
         if self.muon_learning_rate is not None and (self.fsdp or self.deepspeed):
             raise ValueError("muon_learning_rate needs whole matrices, and FSDP and DeepSpeed shard them: remove it")
         for key in ("anchors_per_row", "head_rows_per_chunk"):
@@ -94,8 +104,17 @@ class AUFConfig(TrainingArguments):
         super().__post_init__()
 
 
+# Keys of TrainingArguments that would be accepted and ignored, or break the exact loss, and their harmless values.
+INAPPLICABLE = {
+    "label_smoothing_factor": 0.0, "neftune_noise_alpha": None, "use_liger_kernel": False, "batch_eval_metrics": False,
+    "prediction_loss_only": False, "remove_unused_columns": False,
+}  # fmt: skip
+
+
 class InterruptCallback(TrainerCallback):
     """Ctrl-C finishes the step, saves a checkpoint and stops; a second Ctrl-C stops at once."""
+
+    previous = None
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Take over SIGINT for the time of training."""
@@ -118,8 +137,13 @@ class InterruptCallback(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         """Give SIGINT back."""
+        self.release()
+
+    def release(self) -> None:
+        """Give SIGINT back, also after an error; calling it twice is harmless."""
         if self.previous is not None:
             signal.signal(signal.SIGINT, self.previous)
+            self.previous = None
 
 
 class TauProgressCallback(ProgressCallback):
@@ -142,7 +166,8 @@ COUNTERS = (
     "supported",
     "supported_correct",
     "valid",
-    "valid_correct",
+    "judged",
+    "judged_correct",
     "slots",
     "blocks",
     "prefix",
@@ -159,7 +184,7 @@ def diagnostics(sums: dict[str, float]) -> dict[str, float]:
         "active_ratio": ratio("supported", "valid"),
         "active_ratio_all_slots": ratio("supported", "slots"),
         "support_accuracy": ratio("supported_correct", "supported"),
-        "common_accuracy": ratio("valid_correct", "valid"),
+        "common_accuracy": ratio("judged_correct", "judged"),
         "teacher_forced_tau": 1 + ratio("prefix", "blocks"),
     }
 
@@ -236,25 +261,20 @@ class AUFTrainer(Trainer):
         if processing_class is None:
             raise ValueError("processing_class is missing: give the target's tokenizer")
         config = model.config
+        self.args = args
+        self.drafter_config = config
         self.block_size = config.block_size
         self.gamma = resolve_gamma(args.objective, config.block_size, args.gamma)
         self.target = FrozenTarget(target_model, config)
         self.tokenizer = processing_class
+        self._interrupt = InterruptCallback()
         if peft_config is not None:
             from peft import get_peft_model
 
             model = get_peft_model(model, peft_config)
 
-        def prepare(rows):
-            if rows is None:
-                return None
-            return prepare_rows(
-                rows, processing_class, max_length=args.max_length, block_size=config.block_size,
-                mask_token_id=config.mask_token_id, chat_template_kwargs=config.chat_template_kwargs,
-            )  # fmt: skip
-
         with args.main_process_first(desc="tokenizing"):
-            train_dataset, eval_dataset = prepare(train_dataset), prepare(eval_dataset)
+            train_dataset, eval_dataset = self._prepare(train_dataset), self._prepare(eval_dataset)
         pad = next(i for i in (processing_class.pad_token_id, processing_class.eos_token_id, 0) if i is not None)
         super().__init__(
             model=model,
@@ -263,16 +283,44 @@ class AUFTrainer(Trainer):
             eval_dataset=eval_dataset,
             data_collator=RowCollator(pad, config.mask_token_id),
             compute_metrics=self._metrics,
-            callbacks=[InterruptCallback(), *(callbacks or [])],
+            callbacks=[self._interrupt, *(callbacks or [])],
         )
         if self.pop_callback(ProgressCallback) is not None:  # absent with disable_tqdm
             self.add_callback(TauProgressCallback)
         if not self.target.dispatched:
             self.target.model.to(args.device)
-        sample = (train_dataset if train_dataset is not None else eval_dataset)[0]["input_ids"][:64]
+        rows = train_dataset if train_dataset is not None else eval_dataset
+        rows = next(iter(rows.values())) if isinstance(rows, dict) else rows
+        sample = rows[0]["input_ids"][:64]
         self.target.check(torch.tensor([sample], device=args.device))
         self._step_sums = torch.zeros(2, dtype=torch.float64, device=args.device)
         self._log_sums = torch.zeros(len(COUNTERS), dtype=torch.float64, device=args.device)
+
+    def _prepare(self, rows):
+        """Raw rows, or a dict of several sets, as token rows; token rows as they are."""
+        if isinstance(rows, dict):
+            return {name: self._prepare(part) for name, part in rows.items()}
+        if rows is None or "row" in rows.column_names:
+            return rows
+        config = self.drafter_config
+        return prepare_rows(
+            rows, self.tokenizer, max_length=self.args.max_length, block_size=self.block_size,
+            mask_token_id=config.mask_token_id, chat_template_kwargs=config.chat_template_kwargs,
+        )  # fmt: skip
+
+    def train(self, *args, **kwargs):
+        """Trainer's own; whatever ends it, Ctrl-C is given back and the next call starts with clean sums."""
+        self._step_sums.zero_()
+        self._log_sums.zero_()
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._interrupt.release()
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """Trainer's own, for raw rows too."""
+        named = isinstance(eval_dataset, str)  # one of several sets
+        return super().evaluate(eval_dataset if named else self._prepare(eval_dataset), ignore_keys, metric_key_prefix)
 
     def create_optimizer(self, model=None):
         """Trainer's own, or Muon for the matrices where `muon_learning_rate` is set."""
@@ -291,10 +339,10 @@ class AUFTrainer(Trainer):
         anchors, real = sample_anchors(
             inputs["supervised"], documents, self.args.anchors_per_row, inputs["row_ids"], seed, step
         )
-        config = innermost(self.accelerator.unwrap_model(model)).config
-        blocks = make_blocks(
-            ids, inputs["supervised"], documents, anchors, real, self.block_size, config.mask_token_id
-        )
+        count = max(int(real.sum(1).max()), 1)  # rows with fewer candidates than N cost no more than they have
+        anchors, real = anchors[:, :count], real[:, :count]
+        mask_token_id = self.drafter_config.mask_token_id
+        blocks = make_blocks(ids, inputs["supervised"], documents, anchors, real, self.block_size, mask_token_id)
         context = self.target.context(ids, (documents >= 0).long())
         hidden = model(
             noise_embeds=self.target.noise_embeds(blocks.noise_ids),
@@ -304,61 +352,45 @@ class AUFTrainer(Trainer):
         ).last_hidden_state
         return blocks, hidden.view(*anchors.shape, self.block_size, -1)[:, :, 1:]
 
-    def _predictions(self, hidden: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-        """argmax of the valid slots' logits, -1 elsewhere; (B, N, K-1, H) -> (B, N, K-1)."""
-        predicted = torch.full(valid.shape, -1, device=valid.device)
-        with torch.no_grad():
-            rows = hidden[valid].split(self.args.head_rows_per_chunk)
-            predicted[valid] = torch.cat([self.target.logits(chunk).argmax(-1) for chunk in rows])
-        return predicted
-
-    def _slot_losses(self, hidden: torch.Tensor, labels: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
-        """Cross-entropy where `counted`, 0 elsewhere: slots of weight zero cost nothing. -> (B, N, K-1)"""
-
-        def chunk_loss(rows, targets):
-            logits = self.target.logits(rows)
-            return cross_entropy(
-                logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, reduction="none"
-            )
-
-        size = self.args.head_rows_per_chunk
-        rows, targets = hidden[counted].split(size), labels[counted].split(size)
-        if len(rows) == 1:
-            parts = [chunk_loss(rows[0], targets[0])]
-        else:  # logits of one chunk at a time, recomputed in backward
-            parts = [checkpoint(chunk_loss, r, t, use_reentrant=False) for r, t in zip(rows, targets)]
-        values = torch.cat(parts)
-        losses = torch.zeros(labels.shape, dtype=values.dtype, device=labels.device)
-        return losses.masked_scatter(counted, values)
-
-    def _counters(self, model, inputs: dict, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _counters(self, model, inputs: dict, step: int, every_prediction: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss numerator with its graph, and detached counters per row (B, len(COUNTERS))."""
         blocks, hidden = self._fill_blocks(model, inputs, step)
-        valid = blocks.valid
-        correct = self._predictions(hidden, valid) == blocks.labels
-        weights = weights_from_correct(self.args.objective, correct, valid, self.gamma)
-        losses = self._slot_losses(hidden, blocks.labels, weights > 0)
-        rows = [loss_terms(losses[i], weights[i], self.args.normalisation) for i in range(len(losses))]
-        numerator = torch.stack([n for n, _ in rows])  # (B,)
+        valid, args = blocks.valid, self.args
+        found = head_loss(
+            hidden, self.target.head, blocks.labels, valid, objective=args.objective, gamma=self.gamma,
+            normalisation=args.normalisation, rows_per_chunk=args.head_rows_per_chunk,
+            every_prediction=every_prediction,
+        )  # fmt: skip
         with torch.no_grad():
-            supported = weights > 0
+            rows = [loss_terms(found.losses[i], found.weights[i], args.normalisation) for i in range(len(valid))]
+            supported, correct = found.weights > 0, found.correct
+            judged = valid if every_prediction or not args.objective.startswith("auf") else torch.zeros_like(valid)
+            slots = args.anchors_per_row * (self.block_size - 1)
             columns = (
-                numerator, torch.stack([d for _, d in rows]), supported.sum((1, 2)), (supported & correct).sum((1, 2)),
-                valid.sum((1, 2)), (valid & correct).sum((1, 2)), torch.full_like(numerator, valid[0].numel()),
+                torch.stack([n for n, _ in rows]), torch.stack([d for _, d in rows]), supported.sum((1, 2)),
+                (supported & correct).sum((1, 2)), valid.sum((1, 2)), judged.sum((1, 2)),
+                (judged & correct).sum((1, 2)), torch.full_like(supported[:, 0, 0], slots, dtype=torch.long),
                 valid.any(-1).sum(1), accepted_prefix(correct, valid).sum(1),
             )  # fmt: skip
-            counters = torch.stack([c.detach().double() for c in columns], dim=1)
-        # an empty batch still touches every parameter, so that ranks stay in step
-        return numerator.sum() + 0.0 * hidden.sum(), counters
+            counters = torch.stack([c.double() for c in columns], dim=1)
+        return found.numerator, counters
 
     @property
     def _nominal(self) -> float:
         # keeps gradients near their final size until the true denominator is known
         return float(self.args.per_device_train_batch_size * self.args.anchors_per_row * (self.block_size - 1))
 
+    @property
+    def _logs_this_step(self) -> bool:
+        # accuracy over all slots needs logits that AUF never computes, so it is measured on logging steps alone
+        step, args = self.state.global_step + 1, self.args
+        if args.logging_strategy == IntervalStrategy.EPOCH:
+            return step % max(round(self.state.max_steps / self.state.num_train_epochs), 1) == 0
+        return step % max(self.state.logging_steps, 1) == 0 or (step == 1 and args.logging_first_step)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Numerator over a fixed constant; `training_step` makes it exact once all micro-batches and ranks are in."""
-        numerator, counters = self._counters(model, inputs, self.state.global_step)
+        numerator, counters = self._counters(model, inputs, self.state.global_step, self._logs_this_step)
         sums = counters.sum(0)
         self._step_sums += sums[:2]
         self._log_sums += sums
@@ -404,7 +436,7 @@ class AUFTrainer(Trainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Counters per row, so that the gathered sum is exact whatever the split."""
         with torch.no_grad():
-            _, counters = self._counters(model, self._prepare_inputs(inputs), EVALUATION_STEP)
+            _, counters = self._counters(model, self._prepare_inputs(inputs), EVALUATION_STEP, every_prediction=True)
         return None, counters, torch.zeros(len(counters), device=counters.device)
 
     @staticmethod
@@ -445,3 +477,5 @@ class AUFTrainer(Trainer):
         config = innermost(self.accelerator.unwrap_model(self.model)).config
         vars(config).pop("use_cache", None)
         super()._save(output_dir, state_dict)
+        # a pickle that holds hub_token in clear, and nothing reads it
+        Path(output_dir or self.args.output_dir, "training_args.bin").unlink(missing_ok=True)

@@ -1,5 +1,7 @@
 """Anchors and blocks: what may be drawn, what a slot is asked, and what it can see."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import MASK, PAD, make_drafter, make_target, random_prompts
@@ -7,7 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 
-from hf_specauf.blocks import EVALUATION_STEP, anchor_candidates, document_positions, make_blocks, sample_anchors
+from hf_specauf.blocks import (
+    EVALUATION_STEP,
+    anchor_candidates,
+    document_positions,
+    group_masks,
+    make_blocks,
+    sample_anchors,
+)
 from hf_specauf.objectives import loss_terms
 from hf_specauf.target import FrozenTarget
 
@@ -223,6 +232,21 @@ def test_padding_block_sees_no_context(seen_context):
     assert not seen_context[:, 5].any()
 
 
+@pytest.mark.parametrize("slots", [1, 2 * K, 4 * K])
+def test_groups_change_nothing_and_hold_no_more_than_they_see(models, packed, monkeypatch, slots):
+    blocks, context, noise = packed
+    whole = fill(models[1], blocks, context, noise)
+    monkeypatch.setattr("hf_specauf.blocks.SMALLEST_GROUP", slots)
+    anchor_document = documents(DOCUMENTS).gather(1, blocks.anchors)
+    real = torch.tensor([[True] * 5 + [False]])
+    masks = group_masks(blocks.anchors, anchor_document, real, documents(DOCUMENTS), K)
+    per_group, seen = max(1, slots // K), [2, 3, 4, 8, 10, 0]
+    parts = [seen[i : i + per_group] for i in range(0, 6, per_group)]
+    assert [tuple(mask.shape[2:]) for mask in masks] == [(len(p) * K, max(p) + len(p) * K) for p in parts]
+    blocks = replace(blocks, attention_mask=masks)
+    torch.testing.assert_close(fill(models[1], blocks, context, noise), whole, rtol=1e-12, atol=1e-12)
+
+
 def test_eager_and_sdpa_attention_agree(models, packed):
     drafter = models[1]
     assert drafter.config._attn_implementation == "sdpa"
@@ -268,4 +292,4 @@ def test_pad_token_in_a_row_is_masked_by_document_id_alone(models):
     ids = random_prompts(1, 8)
     ids[0, 1] = PAD
     blocks = blocks_at([3], "..######", "00000000", ids=ids)
-    assert blocks.attention_mask[0, 0, 0, :8].tolist() == [True] * 3 + [False] * 5
+    assert blocks.attention_mask[0][0, 0].tolist() == [[True] * 3 + [True] * K] * K

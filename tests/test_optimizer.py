@@ -6,7 +6,7 @@ from conftest import make_drafter, make_target, random_prompts
 from datasets import Dataset
 from safetensors.torch import load_file
 
-from hf_specauf.optimizer import MuonWithAdamW
+from hf_specauf.optimizer import MuonWithAdamW, orthogonalize
 from hf_specauf.trainer import AUFConfig, AUFTrainer
 
 
@@ -14,10 +14,40 @@ def test_matrices_go_to_muon_and_the_rest_to_adamw():
     drafter = make_drafter(make_target())
     drafter.fc.requires_grad_(False)
     optimizer = MuonWithAdamW(drafter, 0.02, 0.003)
-    muon, adamw = ({id(p) for group in part.param_groups for p in group["params"]} for part in optimizer.parts)
+    muon, adamw = ({id(p) for p in group["params"]} for group in optimizer.param_groups)
     names = {id(p): name for name, p in drafter.named_parameters()}
     assert all(names[i].endswith("proj.weight") for i in muon) and all("norm" in names[i] for i in adamw)
     assert muon | adamw == set(names) - {id(drafter.fc.weight)}
+
+
+def test_matrices_are_orthogonalised_in_their_own_dtype_and_batched():
+    matrices = torch.randn(3, 48, 20, dtype=torch.float64)
+    found = orthogonalize(matrices)
+    values = torch.linalg.svdvals(found)
+    assert found.dtype == torch.float64 and values.min() > 0.5 and values.max() < 1.3
+    for one, alone in zip(found, matrices):  # not mixed up with its neighbours, nor turned
+        torch.testing.assert_close(one, orthogonalize(alone.mT[None])[0].mT)
+        u, _, v = torch.linalg.svd(alone, full_matrices=False)
+        assert torch.cosine_similarity(one.flatten(), (u @ v).flatten(), dim=0) > 0.97
+
+
+def test_a_step_is_torchs_muon_and_torchs_adamw_but_for_bf16():
+    drafter, other = make_drafter(make_target()), make_drafter(make_target())
+    ours = MuonWithAdamW(drafter, 0.02, 0.003, weight_decay=0.1)
+    names = dict(other.named_parameters())
+    theirs = [
+        torch.optim.Muon([p for p in names.values() if p.dim() == 2], lr=0.02, weight_decay=0.1),
+        torch.optim.AdamW([p for p in names.values() if p.dim() != 2], 0.003, betas=(0.9, 0.95), weight_decay=0.1),
+    ]
+    for step in range(3):
+        torch.manual_seed(step)
+        for name, parameter in drafter.named_parameters():
+            parameter.grad = torch.randn_like(parameter)
+            names[name].grad = parameter.grad.clone()
+        for optimizer in (ours, *theirs):
+            optimizer.step()
+    for name, parameter in drafter.named_parameters():
+        torch.testing.assert_close(parameter, names[name], rtol=0.02 if parameter.dim() == 2 else 1e-6, atol=2e-3)
 
 
 def test_the_schedule_reaches_both_and_resuming_is_bit_for_bit(tokenizer, tmp_path):

@@ -41,7 +41,7 @@ class DFlashAttention(nn.Module):
         context: torch.Tensor,  # (B, C, H), new context only: earlier context is in the cache
         cos: torch.Tensor,  # (B, 1, C + Q, head_dim)
         sin: torch.Tensor,
-        attention_mask: torch.Tensor | None,
+        attention_mask: torch.Tensor | tuple[torch.Tensor, ...] | None,
         past_key_values: Cache | None,
     ) -> torch.Tensor:
         batch, slots, _ = block.shape
@@ -54,9 +54,21 @@ class DFlashAttention(nn.Module):
         key = key * cos + rotate_half(key) * sin
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
+        key = key.to(query.dtype)
+        if not isinstance(attention_mask, tuple):
+            return self.o_proj(self._attend(query, key, value, attention_mask).reshape(batch, slots, -1))
+        outputs, start, length = [], 0, context.shape[1]
+        for mask in attention_mask:
+            size = mask.shape[2]
+            seen, own = mask.shape[3] - size, slice(length + start, length + start + size)
+            keys, values = (torch.cat([part[:, :, :seen], part[:, :, own]], dim=2) for part in (key, value))
+            outputs.append(self._attend(query[:, :, start : start + size], keys, values, mask))
+            start += size
+        return self.o_proj(torch.cat(outputs, dim=1).reshape(batch, slots, -1))
+
+    def _attend(self, query, key, value, mask) -> torch.Tensor:  # (B, Q, heads, head_dim)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        output, _ = attend(self, query, key.to(query.dtype), value, attention_mask, dropout=0.0, scaling=self.scaling)
-        return self.o_proj(output.reshape(batch, slots, -1))
+        return attend(self, query, key, value, mask, dropout=0.0, scaling=self.scaling)[0]
 
 
 class DFlashDecoderLayer(GradientCheckpointingLayer):
@@ -105,7 +117,7 @@ class DFlashDraftModel(PreTrainedModel):
         self,
         noise_embeds: torch.Tensor,
         context_hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | tuple[torch.Tensor, ...] | None = None,
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
     ) -> BaseModelOutputWithPast:
@@ -114,8 +126,10 @@ class DFlashDraftModel(PreTrainedModel):
         Args:
             noise_embeds (`torch.Tensor` of shape `(B, Q, H)`): target embeddings of the block(s): anchor and masks.
             context_hidden_states (`torch.Tensor` of shape `(B, C, L * H)`): tapped hidden states of the new context.
-            attention_mask (`torch.Tensor`, *optional*): bool; `(B, kv)` padding mask over cached context, new context
-                and block, or `(B, 1, Q, kv)`. `None`: every slot sees everything.
+            attention_mask (`torch.Tensor` or tuple, *optional*): bool; `(B, kv)` padding mask over cached context, new
+                context and block, or `(B, 1, Q, kv)`. `None`: every slot sees everything. A tuple (training) holds one
+                mask `(B, 1, Q_g, C_g + Q_g)` for each group of Q_g consecutive slots, whose keys are the first C_g
+                context positions and the group's own slots.
             position_ids (`torch.LongTensor` of shape `(B, C + Q)`, *optional*): by default counts on from the cache.
             past_key_values (`Cache`, *optional*): keys and values of earlier context; the block's own are appended
                 too, and the caller crops them.
@@ -140,9 +154,11 @@ class DFlashDraftModel(PreTrainedModel):
         hidden_states = self.norm(hidden_states).to(noise_embeds.dtype)
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
 
-    def _prepare_mask(self, mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    def _prepare_mask(self, mask, dtype: torch.dtype):
         if mask is None:
             return None
+        if isinstance(mask, tuple):
+            return tuple(self._prepare_mask(part, dtype) for part in mask)
         mask = mask.bool() if mask.dim() == 4 else mask.bool()[:, None, None, :]
         if self.config._attn_implementation == "eager":  # eager adds its mask to the scores
             return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)

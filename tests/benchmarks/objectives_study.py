@@ -24,7 +24,7 @@ from hf_specauf.quickstart import (
     recipes_folder,
     train_drafter,
 )
-from hf_specauf.train import environment
+from hf_specauf.records import environment
 
 VARIANTS = {
     "uniform": ["--objective", "uniform"],

@@ -1,0 +1,202 @@
+"""Cross-entropy through the target's frozen head that computes only the logits that count, a chunk at a time.
+
+Slots after a block's first failure weigh nothing in AUF (arXiv 2607.01893), so their logits are never needed: blocks
+are walked slot by slot, and those that failed are left behind. The gradient with respect to the hidden rows is formed
+in the same pass, so that no logits outlive their chunk. Loss and gradient are those of the plain computation.
+Objectives that count all valid slots use the same chunks without stopping. Shape letters are those of `blocks.py`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .drafters.generation_block import apply_head
+from .objectives import loss_terms, weights_from_correct
+
+# A product with few rows costs as much as one with this many (the head's weights are read once either way), so the
+# last survivors are given several slots at a time.
+FEWEST_ROWS = 32
+
+
+@dataclass
+class HeadLoss:
+    """What a walk found; `numerator` alone has a graph."""
+
+    numerator: torch.Tensor  # scalar
+    denominator: torch.Tensor  # scalar
+    losses: torch.Tensor  # (B, N, K-1), 0 where nothing was computed
+    weights: torch.Tensor  # (B, N, K-1), the objective's, 0 outside its support
+    correct: torch.Tensor  # (B, N, K-1) bool, false where nothing was predicted
+
+
+class _Walker:
+    """One pass over the rows of hidden (M blocks, K-1 slots, H): losses, predictions, gradients."""
+
+    def __init__(self, hidden, head, labels, valid, weights, low_rank, want_gradient, rows_per_chunk):
+        self.rows = hidden.detach().flatten(0, -2)  # (M (K-1), H)
+        self.head, self.labels, self.weights = head, labels.flatten(), weights.flatten()
+        self.low_rank_rows, self.low_rank_weight = (None, None) if low_rank is None else low_rank
+        self.want_gradient, self.rows_per_chunk = want_gradient, rows_per_chunk
+        self.blocks, self.slots = valid.flatten(0, 1).shape
+        self.valid = valid.flatten(0, 1)
+        self.losses = torch.zeros_like(self.weights)
+        self.correct = torch.zeros_like(self.labels, dtype=torch.bool)
+        self.gradients: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]] = []  # index, of rows, of low rank
+        self.weight_gradient = None
+
+    def logits(self, index: torch.Tensor):
+        """Logits of some rows, and the leaves they depend on."""
+        leaves = [self.rows[index]]
+        if self.low_rank_rows is not None:
+            leaves += [self.low_rank_rows.detach().flatten(0, -2)[index], self.low_rank_weight.detach()]
+        if self.want_gradient:
+            leaves = [leaf.requires_grad_() for leaf in leaves]
+        with torch.set_grad_enabled(self.want_gradient):
+            logits = apply_head(self.head, leaves[0])
+            if self.low_rank_rows is not None:
+                logits = logits + nn.functional.linear(leaves[1], leaves[2]).to(logits.dtype)
+        return logits, leaves
+
+    def learn(self, index: torch.Tensor, until_fail: bool) -> torch.Tensor:
+        """Losses, predictions and gradients of rows (blocks, slots) -> which are right. Of a row of `index`, slots
+        after the first wrong one are left out where `until_fail`."""
+        flat = index.flatten()
+        logits, leaves = self.logits(flat)
+        # fp32 logits of a plain head are overwritten in place: its backward needs no output
+        copy = type(self.head) is not nn.Linear
+        scores = logits.detach().to(torch.promote_types(logits.dtype, torch.float32), copy=copy)
+        best, predicted = scores.max(-1)
+        labels = self.labels[flat]
+        right = predicted == labels
+        counted = self.valid.flatten()[flat]
+        if until_fail and index.shape[1] > 1:
+            wrong = (~right & counted).view(index.shape).long()
+            counted = counted & (wrong.cumsum(1) - wrong == 0).flatten()
+        self.correct[flat] = right & counted
+        label_scores = scores.gather(1, labels[:, None])[:, 0]
+        total = scores.sub_(best[:, None]).exp_().sum(-1)
+        losses = best + total.log() - label_scores
+        self.losses[flat] = torch.where(counted, losses, 0.0).to(self.losses.dtype)
+        if self.want_gradient:
+            weights = torch.where(counted, self.weights[flat].to(scores.dtype), 0.0)
+            scores.mul_((weights / total)[:, None])  # weight * softmax, then minus weight at the label
+            scores.scatter_add_(1, labels[:, None], -weights[:, None])
+            found = torch.autograd.grad(logits, leaves, scores.to(logits.dtype))
+            self.gradients.append((flat, found[0], found[1] if len(found) > 1 else None))
+            if len(found) > 1:
+                self.weight_gradient = found[2] if self.weight_gradient is None else self.weight_gradient + found[2]
+        return (right & counted).view(index.shape)
+
+    def all_valid(self) -> None:
+        """Every valid slot."""
+        index = self.valid.flatten().nonzero()
+        for chunk in index.split(self.rows_per_chunk):
+            self.learn(chunk, until_fail=False)
+
+    def until_first_failure(self) -> None:
+        """Slot by slot, only blocks still alive."""
+        alive, slot = self.valid[:, 0].nonzero()[:, 0], 0
+        while slot < self.slots and len(alive):
+            width = min(max(1, FEWEST_ROWS // len(alive)), self.slots - slot)
+            slots = torch.arange(slot, slot + width, device=alive.device)
+            slot += width
+            survivors = []
+            for blocks in alive.split(max(1, self.rows_per_chunk // width)):
+                right = self.learn(blocks[:, None] * self.slots + slots, until_fail=True)
+                survivors.append(blocks[right.all(1)])
+            alive = torch.cat(survivors)
+            if slot < self.slots:
+                alive = alive[self.valid[alive, slot]]
+
+    @torch.no_grad()
+    def predict(self, index: torch.Tensor) -> None:
+        """Predictions alone, for diagnostics."""
+        self.want_gradient = False
+        for chunk in index.split(self.rows_per_chunk):
+            self.correct[chunk] = self.logits(chunk)[0].argmax(-1) == self.labels[chunk]
+
+
+class _HeadLossFunction(torch.autograd.Function):
+    """Hands the gradient that a walk has formed to autograd."""
+
+    @staticmethod
+    def forward(ctx, hidden, low_rank_rows, low_rank_weight, value, gradients):
+        ctx.save_for_backward(*gradients)
+        return value
+
+    @staticmethod
+    def backward(ctx, scale):
+        return *(None if g is None else g * scale.to(g.dtype) for g in ctx.saved_tensors), None, None
+
+
+def head_loss(
+    hidden: torch.Tensor,
+    head: nn.Module,
+    labels: torch.Tensor,
+    valid: torch.Tensor,
+    *,
+    objective: str = "auf",
+    gamma: float | None = None,
+    normalisation: str = "pooled",
+    rows_per_chunk: int = 256,
+    every_prediction: bool = False,
+    low_rank: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> HeadLoss:
+    """Numerator and denominator of an objective, from the drafter's hidden rows and the target's frozen head.
+
+    Equal to `loss_terms(cross_entropy(head(hidden), labels), slot_weights(...))` in value and gradient.
+
+    Args:
+        hidden (`torch.Tensor` of shape `(B, N, K-1, H)`): of the drafted slots.
+        head (`nn.Module`): `target.get_output_embeddings()`; frozen, also quantised.
+        labels, valid (`torch.Tensor` of shape `(B, N, K-1)`): `valid` bool, contiguous from slot 1.
+        objective, gamma, normalisation: as in `objectives`.
+        rows_per_chunk (`int`, *optional*, defaults to 256): slots whose logits (V each) are held at once.
+        every_prediction (`bool`, *optional*): also predict valid slots that do not count, for diagnostics.
+        low_rank (`tuple`, *optional*): trainable rows (B, N, K-1, E) and weight (V, E) whose product is added to the
+            logits (Domino's head, arXiv 2605.29707); both receive their gradient.
+
+    Raises:
+        ValueError: `low_rank` with an AUF objective and `per_block`: its weights are known only after the walk.
+    """
+    until_fail = objective.startswith("auf")
+    if low_rank is not None and until_fail and normalisation == "per_block":
+        raise ValueError(
+            "normalisation: per_block cannot be had for a trainable head whose support is its own first failure: a "
+            "block's weight is known only after its gradient. Use normalisation: pooled."
+        )
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    # what each slot weighs if it is reached
+    weights = weights_from_correct(objective, torch.ones_like(valid), valid, gamma).to(wide)
+    if normalisation == "per_block" and not until_fail:
+        weights = weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(wide).tiny)
+    trained = (hidden, *(low_rank or (None, None)))
+    want_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in trained)
+    walker = _Walker(hidden, head, labels, valid, weights, low_rank, want_gradient, rows_per_chunk)
+    walker.until_first_failure() if until_fail else walker.all_valid()
+    losses, correct = walker.losses.view(valid.shape), walker.correct.view(valid.shape)
+    weights = weights_from_correct(objective, correct, valid, gamma).to(wide)
+    numerator, denominator = loss_terms(losses, weights, normalisation)
+    if want_gradient:
+        gradients = _gather(walker, hidden, low_rank)
+        if normalisation == "per_block" and until_fail:
+            gradients[0] /= weights.sum(-1)[:, :, None, None].clamp(min=1e-30)
+        numerator = _HeadLossFunction.apply(*trained, numerator, gradients)
+    if every_prediction and until_fail:
+        walker.predict((valid & (weights == 0)).flatten().nonzero()[:, 0])
+    return HeadLoss(numerator, denominator, losses, weights, walker.correct.view(valid.shape))
+
+
+def _gather(walker: _Walker, hidden, low_rank) -> list[torch.Tensor | None]:
+    """Gradients with respect to (hidden, low-rank rows, low-rank weight)."""
+    gradients = [hidden.new_zeros(hidden.shape), None, None]
+    if low_rank is not None:
+        gradients[1:] = low_rank[0].new_zeros(low_rank[0].shape), walker.weight_gradient
+        if gradients[2] is None:
+            gradients[2] = torch.zeros_like(low_rank[1])
+    for index, rows, low_rank_rows in walker.gradients:
+        gradients[0].flatten(0, -2)[index] = rows
+        if low_rank_rows is not None:
+            gradients[1].flatten(0, -2)[index] = low_rank_rows
+    return gradients

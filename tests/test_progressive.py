@@ -1,0 +1,171 @@
+"""The progressive head gives the plain computation's loss and gradients, and computes no more rows than count."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from hf_specauf import progressive
+from hf_specauf.objectives import NORMALISATIONS, OBJECTIVES, loss_terms, slot_weights
+from hf_specauf.progressive import head_loss
+
+H, V, E = 8, 13, 3
+
+
+def problem(rows=2, count=3, slots=4, correct="some", spans="some", dtype=torch.float64, seed=0):
+    """hidden (with gradient), a frozen head, labels, valid."""
+    torch.manual_seed(seed)
+    hidden = torch.randn(rows, count, slots, H, dtype=dtype, requires_grad=True)
+    head = nn.Linear(H, V, bias=False).to(dtype).requires_grad_(False)
+    best = head(hidden).argmax(-1)
+    hit = {"all": torch.ones(best.shape), "none": torch.zeros(best.shape), "some": torch.rand(best.shape)}[correct]
+    labels = torch.where(hit > 0.4, best, (best + 1) % V)
+    ends = {"whole": torch.full(best.shape[:2], slots), "empty": torch.zeros(best.shape[:2], dtype=torch.long)}
+    ends["some"] = torch.randint(0, slots + 1, best.shape[:2])
+    return hidden, head, labels, torch.arange(slots) < ends[spans][..., None]
+
+
+def plain(hidden, head, labels, valid, objective, gamma, normalisation, low_rank=None):
+    """All logits of all slots -> numerator, denominator."""
+    logits = head(hidden)
+    if low_rank is not None:
+        logits = logits + low_rank[0] @ low_rank[1].T
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    weights = slot_weights(objective, logits, labels, valid, **({"gamma": gamma} if gamma else {}))
+    losses = cross_entropy(wide.flatten(0, 2), labels.flatten(), reduction="none").view(labels.shape)
+    return *loss_terms(losses, weights, normalisation), weights
+
+
+def gamma_of(objective):
+    return 2.5 if objective.endswith("decay") else None
+
+
+shapes = st.fixed_dictionaries(
+    dict(
+        rows=st.integers(1, 3), count=st.integers(1, 5), slots=st.integers(1, 7), seed=st.integers(0, 999),
+        correct=st.sampled_from(["all", "none", "some"]), spans=st.sampled_from(["whole", "empty", "some"]),
+    )
+)  # fmt: skip
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    shape=shapes, objective=st.sampled_from(OBJECTIVES), normalisation=st.sampled_from(NORMALISATIONS),
+    chunk=st.sampled_from([1, 2, 1000]), fewest=st.sampled_from([1, 4, 32]), low_rank=st.booleans(),
+)  # fmt: skip
+def test_equal_to_all_logits_in_float64(shape, objective, normalisation, chunk, fewest, low_rank):
+    hidden, head, labels, valid = problem(**shape)
+    extra = None
+    if low_rank:
+        extra = torch.randn(*labels.shape, E, dtype=hidden.dtype), torch.randn(V, E, dtype=hidden.dtype) / 5
+        extra = tuple(part.requires_grad_() for part in extra)
+        if objective.startswith("auf") and normalisation == "per_block":
+            with pytest.raises(ValueError, match="Use normalisation: pooled"):
+                head_loss(hidden, head, labels, valid, objective=objective, gamma=gamma_of(objective),
+                          normalisation=normalisation, low_rank=extra)  # fmt: skip
+            return
+    keys = dict(objective=objective, gamma=gamma_of(objective), normalisation=normalisation)
+    numerator, denominator, weights = plain(hidden, head, labels, valid, **keys, low_rank=extra)
+    leaves = (hidden, *(extra or ()))
+    expected = torch.autograd.grad(2.5 * numerator, leaves)
+    patch = pytest.MonkeyPatch()
+    patch.setattr(progressive, "FEWEST_ROWS", fewest)
+    found = head_loss(hidden, head, labels, valid, **keys, rows_per_chunk=chunk, low_rank=extra)
+    patch.undo()
+    gradients = torch.autograd.grad(2.5 * found.numerator, leaves)
+    torch.testing.assert_close(found.numerator, numerator, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found.denominator, denominator.double(), rtol=1e-7, atol=0)
+    torch.testing.assert_close(found.weights, weights.double(), rtol=1e-12, atol=0)
+    for ours, theirs in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
+    assert bool((gradients[0][weights == 0] == 0).all())
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_equal_in_fp32_to_1e_6(objective):
+    hidden, head, labels, valid = problem(4, 16, 7, dtype=torch.float32)
+    keys = dict(objective=objective, gamma=gamma_of(objective), normalisation="pooled")
+    numerator, _, _ = plain(hidden, head, labels, valid, **keys)
+    (expected,) = torch.autograd.grad(numerator, hidden)
+    found = head_loss(hidden, head, labels, valid, **keys, rows_per_chunk=5)
+    (gradient,) = torch.autograd.grad(found.numerator, hidden)
+    torch.testing.assert_close(found.numerator, numerator, rtol=1e-6, atol=0)
+    torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_bf16_equals_given_the_same_argmax_and_few_first_failures_flip():
+    hidden, head, labels, valid = problem(8, 64, 7, dtype=torch.bfloat16, spans="whole")
+    logits = head(hidden)
+    found = head_loss(hidden, head, labels, valid, rows_per_chunk=11)
+    (gradient,) = torch.autograd.grad(found.numerator, hidden)
+    _, _, weights = plain(hidden, head, labels, valid, "auf", None, "pooled")
+    same = (found.weights == weights).all(-1)  # (B, N)
+    assert (~same).sum().item() <= 5  # of 512 blocks
+    losses = cross_entropy(logits.float().flatten(0, 2), labels.flatten(), reduction="none").view(labels.shape)
+    numerator = (losses * weights)[same].sum()
+    (expected,) = torch.autograd.grad(numerator, hidden)
+    torch.testing.assert_close((found.losses * found.weights)[same].sum(), numerator, rtol=1e-3, atol=0)
+    torch.testing.assert_close(gradient[same], expected[same], rtol=0.05, atol=0.01)
+
+
+class CountingHead(nn.Linear):
+    """A head that is no plain Linear, and counts the rows it is asked for."""
+
+    computed = 0
+
+    def forward(self, rows):
+        self.computed += rows.shape[0]
+        return super().forward(rows)
+
+
+@pytest.mark.parametrize("fewest", [1, 16])
+def test_rows_computed_are_the_support_alone(monkeypatch, fewest):
+    monkeypatch.setattr(progressive, "FEWEST_ROWS", fewest)
+    hidden, head, labels, valid = problem(4, 32, 7)
+    counting = CountingHead(H, V, bias=False).double().requires_grad_(False)
+    counting.weight.data = head.weight.data
+    found = head_loss(hidden, counting, labels, valid)
+    support = int((found.weights > 0).sum())
+    assert 0 < support < int(valid.sum()) / 1.5
+    if fewest == 1:
+        assert counting.computed == support
+    else:  # a few rows more in each of the last products, of which there are fewer
+        assert support <= counting.computed < support + 7 * fewest
+    correct = head_loss(hidden, head, labels, valid, every_prediction=True).correct
+    assert torch.equal(correct, (head(hidden).argmax(-1) == labels) & valid)
+    (plain_head,), (other,) = (
+        torch.autograd.grad(head_loss(hidden, h, labels, valid).numerator, hidden) for h in (head, counting)
+    )
+    torch.testing.assert_close(plain_head, other)
+
+
+def test_logits_of_one_chunk_at_a_time():
+    hidden, _, labels, valid = problem(4, 32, 7, spans="whole")
+    most = []
+
+    class Watching(CountingHead):
+        def forward(self, rows):
+            most.append(rows.shape[0])
+            return super().forward(rows)
+
+    head_loss(hidden, Watching(H, V).double(), labels, valid, objective="uniform", rows_per_chunk=10)
+    assert max(most) == 10 and sum(most) == valid.sum()
+
+
+def test_without_gradient_nothing_is_formed_and_the_loss_is_the_same():
+    hidden, head, labels, valid = problem()
+    with torch.no_grad():
+        silent = head_loss(hidden, head, labels, valid)
+    loud = head_loss(hidden, head, labels, valid)
+    assert not silent.numerator.requires_grad and loud.numerator.requires_grad
+    assert silent.numerator == loud.numerator
+
+
+def test_nothing_valid_gives_zero_with_a_graph():
+    hidden, head, labels, valid = problem(spans="empty")
+    found = head_loss(hidden, head, labels, valid)
+    assert found.numerator == 0 and found.denominator == 0
+    (gradient,) = torch.autograd.grad(found.numerator, hidden)
+    assert bool((gradient == 0).all())
