@@ -143,7 +143,11 @@ def make_blocks(
 
 
 def group_masks(
-    anchors: torch.Tensor, anchor_document: torch.Tensor, real: torch.Tensor, document_ids: torch.Tensor, block_size: int
+    anchors: torch.Tensor,
+    anchor_document: torch.Tensor,
+    real: torch.Tensor,
+    document_ids: torch.Tensor,
+    block_size: int,
 ) -> tuple[torch.Tensor, ...]:
     """The attention rule as one mask for each group of G neighbouring blocks, no larger than the group can see: the
     context before its last anchor, and its own slots. One mask of all slots would be mostly other blocks.

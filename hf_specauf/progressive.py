@@ -42,7 +42,9 @@ class _Walker:
         self.valid = valid.flatten(0, 1)
         self.losses = torch.zeros_like(self.weights)
         self.correct = torch.zeros_like(self.labels, dtype=torch.bool)
-        self.gradients: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]] = []  # index, of rows, of low rank
+        self.gradients: list[
+            tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+        ] = []  # index, of rows, of low rank
         self.weight_gradient = None
 
     def logits(self, index: torch.Tensor):

@@ -1,4 +1,4 @@
-"""Records of a run as JSON files, from which reports and cards are rendered; and what every command does with errors."""
+"""Records of a run as JSON files, from which reports and cards are rendered; and how commands end on errors."""
 
 import json
 import math

@@ -51,7 +51,7 @@ def provenance(recipe: dict, trainer: AUFTrainer, started: datetime) -> dict:
         "started": started.isoformat(timespec="seconds"),
         "seconds": round((datetime.now(UTC) - started).total_seconds(), 1),
         "steps": trainer.state.global_step,
-        "rows": len(trainer.train_dataset),
+        "rows": sum(row >= 0 for row in trainer.train_dataset["row"]),
         "trainable_parameters": trainer.get_num_trainable_parameters(),
         "history": history,
     }
@@ -69,7 +69,9 @@ def train(target_args: TargetArguments, draft: DrafterArguments, data: DataArgum
     if resume is True:
         resume = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
         if resume is None:
-            print(f"resume_from_checkpoint: there is no checkpoint in {args.output_dir} yet, so training starts afresh")
+            print(
+                f"resume_from_checkpoint: there is no checkpoint in {args.output_dir} yet, so training starts afresh"
+            )
     if isinstance(resume, str) and not os.path.isdir(resume):
         raise ValueError(
             f"resume_from_checkpoint: there is no folder {resume!r}; `true` takes the newest of output_dir"

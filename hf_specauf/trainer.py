@@ -1,12 +1,18 @@
 """AUFTrainer: transformers' Trainer for block drafters. The drafter is the model; the target stands outside."""
 
+import math
+import os
+import shutil
 import signal
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
-from datasets import Dataset
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from datasets import Dataset, concatenate_datasets
+from peft import get_peft_model
+from torch.distributed.tensor import DTensor
 from transformers import (
     EvalPrediction,
     GenerationConfig,
@@ -16,17 +22,19 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
-from transformers.trainer_utils import IntervalStrategy
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import IntervalStrategy, sort_checkpoints
 from transformers.utils import is_torch_bf16_gpu_available
 
 from .acceptance import accepted_prefix, summarize
 from .blocks import EVALUATION_STEP, Blocks, make_blocks, sample_anchors
 from .conversations import prepare_rows, prompt_length
+from .drafters.modeling_dflash import DFlashDraftModel
 from .generate import attach
 from .objectives import NORMALISATIONS, OBJECTIVES, loss_terms, resolve_gamma
 from .optimizer import MuonWithAdamW
 from .progressive import head_loss
-from .target import FrozenTarget, innermost
+from .target import FrozenTarget
 
 
 @dataclass
@@ -91,14 +99,16 @@ class AUFConfig(TrainingArguments):
                 )
         if self.eval_prompts and self.eval_new_tokens < 2:
             raise ValueError(
-                f"eval_new_tokens is {self.eval_new_tokens}: the first token comes from the prefill, so tau needs 2 or "
-                "more; eval_prompts: 0 leaves decoding out"
+                f"eval_new_tokens is {self.eval_new_tokens}: the first token comes from the prefill, so tau needs 2 "
+                "or more; eval_prompts: 0 leaves decoding out"
             )
         if self.muon_learning_rate is not None and (self.fsdp or self.deepspeed):
             raise ValueError("muon_learning_rate needs whole matrices, and FSDP and DeepSpeed shard them: remove it")
         for key in ("anchors_per_row", "head_rows_per_chunk"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key} is {getattr(self, key)}; it must be at least 1")
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False  # every parameter is used in every forward
         if self.label_names is None:
             self.label_names = []  # PeftModel hides forward's argument names (peft#1881)
         super().__post_init__()
@@ -214,6 +224,22 @@ class RowCollator:
         return {"input_ids": input_ids, "supervised": supervised, "document_ids": document_ids, "row_ids": row_ids}
 
 
+def fill_up(rows: Dataset, multiple: int) -> Dataset:
+    """Append rows that hold no block (`row` -1) up to a multiple of the rows of one optimizer step.
+
+    All ranks then get equally many batches without any row being dealt twice, as accelerate would do to even out the
+    last ones; rows without a block add nothing to the loss.
+    """
+    missing = -len(rows) % multiple
+    if not missing:
+        return rows
+    first = rows[0]
+    empty = {"input_ids": first["input_ids"][:2], "supervised": [0, 0], "row": -1}
+    if "document_ids" in rows.column_names:
+        empty["document_ids"] = [0, 0]
+    return concatenate_datasets([rows, Dataset.from_list([empty] * missing, features=rows.features)])
+
+
 class AUFTrainer(Trainer):
     """Trains a block drafter on its target's own hidden states.
 
@@ -235,6 +261,8 @@ class AUFTrainer(Trainer):
 
     # The division happens once per optimizer step, in training_step
     loss_is_scaled_for_ga = True
+    _is_saving = False
+    _untried_memory = False
 
     def __init__(
         self,
@@ -268,13 +296,15 @@ class AUFTrainer(Trainer):
         self.target = FrozenTarget(target_model, config)
         self.tokenizer = processing_class
         self._interrupt = InterruptCallback()
+        self._peft_config = peft_config
         if peft_config is not None:
-            from peft import get_peft_model
-
             model = get_peft_model(model, peft_config)
 
         with args.main_process_first(desc="tokenizing"):
             train_dataset, eval_dataset = self._prepare(train_dataset), self._prepare(eval_dataset)
+            if train_dataset is not None:
+                step_rows = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+                train_dataset = fill_up(train_dataset, step_rows)
         pad = next(i for i in (processing_class.pad_token_id, processing_class.eos_token_id, 0) if i is not None)
         super().__init__(
             model=model,
@@ -293,7 +323,7 @@ class AUFTrainer(Trainer):
         rows = next(iter(rows.values())) if isinstance(rows, dict) else rows
         sample = rows[0]["input_ids"][:64]
         self.target.check(torch.tensor([sample], device=args.device))
-        self._step_sums = torch.zeros(2, dtype=torch.float64, device=args.device)
+        self._step_sums = torch.zeros(3, dtype=torch.float64, device=args.device)
         self._log_sums = torch.zeros(len(COUNTERS), dtype=torch.float64, device=args.device)
 
     def _prepare(self, rows):
@@ -312,6 +342,8 @@ class AUFTrainer(Trainer):
         """Trainer's own; whatever ends it, Ctrl-C is given back and the next call starts with clean sums."""
         self._step_sums.zero_()
         self._log_sums.zero_()
+        self._untried_memory = self.args.device.type != "cpu"  # a CPU out of memory kills without an exception
+        shutil.rmtree(self._saving_folder, ignore_errors=True)  # of a run that was killed while it saved
         try:
             return super().train(*args, **kwargs)
         finally:
@@ -332,13 +364,11 @@ class AUFTrainer(Trainer):
 
     # ---- the loss
 
-    def _fill_blocks(self, model, inputs: dict, step: int) -> tuple[Blocks, torch.Tensor]:
+    def _fill_blocks(self, model, inputs: dict, step: int, most_anchors: int) -> tuple[Blocks, torch.Tensor]:
         """Draw anchors and fill their blocks -> the blocks, hidden rows of slots 1..K-1 (B, N, K-1, H)."""
         ids, documents = inputs["input_ids"], inputs["document_ids"]
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        anchors, real = sample_anchors(
-            inputs["supervised"], documents, self.args.anchors_per_row, inputs["row_ids"], seed, step
-        )
+        anchors, real = sample_anchors(inputs["supervised"], documents, most_anchors, inputs["row_ids"], seed, step)
         count = max(int(real.sum(1).max()), 1)  # rows with fewer candidates than N cost no more than they have
         anchors, real = anchors[:, :count], real[:, :count]
         mask_token_id = self.drafter_config.mask_token_id
@@ -354,7 +384,7 @@ class AUFTrainer(Trainer):
 
     def _counters(self, model, inputs: dict, step: int, every_prediction: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss numerator with its graph, and detached counters per row (B, len(COUNTERS))."""
-        blocks, hidden = self._fill_blocks(model, inputs, step)
+        blocks, hidden = self._fill_blocks(model, inputs, step, self.args.anchors_per_row)
         valid, args = blocks.valid, self.args
         found = head_loss(
             hidden, self.target.head, blocks.labels, valid, objective=args.objective, gamma=self.gamma,
@@ -392,7 +422,7 @@ class AUFTrainer(Trainer):
         """Numerator over a fixed constant; `training_step` makes it exact once all micro-batches and ranks are in."""
         numerator, counters = self._counters(model, inputs, self.state.global_step, self._logs_this_step)
         sums = counters.sum(0)
-        self._step_sums += sums[:2]
+        self._step_sums[:2] += sums[:2]
         self._log_sums += sums
         loss = numerator / self._nominal
         return (loss, {}) if return_outputs else loss
@@ -403,25 +433,81 @@ class AUFTrainer(Trainer):
         The denominator (supported slots) is known only after the forward passes, so Trainer's `num_items_in_batch`
         cannot carry it (Automodel#3797, verl#785).
         """
+        if self._untried_memory:
+            self._untried_memory = False
+            self.try_worst_case(model)
         super().training_step(model, inputs, num_items_in_batch)
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
-        numerator, denominator = self.accelerator.reduce(self._step_sums, "sum").tolist()
-        self._step_sums.zero_()
-        # DDP and FSDP2 average gradients over ranks
-        scale = self._nominal * self.accelerator.num_processes / max(denominator, 1.0)
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        for gradient in gradients:
-            gradient.mul_(scale)
-        finite = torch.isfinite(torch.nn.utils.get_total_norm(gradients)).item()
-        if not (finite and torch.isfinite(torch.tensor(numerator))):
-            what = "loss" if finite else "gradient"
+        local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+        self._step_sums[2] = 0 if torch.isfinite(torch.nn.utils.get_total_norm(local)) else 1
+        numerator, denominator, unsound = self.accelerator.reduce(self._step_sums, "sum").tolist()
+        self._step_sums.zero_()
+        if unsound or not math.isfinite(numerator):  # every rank sees the sums and stops
+            what = "gradient" if math.isfinite(numerator) else "loss"
             raise FloatingPointError(
                 f"the {what} of step {self.state.global_step + 1} is not a finite number; the optimizer was not "
                 f"stepped. Lower learning_rate, and go on from the last checkpoint in {self.args.output_dir} with "
                 "--resume_from_checkpoint true."
             )
+        # DDP and FSDP2 average gradients over ranks
+        scale = self._nominal * self.accelerator.num_processes / max(denominator, 1.0)
+        for gradient in gradients:
+            gradient.mul_(scale)
         return torch.tensor(numerator / max(denominator, 1.0), device=self.args.device)
+
+    def try_worst_case(self, model) -> None:
+        """Run the largest micro-batch that can come, forward and backward, so that memory runs out now or never.
+
+        Raises:
+            ValueError: it does not fit; names the `anchors_per_row` that would.
+        """
+        args = self.args
+        length = max(map(len, self.train_dataset["input_ids"]))
+        ids = max(self.train_dataset["input_ids"], key=len)
+        shape = (args.per_device_train_batch_size, length)
+        inputs = {
+            "input_ids": torch.tensor([ids], device=args.device).expand(shape),
+            "supervised": torch.ones(shape, dtype=torch.bool, device=args.device),
+            "document_ids": torch.zeros(shape, dtype=torch.long, device=args.device),
+            "row_ids": torch.zeros(shape[0], dtype=torch.long, device=args.device),
+        }
+        trained = [p for p in model.parameters() if p.requires_grad]
+        # AdamW's two moments, which the first step will allocate
+        moments = [torch.empty(2, *p.shape, dtype=p.dtype, device=args.device) for p in trained]
+        anchors, fits = min(args.anchors_per_row, length), 0
+        wanted = anchors
+        with torch.random.fork_rng(devices=[args.device] if args.device.type == "cuda" else []):
+            while anchors and not fits:
+                failed = torch.tensor(0, device=args.device)
+                try:
+                    with self.accelerator.no_sync(model), self.compute_loss_context_manager():
+                        blocks, hidden = self._fill_blocks(model, inputs, 0, anchors)
+                        found = head_loss(
+                            hidden, self.target.head, blocks.labels, blocks.valid, objective="uniform",
+                            rows_per_chunk=args.head_rows_per_chunk,
+                        )  # fmt: skip
+                        self.accelerator.backward(found.numerator)
+                except RuntimeError as error:
+                    if not should_reduce_batch_size(error):
+                        raise
+                    failed += 1
+                blocks = hidden = found = None
+                model.zero_grad()
+                if self.accelerator.reduce(failed, "sum").item():  # on any rank
+                    clear_device_cache(garbage_collection=True)
+                    anchors //= 2
+                else:
+                    fits = anchors
+        del moments
+        if fits < wanted:
+            advice = f"anchors_per_row: {fits} would fit" if fits else "not even one anchor fits"
+            raise ValueError(
+                f"memory runs out on the largest micro-batch, {shape[0]} rows of {length} tokens with {wanted} "
+                f"anchors each: {advice}. Or lower per_device_train_batch_size (raising gradient_accumulation_steps), "
+                "max_length or head_rows_per_chunk, or set gradient_checkpointing: true."
+            )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the paper's diagnostics, over all ranks since the last log, to a training log."""
@@ -451,9 +537,22 @@ class AUFTrainer(Trainer):
             output.metrics[f"{metric_key_prefix}_tau"] = self.decoded_tau(dataloader.dataset)
         return output
 
+    def _whole_drafter(self):
+        """The drafter, or, where its weights are sharded, a copy that each rank can run by itself: they decode
+        unequal numbers of passes."""
+        drafter = self.accelerator.unwrap_model(self.model)
+        state = drafter.state_dict()
+        if not any(isinstance(value, DTensor) for value in state.values()):
+            return drafter
+        whole = DFlashDraftModel(self.drafter_config)
+        if self._peft_config is not None:
+            whole = get_peft_model(whole, self._peft_config)
+        whole.load_state_dict({k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in state.items()})
+        return whole.to(self.args.device)
+
     def decoded_tau(self, rows: Dataset) -> float:
         """tau over the first `eval_prompts` rows' prompts, decoded greedily, split over the ranks."""
-        drafter = self.accelerator.unwrap_model(self.model)
+        drafter = self._whole_drafter()
         was_training = drafter.training
         count = min(self.args.eval_prompts, len(rows))
         mine = rows.select(range(self.args.process_index, count, self.args.world_size))
@@ -472,10 +571,64 @@ class AUFTrainer(Trainer):
 
     # ---- saving
 
+    @property
+    def _saving_folder(self) -> str:
+        return os.path.join(self.args.output_dir, ".saving")
+
+    def _get_output_dir(self, trial) -> str:
+        return self._saving_folder if self._is_saving else super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """Trainer's own, written beside and renamed when every rank is done: whatever is called `checkpoint-*` is
+        complete, also after a kill in the middle of saving or of deleting an old one."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        self._is_saving = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._is_saving, self.args.save_total_limit = False, limit
+        self.accelerator.wait_for_everyone()
+        name, folder = f"checkpoint-{self.state.global_step}", self.args.output_dir
+        if self.state.best_global_step:
+            best = os.path.join(folder, f"checkpoint-{self.state.best_global_step}")
+            if self.state.best_global_step == self.state.global_step or os.path.isdir(best):
+                self.state.best_model_checkpoint = best
+        if self.args.should_save:
+            written = os.path.join(self._saving_folder, name)
+            self.state.save_to_json(os.path.join(written, TRAINER_STATE_NAME))  # with the best checkpoint's final name
+            self._remove(os.path.join(folder, name))  # of an earlier run; this one is newer
+            os.rename(written, os.path.join(folder, name))
+            self._remove_old_checkpoints()
+            shutil.rmtree(self._saving_folder)
+        self.accelerator.wait_for_everyone()
+
+    def _remove(self, checkpoint: str) -> None:
+        if os.path.isdir(checkpoint):
+            doomed = os.path.join(self._saving_folder, os.path.basename(checkpoint) + ".old")
+            os.rename(checkpoint, doomed)
+            shutil.rmtree(doomed)
+
+    def _remove_old_checkpoints(self) -> None:
+        """Keep `save_total_limit` checkpoints, the newest and the best among them."""
+        checkpoints = sort_checkpoints(self.args.output_dir)
+        if not self.args.save_total_limit or len(checkpoints) <= self.args.save_total_limit:
+            return
+        kept = {checkpoints[-1], self.state.best_model_checkpoint}
+        others = [checkpoint for checkpoint in checkpoints if checkpoint not in kept]
+        excess = len(checkpoints) - max(self.args.save_total_limit, len(checkpoints) - len(others))
+        for checkpoint in others[:excess]:
+            self._remove(checkpoint)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Trainer's own; a drafter sharded by FSDP is gathered, so that every checkpoint holds a loadable one."""
+        if self.is_fsdp_enabled:
+            self._save(output_dir or self.args.output_dir, state_dict=self.accelerator.get_state_dict(self.model))
+        else:
+            super().save_model(output_dir, _internal_call)
+
     def _save(self, output_dir: str | None = None, state_dict=None):
         # Trainer writes its own use_cache switch into the drafter's config
-        config = innermost(self.accelerator.unwrap_model(self.model)).config
-        vars(config).pop("use_cache", None)
+        vars(self.drafter_config).pop("use_cache", None)
         super()._save(output_dir, state_dict)
         # a pickle that holds hub_token in clear, and nothing reads it
         Path(output_dir or self.args.output_dir, "training_args.bin").unlink(missing_ok=True)

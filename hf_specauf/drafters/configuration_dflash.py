@@ -63,6 +63,7 @@ class DFlashConfig(PreTrainedConfig):
     """
 
     model_type = "specauf_dflash"
+    base_model_fsdp_plan = {"layers.*": "free_full_weight"}
 
     hidden_size: int = 4096
     intermediate_size: int = 12288
