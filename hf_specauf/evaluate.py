@@ -10,14 +10,14 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from transformers import AutoModel, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoModel, GenerationConfig, PreTrainedTokenizerBase
 from trl import TrlParser
 
 from .acceptance import TAU_DEFINITION
 from .conversations import chat_messages, load_rows, prompt_length, row_format
 from .generate import attach
 from .records import environment, errors_in_one_line, write_record
-from .target import innermost, load_target
+from .target import innermost, load, load_target
 
 NEAR_TIE = 1e-3  # fp32: a first difference is a tie of rounding if the target's two best logits are closer than this
 
@@ -224,11 +224,9 @@ def main(argv: list[str] | None = None) -> None:
     """Command line of `python -m hf_specauf.evaluate`."""
     with errors_in_one_line():
         (args,) = TrlParser(EvaluateArguments, prog="python -m hf_specauf.evaluate").parse_args_and_config(argv)
-        target = load_target(args.target, args.target_revision, dtype=args.dtype).to(args.device)
-        drafter = AutoModel.from_pretrained(args.drafter, revision=args.drafter_revision, dtype=args.dtype).to(
-            args.device
-        )
-        tokenizer = AutoTokenizer.from_pretrained(args.target, revision=args.target_revision)
+        target, tokenizer = load_target(args.target, args.target_revision, key="--target", dtype=args.dtype)
+        target.to(args.device)
+        drafter = load(AutoModel, "--drafter", args.drafter, args.drafter_revision, dtype=args.dtype).to(args.device)
         rows = load_rows(args.prompts, split=args.prompts_split)
         template_kwargs = getattr(drafter.config, "chat_template_kwargs", None)
         prompts = encode_prompts(rows, tokenizer, args.count, args.prompt_tokens, template_kwargs)

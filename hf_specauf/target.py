@@ -1,9 +1,11 @@
 """The frozen target: noise embeddings, tapped hidden states and head, lent to a drafter and never changed."""
 
+from typing import Any
+
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .drafters.configuration_dflash import DFlashConfig, check_target_layer_ids
 from .drafters.generation_block import apply_head, embed_noise
@@ -14,11 +16,30 @@ def innermost(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def load_target(name_or_path: str, revision: str | None = None, **kwargs) -> PreTrainedModel:
-    """`AutoModelForCausalLM.from_pretrained` with `dtype="auto"`; prints the commit that was loaded (z-lab#152)."""
-    kwargs.setdefault("dtype", "auto")
-    model = AutoModelForCausalLM.from_pretrained(name_or_path, revision=revision, **kwargs)
-    return model.eval()
+def load(auto_class: Any, key: str, name_or_path: str, revision: str | None = None, **kwargs) -> Any:
+    """`from_pretrained` of an Auto class.
+
+    Raises:
+        OSError: nothing loadable is there; names the `key` that asked for it.
+    """
+    try:
+        return auto_class.from_pretrained(name_or_path, revision=revision, **kwargs)
+    except OSError as error:
+        at = f" at revision {revision}" if revision else ""
+        raise OSError(
+            f"{key}: {name_or_path!r}{at} cannot be loaded. It must be a folder with a config.json, or a Hub id that "
+            f"you can reach (gated and private ones need `hf auth login`). {error}"
+        ) from error
+
+
+def load_target(
+    name_or_path: str, revision: str | None = None, key: str = "target_model_name_or_path", **kwargs
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal LM in its stored dtype, unless told otherwise, and its tokenizer."""
+    code = {"trust_remote_code": kwargs.get("trust_remote_code", False)}
+    tokenizer = load(AutoTokenizer, key, name_or_path, revision, **code)
+    model = load(AutoModelForCausalLM, key, name_or_path, revision, **{"dtype": "auto"} | kwargs)
+    return model.eval(), tokenizer
 
 
 def embedding_rows(target: PreTrainedModel) -> int:

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, set_seed
+from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from .conversations import load_rows, show_row
@@ -21,10 +21,11 @@ from .trainer import AUFConfig, AUFTrainer
 def load_data(data: DataArguments):
     """(training rows, held-out rows or `None`)."""
     train = load_rows(data.dataset_name, data.dataset_config, data.dataset_split, data.dataset_revision)
-    if data.eval_dataset_name is not None:
+    heldout = None
+    if data.eval_rows and data.eval_dataset_name is not None:
         heldout = load_rows(data.eval_dataset_name, None, data.eval_dataset_split)
         heldout = heldout.select(range(min(data.eval_rows, len(heldout))))
-    else:
+    elif data.eval_rows:
         if len(train) < 2:
             raise ValueError(
                 f"{data.dataset_name} has {len(train)} rows, too few to hold one out: give more, or eval_dataset_name"
@@ -34,7 +35,7 @@ def load_data(data: DataArguments):
         train = train.select(range(len(train) - size))
     if data.max_train_rows is not None:
         train = train.select(range(min(data.max_train_rows, len(train))))
-    return train, heldout if data.eval_rows else None
+    return train, heldout
 
 
 def provenance(recipe: dict, trainer: AUFTrainer, started: datetime) -> dict:
@@ -44,7 +45,7 @@ def provenance(recipe: dict, trainer: AUFTrainer, started: datetime) -> dict:
         "recipe": recipe,
         "target": {
             "name_or_path": trainer.target.model.config._name_or_path,
-            "revision": recipe["target_revision"],
+            "revision": trainer.drafter_config.target_revision,
             "dtype": str(trainer.target.model.dtype).removeprefix("torch."),
         },
         "environment": environment(),
@@ -79,10 +80,7 @@ def train(target_args: TargetArguments, draft: DrafterArguments, data: DataArgum
     train_rows, heldout = load_data(data)  # before the target, which may take minutes to load
     set_seed(args.seed)
     name = target_args.target_model_name_or_path
-    tokenizer = AutoTokenizer.from_pretrained(
-        name, revision=target_args.target_revision, trust_remote_code=target_args.trust_remote_code
-    )
-    target = load_target(
+    target, tokenizer = load_target(
         name,
         target_args.target_revision,
         dtype=target_args.target_dtype,
@@ -90,6 +88,8 @@ def train(target_args: TargetArguments, draft: DrafterArguments, data: DataArgum
         device_map=target_args.target_device_map,
         trust_remote_code=target_args.trust_remote_code,
     )
+    # what a branch or tag named when it was loaded (z-lab#152)
+    revision = target.config._commit_hash or target_args.target_revision
     mask = draft.mask_token_id
     config = drafter_config(
         target,
@@ -98,7 +98,7 @@ def train(target_args: TargetArguments, draft: DrafterArguments, data: DataArgum
         mask_token_id=default_mask_token_id(target, tokenizer) if mask is None else mask,
         target_layer_ids=draft.target_layer_ids,
         intermediate_size=draft.draft_intermediate_size,
-        target_revision=target_args.target_revision,
+        target_revision=revision,
         chat_template_kwargs=draft.chat_template_kwargs,
     )
     set_seed(args.seed)  # the drafter's first weights depend on the seed alone
@@ -123,9 +123,10 @@ def train(target_args: TargetArguments, draft: DrafterArguments, data: DataArgum
         for key, given in origin.items():
             print(f"{key}: {getattr(config, key)} ({'recipe' if given else 'derived from the target'})")
         print(
-            f"target: {name}, {config.num_target_layers} layers; drafter: {config.num_hidden_layers} layers, block "
-            f"size {config.block_size}, {trainer.get_num_trainable_parameters() / 1e6:.1f} M parameters; "
-            f"objective: {args.objective}" + (f", gamma {trainer.gamma:g}" if trainer.gamma else "")
+            f"target: {name}{' at ' + revision if revision else ''}, {config.num_target_layers} layers; drafter: "
+            f"{config.num_hidden_layers} layers, block size {config.block_size}, "
+            f"{trainer.get_num_trainable_parameters() / 1e6:.1f} M parameters; objective: {args.objective}"
+            + (f", gamma {trainer.gamma:g}" if trainer.gamma else "")
         )
         print(f"first row, supervised tokens between ⟦ and ⟧:\n{show_row(trainer.train_dataset[0], tokenizer)}\n")
     trainer.train(resume_from_checkpoint=resume)

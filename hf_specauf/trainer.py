@@ -21,6 +21,7 @@ from transformers import (
     Trainer,
     TrainerCallback,
     TrainingArguments,
+    set_seed,
 )
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import IntervalStrategy, sort_checkpoints
@@ -298,6 +299,7 @@ class AUFTrainer(Trainer):
         self._interrupt = InterruptCallback()
         self._peft_config = peft_config
         if peft_config is not None:
+            set_seed(args.seed)  # the adapter's first weights
             model = get_peft_model(model, peft_config)
 
         with args.main_process_first(desc="tokenizing"):

@@ -1,5 +1,6 @@
 """Tiny real models for the tests: built here from real architectures, trained here, never downloaded."""
 
+import json
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -7,6 +8,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, set_seed
@@ -127,3 +129,8 @@ def text_target(tokenizer):
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+
+
+def load_rows_file(path):
+    """Token rows from a .jsonl file, without a cache folder."""
+    return Dataset.from_list([json.loads(line) for line in path.read_text().splitlines()])

@@ -43,6 +43,9 @@ def files(tmp_path_factory, tokenizer):
     ]
     for name, column, rows in (("text", "text", texts), ("chat", "messages", chats), ("short", "text", ["a b"] * 30)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps({column: row}) + "\n" for row in rows))
+    (folder / "single.jsonl").write_text('{"text": "only one row"}\n')
+    (folder / "broken.jsonl").write_text('{"text": "a row"}\n{"text": "a trunc')
+    (folder / "broken.yaml").write_text("objective: [auf\nseed: 1\n")
     cache, datasets.config.HF_DATASETS_CACHE = datasets.config.HF_DATASETS_CACHE, folder / "cache"
     yield folder
     datasets.config.HF_DATASETS_CACHE = cache
@@ -187,13 +190,33 @@ def test_accelerate_launch_runs_a_recipe(command, files, tmp_path):
         (dict(resume_from_checkpoint="out/checkpoint-9"), "there is no folder 'out/checkpoint-9'"),
         (dict(gamma=7), "objective 'auf' has no decay and would ignore it"),
         (dict(objectve="auf"), "--objectve"),
+        (dict(target_model_name_or_path="nowhere"), "target_model_name_or_path: 'nowhere' cannot be loaded"),
+        (dict(data="broken"), "the dataset cannot be read"),
+        (dict(data="single"), "has 1 rows, too few to hold one out"),
+        (dict(config="broken.yaml"), "while parsing"),
+        (dict(config=""), "--config needs the path of a recipe"),
+        (dict(config="nowhere.yaml"), "nowhere.yaml"),
+        (dict(chat_template_kwargs="{enable_thinking:false}"), "chat_template_kwargs is '{enable_thinking:false}'"),
+        (dict(eval_rows=-1), "eval_rows is -1"),
     ],
 )
-def test_errors_are_one_line_without_a_traceback(command, overrides, message):
+def test_errors_are_one_line_without_a_traceback(command, files, monkeypatch, overrides, message):
+    monkeypatch.chdir(files)
     with pytest.raises(SystemExit) as stop:
         main(command(**overrides))
     assert stop.value.code.startswith("error: ") and "\n" not in stop.value.code
     assert message in stop.value.code
+
+
+def test_a_handful_of_rows_and_no_held_out_ones(command, files, tmp_path):
+    for rows, keys in ((9, {}), (27, dict(eval_rows=0))):
+        text = (files / "text.jsonl").read_text().splitlines(keepends=True)[:rows]
+        (tmp_path / "few.jsonl").write_text("".join(text))
+        out = tmp_path / str(rows)
+        main(command(dataset_name=tmp_path / "few.jsonl", output_dir=out, resume_from_checkpoint="true", **keys))
+        record = strict((out / "provenance.json").read_text())
+        assert record["rows"] == (27 if keys else 8)
+        assert any("eval_tau" in entry for entry in record["history"]) == (not keys)
 
 
 def test_error_of_the_command_itself_shows_no_traceback(command, files):

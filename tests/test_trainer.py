@@ -12,10 +12,12 @@ from conftest import EOS, MASK, PAD, make_drafter, make_target, overfit, random_
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModel, TrainerCallback
+from transformers import AutoModel, TrainerCallback, TrainerState
 
+from hf_specauf import DFlashDraftModel
 from hf_specauf.blocks import EVALUATION_STEP, make_blocks, sample_anchors
 from hf_specauf.generate import attach
+from hf_specauf.target import drafter_config
 from hf_specauf.trainer import AUFConfig, AUFTrainer, RowCollator
 
 PROMPT, LENGTHS = 8, (42, 11, 24, 13, 36, 10, 18)
@@ -443,6 +445,51 @@ def test_second_ctrl_c_stops_at_once(build, tmp_path):
             build(callbacks=[BeforeStep(3, twice)]).train()
     finally:
         signal.signal(signal.SIGINT, previous)
+
+
+def test_ctrl_c_is_given_back_and_sums_start_clean_after_an_error(build, pair):
+    previous = signal.getsignal(signal.SIGINT)
+    common = dict(per_device_train_batch_size=2, gradient_accumulation_steps=4, max_steps=2) | SGD
+    expected = train(build(**common))
+    spoilt = BeforeStep(1, poison("fc.weight"))
+    trainer = build(callbacks=[spoilt], **common)
+    with pytest.raises(FloatingPointError):
+        trainer.train()
+    assert signal.getsignal(signal.SIGINT) is previous
+    trainer.model.load_state_dict(pair.drafter.state_dict())
+    trainer.remove_callback(spoilt)
+    assert [log["loss"] for log in train(trainer)] == [log["loss"] for log in expected]
+
+
+def test_raw_rows_and_several_sets_are_evaluated(build, pair, tokenizer):
+    texts = Dataset.from_dict({"text": ["a quick brown fox jumps over the lazy dog"] * 3})
+    target = make_target(vocab_size=len(tokenizer), bos_token_id=None)
+    config = drafter_config(target, num_hidden_layers=1, block_size=4, mask_token_id=2, target_layer_ids=[0, 2])
+    trainer = build(
+        model=DFlashDraftModel(config), target_model=target, train_dataset=texts,
+        eval_dataset={"one": texts, "two": texts.select([0])}, eval_prompts=1,
+    )  # fmt: skip
+    several = trainer.evaluate()
+    assert {"eval_one_loss", "eval_one_tau", "eval_two_loss", "eval_two_tau"} <= set(several)
+    alone = trainer.evaluate(texts.select([0]))
+    assert alone["eval_loss"] == several["eval_two_loss"] != several["eval_one_loss"]
+
+
+def test_checkpoints_are_complete_without_secrets_and_the_oldest_go(build, tmp_path):
+    trainer = build(
+        max_steps=5, save_strategy="steps", save_steps=1, save_total_limit=2, eval_strategy="steps", eval_steps=1,
+        metric_for_best_model="eval_loss", hub_token="hf_PLANTED", learning_rate=3.0, optim="sgd",
+        lr_scheduler_type="constant_with_warmup", warmup_steps=2,
+    )  # fmt: skip
+    trainer.train()
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert losses[0] < min(losses[1:])  # the first is the best, and stays
+    assert sorted(os.listdir(tmp_path / "out")) == ["checkpoint-1", "checkpoint-5"]
+    for folder in (tmp_path / "out").iterdir():
+        assert {"model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json"} <= set(os.listdir(folder))
+        assert not [path for path in folder.iterdir() if b"hf_PLANTED" in path.read_bytes()]
+        state = TrainerState.load_from_json(folder / "trainer_state.json")
+        assert state.best_model_checkpoint == str(tmp_path / "out" / "checkpoint-1")
 
 
 def test_training_leaves_the_target_untouched(build, pair, tmp_path):

@@ -1,0 +1,99 @@
+"""Several real processes over gloo: one loss, one gradient, whatever the split; checkpoints that load anywhere."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_drafter, make_target, random_prompts
+from safetensors.torch import load_file
+from transformers import AutoModel
+
+ROOT = Path(__file__).parents[1]
+WORKER = Path(__file__).with_name("distributed_worker.py")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tokenizer):
+    """target/, drafter/ and rows.jsonl: 13 rows, so that the last batches are uneven, one of them without a block."""
+    folder = tmp_path_factory.mktemp("pair")
+    target = make_target(dtype=torch.float32, vocab_size=len(tokenizer), bos_token_id=None)
+    target.save_pretrained(folder / "target")
+    tokenizer.save_pretrained(folder / "target")
+    make_drafter(target).save_pretrained(folder / "drafter")
+    texts = target.generate(
+        random_prompts(13, 8), max_new_tokens=34, do_sample=False, suppress_tokens=[2, 95]
+    ).tolist()
+    rows = []
+    for i, text in enumerate(texts):
+        length = 42 - 3 * i % 30
+        rows.append({"input_ids": text[:length], "supervised": ([0] * 8 + [1] * 34)[:length]})
+    rows[4] = {"input_ids": texts[4], "supervised": [1, 1] + [0] * 40}  # no context before its only label
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def launch(folder: Path, out: Path, processes: int, rows_each: int, accumulation: int = 1, **keys) -> dict:
+    """Run the worker for real -> its logs.json."""
+    keys |= dict(per_device_train_batch_size=rows_each, gradient_accumulation_steps=accumulation)
+    words = [str(WORKER), str(folder), str(out), *(f"{key}={json.dumps(value)}" for key, value in keys.items())]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] * (processes > 1)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(
+        [sys.executable, *launcher, *words], env=environment, capture_output=True, text=True, timeout=400
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    record = json.loads((out / "logs.json").read_text())
+    assert record["processes"] == processes
+    return record
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    (checkpoint,) = out.glob("checkpoint-4")
+    files = [checkpoint / name for name in ("model.safetensors", "adapter_model.safetensors")]
+    return load_file(next(path for path in files if path.exists()))
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.5], ids=["unclipped", "clipped"])
+def test_one_loss_and_gradient_for_ddp_fsdp2_accumulation_and_one_batch(folder, tmp_path, clip):
+    runs = {
+        "one process, 4 rows": dict(processes=1, rows_each=4),
+        "one process, 2 x 2 rows": dict(processes=1, rows_each=2, accumulation=2),
+        "two DDP processes, 2 rows": dict(processes=2, rows_each=2),
+        "two DDP processes, 2 x 1 row": dict(processes=2, rows_each=1, accumulation=2),
+        "two FSDP2 processes, 2 rows": dict(processes=2, rows_each=2, sharded=True),
+        "two FSDP2 processes, 2 x 1 row": dict(processes=2, rows_each=1, accumulation=2, sharded=True),
+    }
+    if clip:
+        runs = {name: keys for name, keys in runs.items() if "2 x" not in name}
+    reference = None
+    for number, (name, keys) in enumerate(runs.items()):
+        out = tmp_path / str(number)
+        record = launch(folder, out, max_grad_norm=clip, **keys)
+        assert (record["types"] == ["DTensor"]) == keys.get("sharded", False), name
+        logs = [entry for entry in record["logs"] if "loss" in entry]
+        (evaluated,) = [entry for entry in record["logs"] if "eval_loss" in entry]
+        found = {key: [log[key] for log in logs] for key in ("loss", "grad_norm", "active_ratio", "common_accuracy")}
+        found |= {key: evaluated[key] for key in ("eval_loss", "eval_tau", "eval_common_accuracy")}
+        state = weights(out)
+        if reference is None:
+            reference = found, state
+            assert len(logs) == 4 and min(found["grad_norm"]) > 0.5  # so that clipping clips
+            continue
+        assert found == {key: pytest.approx(value, rel=1e-4) for key, value in reference[0].items()}, name
+        assert state.keys() == reference[1].keys()
+        for key, value in state.items():
+            torch.testing.assert_close(value, reference[1][key], rtol=1e-4, atol=2e-6)
+        AutoModel.from_pretrained(out / "checkpoint-4")
+
+
+def test_lora_gives_the_same_loss_in_two_processes(folder, tmp_path):
+    found = []
+    for number, keys in enumerate((dict(processes=1, rows_each=4), dict(processes=2, rows_each=2))):
+        record = launch(folder, tmp_path / str(number), lora=True, **keys)
+        found.append([log["loss"] for log in record["logs"] if "loss" in log])
+        assert all("lora_" in name for name in weights(tmp_path / str(number)))
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
