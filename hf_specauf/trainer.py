@@ -317,6 +317,11 @@ class AUFTrainer(Trainer):
             compute_metrics=self._metrics,
             callbacks=[self._interrupt, *(callbacks or [])],
         )
+        if self.is_deepspeed_enabled and args.gradient_accumulation_steps > 1:
+            raise ValueError(
+                f"gradient_accumulation_steps is {args.gradient_accumulation_steps}, and DeepSpeed divides each micro-"
+                "batch's loss before all are known: set it to 1, or use FSDP2 (recipes/accelerate/fsdp2.yaml)"
+            )
         if self.pop_callback(ProgressCallback) is not None:  # absent with disable_tqdm
             self.add_callback(TauProgressCallback)
         if not self.target.dispatched:
@@ -427,6 +432,9 @@ class AUFTrainer(Trainer):
         self._step_sums[:2] += sums[:2]
         self._log_sums += sums
         loss = numerator / self._nominal
+        if self.is_deepspeed_enabled:  # it steps inside backward, so the denominator must be known before
+            denominator = self.accelerator.reduce(sums[1].clone(), "sum").item()
+            loss = numerator * self.accelerator.num_processes / max(denominator, 1.0)
         return (loss, {}) if return_outputs else loss
 
     def training_step(self, model, inputs, num_items_in_batch=None):
@@ -441,7 +449,7 @@ class AUFTrainer(Trainer):
         super().training_step(model, inputs, num_items_in_batch)
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        gradients = [] if self.is_deepspeed_enabled else [p.grad for p in model.parameters() if p.grad is not None]
         local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
         self._step_sums[2] = 0 if torch.isfinite(torch.nn.utils.get_total_norm(local)) else 1
         numerator, denominator, unsound = self.accelerator.reduce(self._step_sums, "sum").tolist()

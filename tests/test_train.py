@@ -1,82 +1,18 @@
 """`python -m hf_specauf.train` end to end: a saved target and a file of rows become a drafter folder."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
-import datasets
 import pytest
 import torch
 import yaml
-from conftest import TEXT, make_target
+from conftest import BASE, final, same, start
 from transformers import AutoModel
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_specauf import DFlashDraftModel
 from hf_specauf.train import main
-
-ROOT = Path(__file__).parents[1]
-BASE = dict(
-    use_cpu="true", num_draft_layers=1, block_size=4, target_layer_ids="0 2", max_length=96, anchors_per_row=4,
-    max_steps=3, per_device_train_batch_size=2, per_device_eval_batch_size=2, eval_rows=3, eval_prompts=1,
-    eval_new_tokens=8, logging_steps=1, disable_tqdm="true", seed=7,
-)  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory, tokenizer):
-    """A folder with a target, `text.jsonl` and `chat.jsonl`; what `datasets` caches lies there too."""
-    folder = tmp_path_factory.mktemp("files")
-    ids = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None)
-    target = make_target(dtype=torch.float32, vocab_size=len(tokenizer), num_hidden_layers=8, **ids)
-    target.save_pretrained(folder / "target")
-    tokenizer.save_pretrained(folder / "target")
-    words = TEXT.split()
-    texts = [" ".join(words[i % 9 :] + words[: i % 5]) for i in range(30)]
-    chats = [
-        [{"role": "user", "content": f"Question {i}?"}, {"role": "assistant", "content": text}]
-        for i, text in enumerate(texts)
-    ]
-    for name, column, rows in (("text", "text", texts), ("chat", "messages", chats), ("short", "text", ["a b"] * 30)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps({column: row}) + "\n" for row in rows))
-    (folder / "single.jsonl").write_text('{"text": "only one row"}\n')
-    (folder / "broken.jsonl").write_text('{"text": "a row"}\n{"text": "a trunc')
-    (folder / "broken.yaml").write_text("objective: [auf\nseed: 1\n")
-    cache, datasets.config.HF_DATASETS_CACHE = datasets.config.HF_DATASETS_CACHE, folder / "cache"
-    yield folder
-    datasets.config.HF_DATASETS_CACHE = cache
-
-
-@pytest.fixture
-def command(files, tmp_path):
-    """Words of a command line; keyword arguments override `base`."""
-
-    def command(data="text", base=BASE, **overrides) -> list[str]:
-        keys = dict(target_model_name_or_path=files / "target", dataset_name=files / f"{data}.jsonl")
-        keys |= dict(output_dir=tmp_path / "out") | base | overrides
-        return [word for key, value in keys.items() for word in (f"--{key}", *str(value).split())]
-
-    return command
-
-
-def start(files, *words: str) -> subprocess.Popen:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(files / "cache")}
-    return subprocess.Popen(
-        [sys.executable, "-m", *words], cwd=ROOT, env=environment,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-
-
-def final(folder) -> dict[str, torch.Tensor]:
-    return AutoModel.from_pretrained(folder, dtype=torch.float32).state_dict()
-
-
-def same(a: dict, b: dict) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def strict(text: str):

@@ -1,0 +1,108 @@
+"""Training killed without warning: whatever is called a checkpoint is one, and going on gives the same drafter."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import BASE, ROOT, final, same, start
+from transformers import AutoModel, TrainerState
+from transformers.trainer_utils import get_last_checkpoint
+
+from hf_specauf.train import main
+
+STEPS, EVERY = 60, 5
+COMPLETE = {"config.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
+
+
+def check_checkpoints(out: Path) -> int:
+    """Every folder with a checkpoint's name loads -> the newest one's step (0 without)."""
+    for folder in out.glob("checkpoint-*"):
+        assert COMPLETE <= set(os.listdir(folder))
+        AutoModel.from_pretrained(folder)
+        torch.load(folder / "optimizer.pt")
+        state = TrainerState.load_from_json(folder / "trainer_state.json")
+        assert folder.name == f"checkpoint-{state.global_step}"
+    newest = get_last_checkpoint(out) if out.is_dir() else None
+    return int(newest.rsplit("-", 1)[1]) if newest else 0
+
+
+def run_until_killed(command, files, out: Path, log: Path, inside_a_save: bool, rng) -> tuple[int, bool]:
+    """Start or go on, kill -9 -> (steps finished, whether a save was under way); (STEPS, ...) when done."""
+    keys = dict(max_steps=STEPS, save_steps=EVERY, save_total_limit=2, resume_from_checkpoint="true", output_dir=out)
+    before = check_checkpoints(out)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(files / "cache")}
+    with open(log, "w") as stream:
+        process = subprocess.Popen(
+            [sys.executable, "-u", "-m", "hf_specauf.train", *command(**keys)],
+            cwd=ROOT, env=environment, stdout=stream, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        wanted = before + rng.randrange(1, STEPS // 3)
+        while process.poll() is None:
+            steps = before + log.read_text().count("{'loss'")
+            if steps >= wanted and (not inside_a_save or (out / ".saving").exists()):
+                process.send_signal(signal.SIGKILL)
+                break
+            time.sleep(0.0005 if steps >= wanted else 0.005)
+        process.wait()
+    if process.returncode == 0:
+        return STEPS, False
+    assert process.returncode == -signal.SIGKILL, log.read_text()
+    return before + log.read_text().count("{'loss'"), (out / ".saving").exists()
+
+
+def test_killed_at_random_steps_and_inside_saves_ends_in_the_same_drafter(command, files, tmp_path):
+    out, rng, kills, inside = tmp_path / "out", random.Random(0), 0, 0
+    for attempt in range(12):
+        steps, was_saving = run_until_killed(command, files, out, tmp_path / "log", attempt % 2 == 0, rng)
+        if steps == STEPS:
+            break
+        kills, inside = kills + 1, inside + was_saving
+        kept = check_checkpoints(out)
+        assert steps - kept <= EVERY
+    assert kills >= 3 and inside >= 1
+    if not (out / "provenance.json").exists():
+        main(command(max_steps=STEPS, save_steps=EVERY, output_dir=out, resume_from_checkpoint="true"))
+    assert not (out / ".saving").exists()
+    main(command(max_steps=STEPS, save_steps=EVERY, output_dir=tmp_path / "whole"))
+    assert same(final(out), final(tmp_path / "whole"))
+
+
+def test_two_processes_of_accelerate_launch_train_resume_and_leave_a_drafter(command, files, tmp_path):
+    def launch(out: Path, **keys):
+        launcher = ("accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes", "2")
+        words = command(output_dir=out, max_steps=4, save_steps=2, per_device_train_batch_size=1, **keys)
+        process = start(files, *launcher, "-m", "hf_specauf.train", *words)
+        printed, _ = process.communicate(timeout=400)
+        assert process.returncode == 0, printed
+        return printed
+
+    launch(tmp_path / "whole")
+    record = (tmp_path / "whole" / "provenance.json").read_text()
+    assert '"processes": 2' in record
+    launch(tmp_path / "part", learning_rate=0)  # another run's checkpoints are replaced, not mixed
+    (tmp_path / "part" / "provenance.json").unlink()
+    checkpoint = tmp_path / "whole" / "checkpoint-2"
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= set(os.listdir(checkpoint))
+    launch(tmp_path / "part", resume_from_checkpoint=checkpoint)
+    whole, resumed = final(tmp_path / "whole"), final(tmp_path / "part")
+    for name, value in whole.items():
+        torch.testing.assert_close(resumed[name], value, rtol=1e-5, atol=1e-6)
+    main(command(output_dir=tmp_path / "one", max_steps=4, save_steps=2, per_device_train_batch_size=2))
+    for name, value in final(tmp_path / "one").items():  # and one process with the double batch
+        torch.testing.assert_close(whole[name], value, rtol=0, atol=4e-4)  # AdamW makes rounding visible
+
+
+@pytest.mark.parametrize("leftover", ["checkpoint-3", "checkpoint-3.old"])
+def test_what_a_killed_save_left_is_cleared_and_never_resumed_from(command, tmp_path, leftover, capsys):
+    out = tmp_path / "out"
+    (out / ".saving" / leftover).mkdir(parents=True)
+    (out / ".saving" / leftover / "model.safetensors").write_bytes(b"half a file")
+    main(command(resume_from_checkpoint="true"))
+    assert "training starts afresh" in capsys.readouterr().out
+    assert not (out / ".saving").exists() and check_checkpoints(out) == BASE["max_steps"]
