@@ -13,6 +13,7 @@ itself, and nothing else (SpecForge#470, #473).
 from dataclasses import dataclass
 
 import torch
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 SMALLEST_GROUP = 128  # slots; smaller products are all overhead
 EVALUATION_STEP = -1  # anchors of evaluation are those of one fixed "step"
@@ -27,7 +28,7 @@ class Blocks:
     labels: torch.Tensor  # (B, N, K-1) long, token at anchor + k
     valid: torch.Tensor  # (B, N, K-1) bool, contiguous from slot 1
     position_ids: torch.Tensor  # (B, S + N * K) long, true positions in the document: context, then slots
-    attention_mask: tuple[torch.Tensor, ...]  # groups of whole blocks: (B, 1, G * K, C_g + G * K) bool each
+    attention_mask: tuple[torch.Tensor, ...] | BlockMask  # groups of blocks: (B, 1, G * K, C_g + G * K) bool each
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:
@@ -102,6 +103,7 @@ def make_blocks(
     real: torch.Tensor,
     block_size: int,
     mask_token_id: int,
+    flex: bool = False,
 ) -> Blocks:
     """Blocks at given anchors; a block ends where supervision, its document or the row ends.
 
@@ -111,6 +113,7 @@ def make_blocks(
             valid slot, so that their gradient is zero and finite.
         block_size (`int`): K.
         mask_token_id (`int`).
+        flex (`bool`, *optional*): make FlexAttention's sparse mask instead of dense ones.
     """
     rows, length = input_ids.shape
     count = anchors.shape[1]
@@ -138,7 +141,7 @@ def make_blocks(
         labels=take(input_ids)[:, :, 1:],
         valid=valid,
         position_ids=position_ids,
-        attention_mask=group_masks(anchors, anchor_document, real, document_ids, block_size),
+        attention_mask=(flex_mask if flex else group_masks)(anchors, anchor_document, real, document_ids, block_size),
     )
 
 
@@ -178,3 +181,25 @@ def group_masks(
         mask = torch.cat([sees, own.expand(rows, -1, -1)], dim=2)
         masks.append(mask.repeat_interleave(block_size, dim=1)[:, None])
     return tuple(masks)
+
+
+def flex_mask(
+    anchors: torch.Tensor,
+    anchor_document: torch.Tensor,
+    real: torch.Tensor,
+    document_ids: torch.Tensor,
+    block_size: int,
+) -> BlockMask:
+    """The attention rule for FlexAttention over all slots: keys are S context positions, then N * K slots."""
+    (rows, count), length = anchors.shape, document_ids.shape[1]
+    ends = torch.where(real, anchors, 0)  # a block that is not real sees no context
+
+    def sees(row, head, slot, key):
+        block = slot // block_size
+        position = key.clamp(max=length - 1)
+        context = (key < ends[row, block]) & (document_ids[row, position] == anchor_document[row, block])
+        return context | ((key >= length) & ((key - length) // block_size == block))
+
+    slots = count * block_size
+    compiled = anchors.device.type != "cpu"  # otherwise the dense mask is made on the way
+    return create_block_mask(sees, rows, None, slots, length + slots, anchors.device, _compile=compiled)

@@ -193,30 +193,51 @@ def cut(texts: list[str], tokenizer, count: int, tokens: int) -> list[list[int]]
     return [pieces[i * len(pieces) // count] for i in range(count)]
 
 
-def write_rows(folder: Path, name: str, count: int, prompt_tokens: int = 64, row_tokens: int = 256) -> Path:
+PROMPT_TOKENS, ROW_TOKENS = 64, 256
+
+
+def training_rows(folder: Path, count: int = 1920) -> Path:
     """Token rows for drafters: the target's own continuations of real text, once, kept beside the target.
 
     A drafter serves what its target writes, so it learns from what its target writes: the prompt is real text, the
     supervised rest is sampled from the target at temperature 0.5.
     """
-    path = folder / f"{name}_rows.jsonl"
+    path = folder / "train_rows.jsonl"
     if path.is_file():
         return path
     set_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     target = AutoModelForCausalLM.from_pretrained(folder).eval()
-    prompts = torch.tensor(
-        cut(list(load_rows(str(folder / f"{name}.jsonl"))["text"]), tokenizer, count, prompt_tokens)
-    )
-    supervised = [0] * prompt_tokens + [1] * (row_tokens - prompt_tokens)
+    prompts = torch.tensor(cut(read_texts(folder / "train.jsonl"), tokenizer, count, PROMPT_TOKENS))
     # rows of one length: the end of text may be written, and text goes on after it, as in the target's training
-    settings = dict(do_sample=True, temperature=0.5, top_k=0, max_new_tokens=row_tokens - prompt_tokens)
+    settings = dict(do_sample=True, temperature=0.5, top_k=0, max_new_tokens=ROW_TOKENS - PROMPT_TOKENS)
     settings |= dict(eos_token_id=None, pad_token_id=tokenizer.pad_token_id, suppress_tokens=[tokenizer.mask_token_id])
-    with open(path.with_suffix(".part"), "w") as file, torch.no_grad():
-        for batch in track(prompts.split(96), f"the target writes {count} {name} rows"):
-            rows = target.generate(batch, attention_mask=torch.ones_like(batch), **settings)
-            for ids in rows.tolist():
-                file.write(json.dumps({"input_ids": ids, "supervised": supervised}) + "\n")
+    rows = []
+    with torch.no_grad():
+        for batch in track(prompts.split(96), f"the target writes {count} rows"):
+            rows += target.generate(batch, attention_mask=torch.ones_like(batch), **settings).tolist()
+    return save_rows(path, rows)
+
+
+def heldout_rows(folder: Path, count: int = 64) -> Path:
+    """Token rows of held-out files as they are: what accuracy and loss are measured on."""
+    path = folder / "heldout_rows.jsonl"
+    if not path.is_file():
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        save_rows(path, cut(read_texts(folder / "heldout.jsonl"), tokenizer, count, ROW_TOKENS))
+    return path
+
+
+def read_texts(path: Path) -> list[str]:
+    """The `text` column of a .jsonl file."""
+    return list(load_rows(str(path))["text"])
+
+
+def save_rows(path: Path, rows: list[list[int]]) -> Path:
+    """Write token rows, everything after the prompt supervised; whole or not at all."""
+    supervised = [0] * PROMPT_TOKENS + [1] * (ROW_TOKENS - PROMPT_TOKENS)
+    lines = [json.dumps({"input_ids": ids, "supervised": supervised}) + "\n" for ids in rows]
+    path.with_suffix(".part").write_text("".join(lines))
     return path.with_suffix(".part").rename(path)
 
 
@@ -228,7 +249,7 @@ def recipes_folder() -> Path:
 
 def heldout_prompts(target: Path, count: int, tokens: int) -> list[torch.Tensor]:
     """`count` prompts (1, tokens) from the held-out files."""
-    texts = list(load_rows(str(target / "heldout.jsonl"))["text"])
+    texts = read_texts(target / "heldout.jsonl")
     return [torch.tensor([ids]) for ids in cut(texts, AutoTokenizer.from_pretrained(target), count, tokens)]
 
 
@@ -237,8 +258,7 @@ def train_drafter(target: Path, recipe: Path, out: Path, *overrides: str) -> dic
     one is kept. Returns its provenance."""
     record = out / "provenance.json"
     argv = ["--config", str(recipe), "--target_model_name_or_path", str(target), "--output_dir", str(out)]
-    rows, heldout = write_rows(target, "train", 1920), write_rows(target, "heldout", 64)
-    argv += ["--dataset_name", str(rows), "--eval_dataset_name", str(heldout)]
+    argv += ["--dataset_name", str(training_rows(target)), "--eval_dataset_name", str(heldout_rows(target))]
     argv += ["--resume_from_checkpoint", "true", *overrides]
     arguments = parse(argv)
     if record.is_file():

@@ -48,6 +48,9 @@ class DrafterArguments:
     chat_template_kwargs: str | None = field(
         default=None, metadata={"help": 'Arguments of the chat template, e.g. {"enable_thinking": false}.'}
     )
+    draft_attn_implementation: str = field(
+        default="sdpa", metadata={"help": "sdpa, eager, or flex_attention (block-sparse training masks, for CUDA)."}
+    )
     save_dtype: str = field(
         default="auto", metadata={"help": "Dtype of the final folder: auto (the target's), bfloat16 or float32."}
     )
@@ -61,6 +64,11 @@ class DrafterArguments:
                     f"chat_template_kwargs is {self.chat_template_kwargs!r}, which is no JSON object ({error}): write "
                     'it like {"enable_thinking": false}'
                 ) from error
+        if self.draft_attn_implementation not in ("sdpa", "eager", "flex_attention"):
+            raise ValueError(
+                f"draft_attn_implementation is {self.draft_attn_implementation!r}; it must be sdpa, eager or "
+                "flex_attention"
+            )
         if self.save_dtype not in ("auto", "bfloat16", "float32"):
             raise ValueError(f"save_dtype is {self.save_dtype!r}; it must be auto, bfloat16 or float32")
         if self.block_size < 2:

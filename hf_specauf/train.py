@@ -103,6 +103,7 @@ def train(target_args: TargetArguments, draft: DrafterArguments, data: DataArgum
     )
     set_seed(args.seed)  # the drafter's first weights depend on the seed alone
     drafter = DFlashDraftModel(config)
+    drafter.set_attn_implementation(draft.draft_attn_implementation)
     trainer = AUFTrainer(
         model=drafter,
         target_model=target,

@@ -290,6 +290,11 @@ class AUFTrainer(Trainer):
         if processing_class is None:
             raise ValueError("processing_class is missing: give the target's tokenizer")
         config = model.config
+        if config._attn_implementation == "flex_attention" and args.device.type == "cpu":
+            raise ValueError(
+                "draft_attn_implementation: flex_attention trains on CUDA only (torch has no backward of it on CPU): "
+                "use sdpa"
+            )
         self.args = args
         self.drafter_config = config
         self.block_size = config.block_size
@@ -379,7 +384,10 @@ class AUFTrainer(Trainer):
         count = max(int(real.sum(1).max()), 1)  # rows with fewer candidates than N cost no more than they have
         anchors, real = anchors[:, :count], real[:, :count]
         mask_token_id = self.drafter_config.mask_token_id
-        blocks = make_blocks(ids, inputs["supervised"], documents, anchors, real, self.block_size, mask_token_id)
+        flex = self.drafter_config._attn_implementation == "flex_attention"
+        blocks = make_blocks(
+            ids, inputs["supervised"], documents, anchors, real, self.block_size, mask_token_id, flex=flex
+        )
         context = self.target.context(ids, (documents >= 0).long())
         hidden = model(
             noise_embeds=self.target.noise_embeds(blocks.noise_ids),

@@ -7,12 +7,14 @@ import torch
 from conftest import MASK, PAD, make_drafter, make_target, random_prompts
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.attention.flex_attention import create_mask
 from torch.nn.functional import cross_entropy
 
 from hf_specauf.blocks import (
     EVALUATION_STEP,
     anchor_candidates,
     document_positions,
+    flex_mask,
     group_masks,
     make_blocks,
     sample_anchors,
@@ -258,6 +260,47 @@ def test_eager_and_sdpa_attention_agree(models, packed):
         drafter.set_attn_implementation("sdpa")
     assert not eager.equal(sdpa)  # two computations, not one twice
     torch.testing.assert_close(eager, sdpa, rtol=0, atol=1e-5)  # transformers' eager softmax is always fp32
+
+
+def packed_rows(device: str = "cpu"):
+    """ids, document ids, anchors, real of two long rows: several groups, two documents, padding."""
+    ids, document_ids = random_prompts(2, 150).to(device), torch.zeros(2, 150, dtype=torch.long, device=device)
+    document_ids[0, 70:] = 1
+    document_ids[1, 140:] = -1
+    anchors, real = sample_anchors(torch.ones_like(ids, dtype=torch.bool), document_ids, 40, torch.arange(2), 0, 0)
+    real[1, -3:] = False
+    return ids, document_ids, anchors, real
+
+
+def test_flex_mask_is_the_same_rule():
+    ids, document_ids, anchors, real = packed_rows()
+    rule = anchors, document_ids.gather(1, anchors), real, document_ids, K
+    flex = create_mask(flex_mask(*rule).mask_mod, 2, None, 40 * K, 150 + 40 * K, "cpu")
+    dense, start = torch.zeros_like(flex), 0
+    for mask in group_masks(*rule):
+        slots, seen = mask.shape[2], mask.shape[3] - mask.shape[2]
+        dense[:, :, start : start + slots, :seen] = mask[..., :seen]
+        dense[:, :, start : start + slots, 150 + start : 150 + start + slots] = mask[..., seen:]
+        start += slots
+    assert len(group_masks(*rule)) == 2 and torch.equal(flex, dense)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch has no backward of FlexAttention on CPU")
+def test_flex_and_sdpa_attention_agree_on_cuda():
+    target = make_target(dtype=torch.float32, hidden_size=64, head_dim=16).cuda()
+    drafter = make_drafter(target, block_size=K, layers=2).cuda()
+    frozen = FrozenTarget(target, drafter.config)
+    ids, document_ids, anchors, real = packed_rows("cuda")
+    found = []
+    for name in ("sdpa", "flex_attention"):
+        drafter.set_attn_implementation(name)
+        supervised = torch.ones_like(ids, dtype=torch.bool)
+        flex = name == "flex_attention"
+        blocks = make_blocks(ids, supervised, document_ids, anchors, real, K, MASK, flex=flex)
+        hidden = fill(drafter, blocks, frozen.context(ids), frozen.noise_embeds(blocks.noise_ids))
+        found.append([hidden, *torch.autograd.grad(hidden[real].pow(2).sum(), list(drafter.parameters()))])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 def gradients(models, supervised: str, count: int) -> tuple[torch.Tensor, torch.Tensor]:

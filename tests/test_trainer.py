@@ -562,6 +562,13 @@ def test_drafters_that_cannot_serve_the_target_are_refused(build, pair, drafter,
         build(model=drafter(pair.target))
 
 
+def test_flex_attention_is_refused_where_it_cannot_train(build, pair):
+    drafter = make_drafter(pair.target)
+    drafter.set_attn_implementation("flex_attention")
+    with pytest.raises(ValueError, match="flex_attention trains on CUDA only.*use sdpa"):
+        build(model=drafter)
+
+
 def test_mask_token_in_the_data_is_refused(build, pair):
     text = pair.rows[0]["input_ids"]
     spoilt = token_rows([text, text[:20] + [MASK] + text[20:]])

@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from torch.nn.attention.flex_attention import BlockMask
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -67,7 +68,10 @@ class DFlashAttention(nn.Module):
         return self.o_proj(torch.cat(outputs, dim=1).reshape(batch, slots, -1))
 
     def _attend(self, query, key, value, mask) -> torch.Tensor:  # (B, Q, heads, head_dim)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        name = self.config._attn_implementation
+        if name == "flex_attention" and not isinstance(mask, BlockMask):
+            name = "sdpa"  # flex serves training's block masks; decoding's few slots are SDPA's
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
         return attend(self, query, key, value, mask, dropout=0.0, scaling=self.scaling)[0]
 
 
@@ -101,6 +105,7 @@ class DFlashDraftModel(PreTrainedModel):
     _no_split_modules = ["DFlashDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
+    _supports_flex_attn = True
     _supports_attention_backend = True
 
     def __init__(self, config: DFlashConfig):
@@ -117,7 +122,7 @@ class DFlashDraftModel(PreTrainedModel):
         self,
         noise_embeds: torch.Tensor,
         context_hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | tuple[torch.Tensor, ...] | None = None,
+        attention_mask: torch.Tensor | tuple[torch.Tensor, ...] | BlockMask | None = None,
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
     ) -> BaseModelOutputWithPast:
@@ -129,7 +134,7 @@ class DFlashDraftModel(PreTrainedModel):
             attention_mask (`torch.Tensor` or tuple, *optional*): bool; `(B, kv)` padding mask over cached context, new
                 context and block, or `(B, 1, Q, kv)`. `None`: every slot sees everything. A tuple (training) holds one
                 mask `(B, 1, Q_g, C_g + Q_g)` for each group of Q_g consecutive slots, whose keys are the first C_g
-                context positions and the group's own slots.
+                context positions and the group's own slots; a `BlockMask` (training with `flex_attention`) covers all.
             position_ids (`torch.LongTensor` of shape `(B, C + Q)`, *optional*): by default counts on from the cache.
             past_key_values (`Cache`, *optional*): keys and values of earlier context; the block's own are appended
                 too, and the caller crops them.
@@ -157,6 +162,8 @@ class DFlashDraftModel(PreTrainedModel):
     def _prepare_mask(self, mask, dtype: torch.dtype):
         if mask is None:
             return None
+        if isinstance(mask, BlockMask):
+            return mask
         if isinstance(mask, tuple):
             return tuple(self._prepare_mask(part, dtype) for part in mask)
         mask = mask.bool() if mask.dim() == 4 else mask.bool()[:, None, None, :]

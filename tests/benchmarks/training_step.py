@@ -170,7 +170,8 @@ def measure_step(way, hidden, vocabulary, blocks, block_size, active, dtype, dev
     ids = torch.randint(1, vocabulary, (1, length), device=device)
     flags, documents = torch.ones_like(ids, dtype=torch.bool), torch.zeros_like(ids)
     anchors, real = sample_anchors(flags, documents, blocks, torch.tensor([0]), 0, 0)
-    made = make_blocks(ids, flags, documents, anchors, real, block_size, 0, **shape["mask"])
+    flex = shape["attention"] == "flex_attention"
+    made = make_blocks(ids, flags, documents, anchors, real, block_size, 0, flex=flex)
     stages: dict[str, list[float]] = {}
 
     def stage(name, function):
@@ -339,7 +340,7 @@ def main() -> None:
     }  # fmt: skip
     step = base | {
         "length": args.length, "target_layers": args.target_layers, "draft_layers": 2, "head_dim": args.head_dim,
-        "attention": args.attention, "mask": {}, "dtype": args.dtypes[0], "active": 0.16,
+        "attention": args.attention, "dtype": args.dtypes[0], "active": 0.16,
     }  # fmt: skip
     grid = {
         "blocks": [args.blocks // 4, args.blocks // 2, args.blocks, args.blocks * 2],
