@@ -2,13 +2,16 @@
 
 import math
 import os
+import re
 import signal
+import subprocess
+import sys
 from copy import deepcopy
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import EOS, MASK, PAD, make_drafter, make_target, overfit, random_prompts
+from conftest import EOS, MASK, PAD, ROOT, make_drafter, make_target, overfit, random_prompts
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
@@ -567,6 +570,33 @@ def test_flex_attention_is_refused_where_it_cannot_train(build, pair):
     drafter.set_attn_implementation("flex_attention")
     with pytest.raises(ValueError, match="flex_attention trains on CUDA only.*use sdpa"):
         build(model=drafter)
+
+
+def test_largest_micro_batch_is_tried_and_the_anchors_that_fit_are_named(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    words = [str(tmp_path / "tokenizer"), str(tmp_path / "out"), "1", "120", "20000"]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests/memory_worker.py"), *words], capture_output=True, text=True, timeout=300,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "MALLOC_ARENA_MAX": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    printed = dict(line.split(" ", 1) for line in done.stdout.splitlines()[-3:])
+    assert "not even one anchor fits" in printed["1"] and "gradient_checkpointing: true" in printed["1"]
+    told = re.search(r"8 rows of 200 tokens with 128 anchors each: anchors_per_row: (\d+) would fit", printed["120"])
+    assert told and int(told[1]) in (64, 32, 16, 8)
+    assert printed["20000"] == "fits"
+
+
+def test_compiled_drafter_gives_the_same_loss_and_weights(build):
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = build(torch_compile=True, torch_compile_backend="aot_eager", **SGD)
+    plain = build(**SGD)
+    for ours, theirs in zip(train(compiled), train(plain), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-6)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    assert_same(weights(compiled), weights(plain), rtol=1e-6)
 
 
 def test_mask_token_in_the_data_is_refused(build, pair):
