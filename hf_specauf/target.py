@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .drafters.configuration_dflash import DFlashConfig, check_target_layer_ids
@@ -187,6 +189,22 @@ class FrozenTarget:
     def dispatched(self) -> bool:
         """Whether the target was placed by quantisation or a device map, and must not be moved."""
         return getattr(self.model, "is_quantized", False) or getattr(self.model, "hf_device_map", None) is not None
+
+    def shard(self, device: torch.device) -> None:
+        """Spread the decoder layers' weights over all processes (FSDP2), gathered layer by layer when they run.
+
+        Embedding, final norm and head stay whole everywhere: drafters use them outside the target's forward. All
+        processes must call the target equally often from then on.
+        """
+        if self.dispatched:
+            raise ValueError(
+                "shard_target: true and a quantised or dispatched target cannot go together: leave out shard_target, "
+                "or target_device_map and quantisation"
+            )
+        mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+        for layer in self.decoder_layers():
+            fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+        self.model.to(device)
 
     @torch.no_grad()
     def context(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:

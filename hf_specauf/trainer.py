@@ -64,6 +64,10 @@ class AUFConfig(TrainingArguments):
     head_rows_per_chunk: int = field(
         default=256, metadata={"help": "Slots whose logits are held at once; lower it to save memory."}
     )
+    shard_target: bool = field(
+        default=False,
+        metadata={"help": "Spread the target's decoder layers over all processes, where one GPU cannot hold it."},
+    )
     eval_prompts: int = field(
         default=8, metadata={"help": "Held-out prompts decoded at each evaluation for eval_tau; 0 for none."}
     )
@@ -103,6 +107,8 @@ class AUFConfig(TrainingArguments):
                 f"eval_new_tokens is {self.eval_new_tokens}: the first token comes from the prefill, so tau needs 2 "
                 "or more; eval_prompts: 0 leaves decoding out"
             )
+        if self.shard_target and self.world_size == 1:
+            raise ValueError("shard_target: true spreads the target over processes, and there is one: remove the key")
         if self.muon_learning_rate is not None and (self.fsdp or self.deepspeed):
             raise ValueError("muon_learning_rate needs whole matrices, and FSDP and DeepSpeed shard them: remove it")
         for key in ("anchors_per_row", "head_rows_per_chunk"):
@@ -329,7 +335,9 @@ class AUFTrainer(Trainer):
             )
         if self.pop_callback(ProgressCallback) is not None:  # absent with disable_tqdm
             self.add_callback(TauProgressCallback)
-        if not self.target.dispatched:
+        if args.shard_target:
+            self.target.shard(args.device)
+        elif not self.target.dispatched:
             self.target.model.to(args.device)
         rows = train_dataset if train_dataset is not None else eval_dataset
         rows = next(iter(rows.values())) if isinstance(rows, dict) else rows
@@ -569,11 +577,13 @@ class AUFTrainer(Trainer):
         return whole.to(self.args.device)
 
     def decoded_tau(self, rows: Dataset) -> float:
-        """tau over the first `eval_prompts` rows' prompts, decoded greedily, split over the ranks."""
+        """tau over the first `eval_prompts` rows' prompts, decoded greedily, dealt to the ranks."""
         drafter = self._whole_drafter()
         was_training = drafter.training
         count = min(self.args.eval_prompts, len(rows))
-        mine = rows.select(range(self.args.process_index, count, self.args.world_size))
+        split = (self.args.process_index, count, self.args.world_size)
+        # a sharded target runs on all ranks or none, so all decode the same prompts
+        mine = rows.select(range(count) if self.args.shard_target else range(*split))
         generation_config = GenerationConfig(
             max_new_tokens=self.args.eval_new_tokens,
             do_sample=False,
@@ -585,7 +595,8 @@ class AUFTrainer(Trainer):
                 prompt = torch.tensor([row["input_ids"][: prompt_length(row["supervised"])]], device=self.args.device)
                 self.target.model.generate(prompt, generation_config=generation_config, assistant_model=drafter)
         drafter.train(was_training)
-        return summarize(gather_object(attachment.rounds), self.block_size).tau
+        rounds = attachment.rounds if self.args.shard_target else gather_object(attachment.rounds)
+        return summarize(rounds, self.block_size).tau
 
     # ---- saving
 

@@ -39,7 +39,8 @@ def main(folder: Path, out: Path, lora: bool = False, sharded: bool = False, **k
     trainer.train()
     if trainer.is_world_process_zero():
         record = {"logs": trainer.state.log_history, "processes": trainer.accelerator.num_processes}
-        record["types"] = sorted({type(p).__name__ for p in trainer.model.parameters()})
+        for name, model in (("drafter", trainer.model), ("target", target)):
+            record[name] = sorted({type(p).__name__ for p in model.parameters()})
         (out / "logs.json").write_text(json.dumps(record))
 
 

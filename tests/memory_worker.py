@@ -1,4 +1,4 @@
-"""A trainer whose largest micro-batch is tried under limits on memory; `memory_worker.py TOKENIZER OUT MEGABYTES ..`."""
+"""A trainer whose largest micro-batch is tried under limits on memory: arguments TOKENIZER OUT MEGABYTES ..."""
 
 import resource
 import sys

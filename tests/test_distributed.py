@@ -66,6 +66,8 @@ def test_one_loss_and_gradient_for_ddp_fsdp2_accumulation_and_one_batch(folder, 
         "two DDP processes, 2 x 1 row": dict(processes=2, rows_each=1, accumulation=2),
         "two FSDP2 processes, 2 rows": dict(processes=2, rows_each=2, sharded=True),
         "two FSDP2 processes, 2 x 1 row": dict(processes=2, rows_each=1, accumulation=2, sharded=True),
+        "two DDP processes, sharded target": dict(processes=2, rows_each=2, shard_target=True),
+        "two FSDP2 processes, sharded target": dict(processes=2, rows_each=2, sharded=True, shard_target=True),
     }
     if clip:
         runs = {name: keys for name, keys in runs.items() if "2 x" not in name}
@@ -73,7 +75,8 @@ def test_one_loss_and_gradient_for_ddp_fsdp2_accumulation_and_one_batch(folder, 
     for number, (name, keys) in enumerate(runs.items()):
         out = tmp_path / str(number)
         record = launch(folder, out, max_grad_norm=clip, **keys)
-        assert (record["types"] == ["DTensor"]) == keys.get("sharded", False), name
+        assert record["drafter"] == (["DTensor"] if keys.get("sharded") else ["Parameter"]), name
+        assert ("DTensor" in record["target"]) == keys.get("shard_target", False), name
         logs = [entry for entry in record["logs"] if "loss" in entry]
         (evaluated,) = [entry for entry in record["logs"] if "eval_loss" in entry]
         found = {key: [log[key] for log in logs] for key in ("loss", "grad_norm", "active_ratio", "common_accuracy")}
