@@ -63,7 +63,7 @@ class TargetSettings:
     head_dim: int = 32
     row_tokens: int = 256
     rows_per_step: int = 8
-    steps: int = 500
+    steps: int = 400
     learning_rate: float = 2e-2  # Muon's, for the matrices
     adam_learning_rate: float = 3e-3  # for embedding and norms
     python: str = f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -212,9 +212,10 @@ def training_rows(folder: Path, count: int = 1920) -> Path:
     # rows of one length: the end of text may be written, and text goes on after it, as in the target's training
     settings = dict(do_sample=True, temperature=0.5, top_k=0, max_new_tokens=ROW_TOKENS - PROMPT_TOKENS)
     settings |= dict(eos_token_id=None, pad_token_id=tokenizer.pad_token_id, suppress_tokens=[tokenizer.mask_token_id])
+    settings |= dict(cache_implementation="static")  # a growing cache is copied at every step
     rows = []
     with torch.no_grad():
-        for batch in track(prompts.split(96), f"the target writes {count} rows"):
+        for batch in track(prompts.split(192), f"the target writes {count} rows"):
             rows += target.generate(batch, attention_mask=torch.ones_like(batch), **settings).tolist()
     return save_rows(path, rows)
 

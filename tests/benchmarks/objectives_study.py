@@ -1,6 +1,6 @@
 """Objectives at equal budget on the quickstart target: tau with its spread over seeds, accuracy, active ratio.
 
-    python tests/benchmarks/objectives_study.py [--quick] [--json PATH] [--seeds 0 1 2] [--steps 300]
+    python tests/benchmarks/objectives_study.py [--quick] [--json PATH] [--seeds 0 1 2] [--steps 240]
 
 Every run has the same first weights, rows and anchors for a seed; only the objective differs. Runs that are already
 in --out are kept, so an interrupted study goes on. The quickstart target is trained first where it is not cached.
@@ -40,8 +40,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="decay and AUF, one seed, 20 steps: about a minute")
     parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--block_size", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=240)
+    parser.add_argument("--block_size", type=int, default=16)
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--out", type=Path, default=Path("out/objectives_study"))
     args = parser.parse_args()
