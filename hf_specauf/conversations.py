@@ -1,10 +1,11 @@
-"""Datasets -> the target's chat template -> token ids and the supervised mask. First version: text and chat rows."""
+"""Datasets -> the target's chat template -> token ids and the supervised mask -> batches."""
 
 import os
 from itertools import groupby
 
 import numpy as np
-from datasets import Dataset, load_dataset
+import torch
+from datasets import Dataset, concatenate_datasets, load_dataset
 from transformers import PreTrainedTokenizerBase
 from trl import maybe_convert_to_chatml
 from trl.chat_template_utils import get_training_chat_template
@@ -139,7 +140,7 @@ def prepare_rows(
     chat_template_kwargs: dict | None = None,
     num_proc: int | None = None,
 ) -> Dataset:
-    """Token rows ready for training: `input_ids`, `supervised`, `row` (its number; anchors are drawn from it).
+    """Token rows ready for training: `input_ids`, `supervised`, `length`, `row` (a number anchors are drawn from).
 
     Text is cut into rows of `max_length` tokens, every token supervised; conversations are rendered by the target's
     own template, only the assistant's tokens supervised, and truncated. Rows with fewer than two supervised tokens in
@@ -196,6 +197,7 @@ def prepare_rows(
     if len(keep) < len(dataset):
         print(f"dropped {len(dataset) - len(keep)} of {len(dataset)} rows: fewer than 2 supervised tokens in a row")
         dataset = dataset.select(keep)
+    dataset = dataset.add_column("length", [int(tokens) for tokens in measures["tokens"][keep]])
     return dataset.add_column("row", list(range(len(dataset))))
 
 
@@ -212,3 +214,44 @@ def prompt_length(supervised: list[int]) -> int:
     """Where a row's prompt ends for decoding: before the first supervised token, or at half of a plain text row."""
     first = supervised.index(1) if 1 in supervised else len(supervised)
     return first if first > 0 else len(supervised) // 2
+
+
+class RowCollator:
+    """Pads rows; the last gate before training for tokens that would break the masking."""
+
+    def __init__(self, pad_token_id: int, mask_token_id: int):
+        self.pad_token_id, self.mask_token_id = pad_token_id, mask_token_id
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        length = max(len(row["input_ids"]) for row in rows)
+        input_ids = torch.full((len(rows), length), self.pad_token_id)
+        supervised = torch.zeros(len(rows), length, dtype=torch.bool)
+        document_ids = torch.full((len(rows), length), -1)
+        for i, row in enumerate(rows):
+            size = len(row["input_ids"])
+            input_ids[i, :size] = torch.as_tensor(row["input_ids"])
+            supervised[i, :size] = torch.as_tensor(row["supervised"], dtype=torch.bool)
+            document_ids[i, :size] = torch.as_tensor(row.get("document_ids", 0))
+        if bool(((input_ids == self.mask_token_id) & (document_ids >= 0)).any()):
+            found = [row["row"] for row in rows if self.mask_token_id in list(row["input_ids"])]
+            raise ValueError(
+                f"rows {found} contain the mask token (id {self.mask_token_id}): choose another mask_token_id"
+            )
+        row_ids = torch.tensor([row["row"] for row in rows])
+        return {"input_ids": input_ids, "supervised": supervised, "document_ids": document_ids, "row_ids": row_ids}
+
+
+def fill_up(rows: Dataset, multiple: int) -> Dataset:
+    """Append rows that hold no block (`row` -1) up to a multiple of the rows of one optimizer step.
+
+    All ranks then get equally many batches without any row being dealt twice, as accelerate would do to even out the
+    last ones; rows without a block add nothing to the loss.
+    """
+    missing = -len(rows) % multiple
+    if not missing:
+        return rows
+    first = rows[0]
+    empty = {"input_ids": first["input_ids"][:2], "supervised": [0, 0], "length": 2, "row": -1}
+    if "document_ids" in rows.column_names:
+        empty["document_ids"] = [0, 0]
+    return concatenate_datasets([rows, Dataset.from_list([empty] * missing, features=rows.features)])

@@ -85,6 +85,7 @@ def compare(
         eos_token_id=model.generation_config.eos_token_id,
     )
     seconds, tokens = {"plain": 0.0, "assisted": 0.0}, {"plain": 0, "assisted": 0}
+    latest: dict[str, float] = {}
     rows, counts = [], {"identical": 0, "near_tie": 0, "different": 0}
 
     def run(kind: str, prompt: torch.Tensor, assistant) -> torch.Tensor:
@@ -95,7 +96,8 @@ def compare(
         )
         if output.is_cuda:
             torch.cuda.synchronize()
-        seconds[kind] += time.perf_counter() - start
+        latest[kind] = time.perf_counter() - start
+        seconds[kind] += latest[kind]
         tokens[kind] += output.shape[1] - prompt.shape[1]
         return output
 
@@ -118,6 +120,8 @@ def compare(
                     "prompt_tokens": prompt.shape[1],
                     "new_tokens": outputs["assisted"].shape[1] - prompt.shape[1],
                     "tau": sum(r.emitted for r in rounds) / len(rounds) if rounds else None,
+                    "plain_seconds": latest["plain"],
+                    "assisted_seconds": latest["assisted"],
                     "difference": difference,
                     "repetition": repetition(outputs["plain"][0, prompt.shape[1] :].tolist()),
                 }
@@ -132,6 +136,26 @@ def compare(
         "lossless": counts if temperature == 0 else "sampled: not comparable token by token",
         "repetition": sum(row["repetition"] for row in rows) / len(rows),
         "prompts": rows,
+    }
+
+
+def evaluation_record(results: dict, target, *, prompts: str, **conditions) -> dict:
+    """What `compare` found, with the conditions it was found under: the content of `eval.json`.
+
+    Args:
+        results (`dict`): from `compare`.
+        target (`PreTrainedModel`): what was decoded with.
+        prompts (`str`): what the prompts are, a Hub dataset's id where they come from one.
+        conditions: `temperature`, `max_new_tokens`, ...; those that are `None` are left out.
+    """
+    dtype, found = str(innermost(target).dtype).removeprefix("torch."), environment()
+    given = {key: value for key, value in conditions.items() if value is not None}
+    return {
+        "tau_definition": TAU_DEFINITION,
+        "target": {"name_or_path": innermost(target).config._name_or_path, "dtype": dtype},
+        "conditions": {"prompts": prompts, "batch_size": 1, "hardware": found["hardware"], "dtype": dtype} | given,
+        "environment": found,
+        **results,
     }
 
 
@@ -220,37 +244,28 @@ class EvaluateArguments:
     out: str = field(default="eval", metadata={"help": "Folder for eval.json and alpha.png."})
 
 
+@errors_in_one_line()
 def main(argv: list[str] | None = None) -> None:
     """Command line of `python -m hf_specauf.evaluate`."""
-    with errors_in_one_line():
-        (args,) = TrlParser(EvaluateArguments, prog="python -m hf_specauf.evaluate").parse_args_and_config(argv)
-        target, tokenizer = load_target(args.target, args.target_revision, key="--target", dtype=args.dtype)
-        target.to(args.device)
-        drafter = load(AutoModel, "--drafter", args.drafter, args.drafter_revision, dtype=args.dtype).to(args.device)
-        rows = load_rows(args.prompts, split=args.prompts_split)
-        template_kwargs = getattr(drafter.config, "chat_template_kwargs", None)
-        prompts = encode_prompts(rows, tokenizer, args.count, args.prompt_tokens, template_kwargs)
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        prompts = [prompt.to(args.device) for prompt in prompts]
-        results = compare(
-            target, drafter, prompts, args.max_new_tokens, temperature=args.temperature, pad_token_id=pad,
-            max_draft_tokens=args.max_draft_tokens,
-        )  # fmt: skip
-    conditions = {k: getattr(args, k) for k in ("max_new_tokens", "max_draft_tokens", "temperature", "prompt_tokens")}
-    conditions |= {
-        "batch_size": 1,
-        "device": args.device,
-        "prompts": args.prompts,
-        "chat_template_kwargs": template_kwargs,
-    }
-    record = {
-        "tau_definition": TAU_DEFINITION,
-        "target": {"name_or_path": args.target, "revision": args.target_revision, "dtype": str(target.dtype)},
-        "drafter": {"name_or_path": args.drafter, "revision": args.drafter_revision, "dtype": str(drafter.dtype)},
-        "conditions": conditions,
-        "environment": environment(),
-        **results,
-    }
+    (args,) = TrlParser(EvaluateArguments, prog="python -m hf_specauf.evaluate").parse_args_and_config(argv)
+    target, tokenizer = load_target(args.target, args.target_revision, key="--target", dtype=args.dtype)
+    target.to(args.device)
+    drafter = load(AutoModel, "--drafter", args.drafter, args.drafter_revision, dtype=args.dtype).to(args.device)
+    rows = load_rows(args.prompts, split=args.prompts_split)
+    template_kwargs = getattr(drafter.config, "chat_template_kwargs", None)
+    prompts = encode_prompts(rows, tokenizer, args.count, args.prompt_tokens, template_kwargs)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    prompts = [prompt.to(args.device) for prompt in prompts]
+    results = compare(
+        target, drafter, prompts, args.max_new_tokens, temperature=args.temperature, pad_token_id=pad,
+        max_draft_tokens=args.max_draft_tokens,
+    )  # fmt: skip
+    record = evaluation_record(
+        results, target, prompts=args.prompts, temperature=args.temperature, max_new_tokens=args.max_new_tokens,
+        max_draft_tokens=args.max_draft_tokens, chat_template_kwargs=template_kwargs,
+    )  # fmt: skip
+    record["target"] |= {"name_or_path": args.target, "revision": args.target_revision}
+    record["drafter"] = {"name_or_path": args.drafter, "revision": args.drafter_revision, "dtype": str(drafter.dtype)}
     out = Path(args.out)
     write_record(out / "eval.json", record)
     plot_alpha({Path(args.drafter).name: results["acceptance"]["alpha"]}, out / "alpha.png")

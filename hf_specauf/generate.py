@@ -6,7 +6,7 @@ from types import MethodType
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation import GenerationMode
 
 from .acceptance import Acceptance, summarize
@@ -121,6 +121,7 @@ def attach(
     target: PreTrainedModel | PeftModel,
     drafter: PreTrainedModel | PeftModel,
     *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     max_draft_tokens: int | None = None,
     skip_round: Callable[[list[Round]], bool] | None = None,
 ) -> Attachment:
@@ -131,6 +132,7 @@ def attach(
     Args:
         target (`PreTrainedModel` or `PeftModel`): the target; only this object is affected, nothing is saved with it.
         drafter (`PreTrainedModel` or `PeftModel`): a block drafter trained for it, on any device, fp32 or bf16.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): checked against the one of training.
         max_draft_tokens (`int`, *optional*): verify at most this many drafted tokens a pass (default K - 1). Helps
             where wide passes of the target are dear.
         skip_round (`Callable[[list[Round]], bool]`, *optional*): told the rounds so far before each draft; true
@@ -140,7 +142,8 @@ def attach(
         [`Attachment`]: statistics, `detach()`; also a context manager.
 
     Raises:
-        ValueError: the drafter does not fit the target (layers, hidden size, vocabulary), or is fp16.
+        ValueError: the drafter does not fit the target (layers, hidden size, vocabulary, words), or is fp16. Another
+            target's id or commit, or another chat template, is a warning.
     """
     base = innermost(drafter)
     if not hasattr(base, "get_candidate_generator"):
@@ -156,7 +159,7 @@ def attach(
         raise ValueError(
             f"max_draft_tokens is {max_draft_tokens}; it must be in 1..{base.config.block_size - 1} (K - 1)"
         )
-    check_pair(target, base.config)
+    check_pair(target, base.config, tokenizer)
     base.eval()
     return Attachment(target, drafter, max_draft_tokens, skip_round)
 

@@ -36,13 +36,13 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from .acceptance import TAU_DEFINITION
+from .callbacks import InterruptCallback
 from .conversations import load_rows
-from .evaluate import compare, plot_alpha
+from .evaluate import compare, evaluation_record, plot_alpha
 from .optimizer import MuonWithAdamW
 from .recipe import parse
-from .records import write_record
+from .records import errors_in_one_line, write_record
 from .train import train
-from .trainer import InterruptCallback
 
 EOS, PAD, MASK = "<|endoftext|>", "<|pad|>", "<|mask|>"
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "encodings",
@@ -304,15 +304,12 @@ def evaluate_drafter(target_folder: Path, folder: Path, provenance: dict, prompt
     target = AutoModelForCausalLM.from_pretrained(target_folder).eval()
     drafter = AutoModel.from_pretrained(folder)
     results = compare(target, drafter, heldout_prompts(target_folder, prompts, 96), new_tokens, pad_token_id=1)
-    conditions = {
-        "max_new_tokens": new_tokens,
-        "prompt_tokens": 96,
-        "temperature": 0.0,
-        "batch_size": 1,
-        "device": "cpu",
-    }
-    record = {"tau_definition": TAU_DEFINITION, "conditions": conditions, **results}
+    record = evaluation_record(
+        results, target, prompts="held-out files of Python's standard library", temperature=0.0,
+        max_new_tokens=new_tokens, prompt_tokens=96,
+    )  # fmt: skip
     write_record(folder / "eval.json", record)
+    plot_alpha({provenance["recipe"]["objective"]: results["acceptance"]["alpha"]}, folder / "alpha.png")
     recipe = provenance["recipe"]
     return {
         "objective": recipe["objective"],
@@ -333,6 +330,7 @@ def evaluate_drafter(target_folder: Path, folder: Path, provenance: dict, prompt
     }
 
 
+@errors_in_one_line()
 def main(argv: list[str] | None = None, settings: TargetSettings | None = None) -> None:
     """Command line of `python -m hf_specauf.quickstart`."""
     parser = argparse.ArgumentParser(prog="python -m hf_specauf.quickstart", description=__doc__.split("\n\n")[1])

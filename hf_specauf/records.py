@@ -13,6 +13,16 @@ import torch
 import yaml
 from accelerate import PartialState
 from datasets.exceptions import DatasetsError
+from httpx2 import HTTPError
+from huggingface_hub import constants
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 PACKAGES = ("hf-specauf", "torch", "transformers", "peft", "trl", "accelerate", "datasets", "huggingface-hub")
 
@@ -55,8 +65,35 @@ def errors_in_one_line() -> Iterator[None]:
     """
     try:
         yield
+    except HfHubHTTPError as error:
+        raise SystemExit(f"error: {hub_words(error)}") from error
     except DatasetsError as error:  # says which file only in its text, and why only in its cause
         causes = [str(cause) for cause in (error, error.__cause__) if cause is not None]
         raise SystemExit("error: the dataset cannot be read: " + " ".join(": ".join(causes).split())) from error
-    except (ValueError, TypeError, OSError, FloatingPointError, yaml.YAMLError) as error:
-        raise SystemExit("error: " + " ".join(str(error).split())) from error
+    except (ValueError, TypeError, OSError, FloatingPointError, yaml.YAMLError, HTTPError) as error:
+        words = " ".join(str(error).split())
+        if isinstance(error, HTTPError | OfflineModeIsEnabled):
+            words = f"the Hub at {constants.ENDPOINT} cannot be reached, and nothing was changed ({words})"
+        raise SystemExit(f"error: {words}") from error
+
+
+def hub_words(error: HfHubHTTPError) -> str:
+    """A refusal of the Hub in one line: what it means and what mends it."""
+    status = error.response.status_code if error.response is not None else None
+    said = error.server_message or ""
+    if isinstance(error, GatedRepoError):
+        words = "access to this repository is restricted: ask for it on its page, then log in with `hf auth login`"
+    elif isinstance(error, RevisionNotFoundError):
+        words = "the repository has no such branch, tag or commit: check --revision"
+    elif isinstance(error, RepositoryNotFoundError):
+        words = "there is no such repository, or it is private and your token may not see it: check its name, log in"
+    elif isinstance(error, EntryNotFoundError):
+        words = "the repository lacks a file that a drafter needs"
+    elif status == 401:
+        words = "the Hub does not accept the token: log in with `hf auth login`, or set HF_TOKEN"
+    elif status == 403:
+        words = "the token may not do this: use one with write access to that owner, or propose it with --create-pr"
+    else:
+        words = "the Hub refused; what was made locally is kept, and the same command can be tried again"
+    url = "" if error.response is None else str(error.response.url).split("?")[0]
+    return " ".join(f"{words} ({status}: {said} {url})".split())

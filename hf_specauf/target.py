@@ -1,5 +1,9 @@
 """The frozen target: noise embeddings, tapped hidden states and head, lent to a drafter and never changed."""
 
+import hashlib
+import json
+import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -82,8 +86,22 @@ def default_mask_token_id(target: PreTrainedModel, tokenizer: PreTrainedTokenize
     )
 
 
+def tokenizer_hashes(tokenizer: PreTrainedTokenizerBase) -> dict[str, str | None]:
+    """Short SHA-256 of the vocabulary and of the chat template, by which a pair is recognised."""
+
+    def short(text: str) -> str:
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    template = tokenizer.chat_template
+    return {
+        "tokenizer_hash": short(json.dumps(sorted(tokenizer.get_vocab().items()))),
+        "chat_template_hash": None if template is None else short(json.dumps(template)),
+    }
+
+
 def drafter_config(
     target: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     num_hidden_layers: int,
     block_size: int,
@@ -97,6 +115,7 @@ def drafter_config(
 
     Args:
         target (`PreTrainedModel`): the target.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): its tokenizer, whose hashes are noted.
         num_hidden_layers, block_size, mask_token_id, target_layer_ids: as in [`DFlashConfig`]; taps default to
             `default_target_layer_ids`.
         intermediate_size (`int`, *optional*): defaults to the target's, or 4 H where it has none.
@@ -130,11 +149,15 @@ def drafter_config(
         bos_token_id=target.generation_config.bos_token_id,
         eos_token_id=target.generation_config.eos_token_id,
         pad_token_id=target.generation_config.pad_token_id,
+        **(tokenizer_hashes(tokenizer) if tokenizer is not None else {}),
     )
 
 
-def check_pair(target: PreTrainedModel, config: DFlashConfig) -> None:
-    """Raise unless the drafter can serve the target: layers, hidden size and vocabulary agree.
+def check_pair(
+    target: PreTrainedModel, config: DFlashConfig, tokenizer: PreTrainedTokenizerBase | None = None
+) -> None:
+    """Raise unless the drafter can serve the target: layers, hidden size, vocabulary and, if a tokenizer is given,
+    its words agree. Warn where it is another model or commit, or another chat template, than in training.
 
     Raises:
         ValueError: what differs, and what to do.
@@ -160,6 +183,30 @@ def check_pair(target: PreTrainedModel, config: DFlashConfig) -> None:
         raise ValueError(
             f"{type(target).__name__} is not a decoder-only language model with a head; drafters need one"
         )
+    loaded, meant = str(target.config._name_or_path), str(config.target_model_name_or_path)
+    commit = getattr(target.config, "_commit_hash", None)
+    on_hub = not any(Path(name).exists() or name in ("", "None") for name in (loaded, meant))
+    if on_hub and loaded != meant:
+        warn(f"it was trained for {meant}, and the target is {loaded}")
+    elif on_hub and commit and config.target_revision and commit != config.target_revision:
+        warn(f"it was trained for {meant} at {config.target_revision}, and the target is at {commit}")
+    if tokenizer is not None:
+        hashes = tokenizer_hashes(tokenizer)
+        if config.tokenizer_hash not in (None, hashes["tokenizer_hash"]):
+            raise ValueError(
+                f"the tokenizer's vocabulary (hash {hashes['tokenizer_hash']}) is not the one this drafter was "
+                f"trained with ({config.tokenizer_hash}): load the tokenizer of {meant}"
+            )
+        if config.chat_template_hash not in (None, hashes["chat_template_hash"]):
+            warn("the tokenizer's chat template is not the one it was trained with")
+
+
+def warn(what: str) -> None:
+    """Say that a drafter may be slow; its output stays the target's own."""
+    warnings.warn(
+        f"this drafter may accept little: {what}. Output stays right; python -m hf_specauf.evaluate tells how much.",
+        stacklevel=4,
+    )
 
 
 class FrozenTarget:

@@ -7,11 +7,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
-from transformers import set_seed
+from rich.console import Console
+from transformers import AutoModel, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from .conversations import load_rows, show_row
 from .drafters.modeling_dflash import DFlashDraftModel
+from .evaluate import compare, evaluation_record, plot_alpha, show
 from .recipe import DataArguments, DrafterArguments, TargetArguments, parse
 from .records import environment, errors_in_one_line, write_record
 from .target import default_mask_token_id, drafter_config, load_target
@@ -93,6 +95,7 @@ def train(target_args: TargetArguments, draft: DrafterArguments, data: DataArgum
     mask = draft.mask_token_id
     config = drafter_config(
         target,
+        tokenizer,
         num_hidden_layers=draft.num_draft_layers,
         block_size=draft.block_size,
         mask_token_id=default_mask_token_id(target, tokenizer) if mask is None else mask,
@@ -141,7 +144,32 @@ def train(target_args: TargetArguments, draft: DrafterArguments, data: DataArgum
     if heldout is not None and trainer.state.global_step not in evaluated:
         trainer.evaluate()
     save_final(trainer, target, draft.save_dtype, provenance(resolved, trainer, started))
+    if heldout is not None and args.eval_prompts:
+        measure(trainer, data)
+    if args.push_to_hub:
+        trainer.push_to_hub()
     return trainer
+
+
+def measure(trainer: AUFTrainer, data: DataArguments) -> None:
+    """Compare plain and assisted decoding of the saved drafter on held-out prompts -> `eval.json` and `alpha.png`."""
+    args, out = trainer.args, Path(trainer.args.output_dir)
+    drafter = AutoModel.from_pretrained(out, dtype="auto").to(args.device)
+    prompts = trainer.eval_prompts()
+    results = compare(
+        trainer.target.model, drafter, prompts, args.eval_new_tokens, pad_token_id=trainer.data_collator.pad_token_id,
+        show_progress=trainer.is_world_process_zero() and not args.disable_tqdm,
+    )  # fmt: skip
+    if trainer.is_world_process_zero():
+        name = data.eval_dataset_name or data.dataset_name
+        record = evaluation_record(
+            results, trainer.target.model, prompts=name, temperature=0.0, max_new_tokens=args.eval_new_tokens,
+            chat_template_kwargs=drafter.config.chat_template_kwargs,
+        )  # fmt: skip
+        write_record(out / "eval.json", record)
+        plot_alpha({args.objective: results["acceptance"]["alpha"]}, out / "alpha.png")
+        show(results, Console())
+    trainer.accelerator.wait_for_everyone()
 
 
 def save_final(trainer: AUFTrainer, target, save_dtype: str, record: dict) -> None:
@@ -158,10 +186,10 @@ def save_final(trainer: AUFTrainer, target, save_dtype: str, record: dict) -> No
     trainer.accelerator.wait_for_everyone()
 
 
+@errors_in_one_line()
 def main(argv: list[str] | None = None) -> None:
     """Command line of `python -m hf_specauf.train`."""
-    with errors_in_one_line():
-        train(*parse(sys.argv[1:] if argv is None else argv))
+    train(*parse(sys.argv[1:] if argv is None else argv))
 
 
 if __name__ == "__main__":

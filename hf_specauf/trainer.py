@@ -1,16 +1,14 @@
 """AUFTrainer: transformers' Trainer for block drafters. The drafter is the model; the target stands outside."""
 
 import math
-import os
-import shutil
-import signal
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset
+from huggingface_hub import CommitInfo
 from peft import get_peft_model
 from torch.distributed.tensor import DTensor
 from transformers import (
@@ -23,13 +21,14 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import IntervalStrategy, sort_checkpoints
+from transformers.trainer_utils import HubStrategy, IntervalStrategy
 from transformers.utils import is_torch_bf16_gpu_available
 
 from .acceptance import accepted_prefix, summarize
 from .blocks import EVALUATION_STEP, Blocks, make_blocks, sample_anchors
-from .conversations import prepare_rows, prompt_length
+from .callbacks import InterruptCallback, TauProgressCallback
+from .checkpoints import CompleteCheckpoints
+from .conversations import RowCollator, fill_up, prepare_rows, prompt_length
 from .drafters.modeling_dflash import DFlashDraftModel
 from .generate import attach
 from .objectives import NORMALISATIONS, OBJECTIVES, loss_terms, resolve_gamma
@@ -128,54 +127,6 @@ INAPPLICABLE = {
 }  # fmt: skip
 
 
-class InterruptCallback(TrainerCallback):
-    """Ctrl-C finishes the step, saves a checkpoint and stops; a second Ctrl-C stops at once."""
-
-    previous = None
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        """Take over SIGINT for the time of training."""
-        self.interrupted = False
-        try:
-            self.previous = signal.signal(signal.SIGINT, self._note)
-        except ValueError:  # not in the main thread
-            self.previous = None
-
-    def _note(self, signum, frame):
-        if self.interrupted:
-            raise KeyboardInterrupt
-        self.interrupted = True
-        print("\ninterrupted: finishing this step and saving; press Ctrl-C again to stop at once", flush=True)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        """Ask for a checkpoint and the end."""
-        if self.interrupted:
-            control.should_save = control.should_training_stop = True
-
-    def on_train_end(self, args, state, control, **kwargs):
-        """Give SIGINT back."""
-        self.release()
-
-    def release(self) -> None:
-        """Give SIGINT back, also after an error; calling it twice is harmless."""
-        if self.previous is not None:
-            signal.signal(signal.SIGINT, self.previous)
-            self.previous = None
-
-
-class TauProgressCallback(ProgressCallback):
-    """Trainer's progress bar with loss and tau beside it, instead of a line of JSON for every log."""
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        """Show the newest figures."""
-        if state.is_world_process_zero and self.training_bar is not None:
-            names = {"loss": "loss", "teacher_forced_tau": "tf_tau", "eval_tau": "tau", "active_ratio": "active"}
-            self.shown = getattr(self, "shown", {}) | {
-                short: f"{logs[name]:.3f}" for name, short in names.items() if name in (logs or {})
-            }
-            self.training_bar.set_postfix(self.shown)
-
-
 # Sums over slots or blocks; the columns of every counter tensor below.
 COUNTERS = (
     "numerator",
@@ -206,48 +157,7 @@ def diagnostics(sums: dict[str, float]) -> dict[str, float]:
     }
 
 
-class RowCollator:
-    """Pads rows; the last gate before training for tokens that would break the masking."""
-
-    def __init__(self, pad_token_id: int, mask_token_id: int):
-        self.pad_token_id, self.mask_token_id = pad_token_id, mask_token_id
-
-    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        length = max(len(row["input_ids"]) for row in rows)
-        input_ids = torch.full((len(rows), length), self.pad_token_id)
-        supervised = torch.zeros(len(rows), length, dtype=torch.bool)
-        document_ids = torch.full((len(rows), length), -1)
-        for i, row in enumerate(rows):
-            size = len(row["input_ids"])
-            input_ids[i, :size] = torch.as_tensor(row["input_ids"])
-            supervised[i, :size] = torch.as_tensor(row["supervised"], dtype=torch.bool)
-            document_ids[i, :size] = torch.as_tensor(row.get("document_ids", 0))
-        if bool(((input_ids == self.mask_token_id) & (document_ids >= 0)).any()):
-            found = [row["row"] for row in rows if self.mask_token_id in list(row["input_ids"])]
-            raise ValueError(
-                f"rows {found} contain the mask token (id {self.mask_token_id}): choose another mask_token_id"
-            )
-        row_ids = torch.tensor([row["row"] for row in rows])
-        return {"input_ids": input_ids, "supervised": supervised, "document_ids": document_ids, "row_ids": row_ids}
-
-
-def fill_up(rows: Dataset, multiple: int) -> Dataset:
-    """Append rows that hold no block (`row` -1) up to a multiple of the rows of one optimizer step.
-
-    All ranks then get equally many batches without any row being dealt twice, as accelerate would do to even out the
-    last ones; rows without a block add nothing to the loss.
-    """
-    missing = -len(rows) % multiple
-    if not missing:
-        return rows
-    first = rows[0]
-    empty = {"input_ids": first["input_ids"][:2], "supervised": [0, 0], "row": -1}
-    if "document_ids" in rows.column_names:
-        empty["document_ids"] = [0, 0]
-    return concatenate_datasets([rows, Dataset.from_list([empty] * missing, features=rows.features)])
-
-
-class AUFTrainer(Trainer):
+class AUFTrainer(CompleteCheckpoints, Trainer):
     """Trains a block drafter on its target's own hidden states.
 
     Args:
@@ -268,7 +178,6 @@ class AUFTrainer(Trainer):
 
     # The division happens once per optimizer step, in training_step
     loss_is_scaled_for_ga = True
-    _is_saving = False
     _untried_memory = False
 
     def __init__(
@@ -363,7 +272,7 @@ class AUFTrainer(Trainer):
         self._step_sums.zero_()
         self._log_sums.zero_()
         self._untried_memory = self.args.device.type != "cpu"  # a CPU out of memory kills without an exception
-        shutil.rmtree(self._saving_folder, ignore_errors=True)  # of a run that was killed while it saved
+        self._clear_unfinished()
         try:
             return super().train(*args, **kwargs)
         finally:
@@ -490,8 +399,9 @@ class AUFTrainer(Trainer):
             ValueError: it does not fit; names the `anchors_per_row` that would.
         """
         args = self.args
-        length = max(map(len, self.train_dataset["input_ids"]))
-        ids = max(self.train_dataset["input_ids"], key=len)
+        longest = int(self.train_dataset.with_format("numpy")["length"][:].argmax())
+        ids = self.train_dataset[longest]["input_ids"]
+        length = len(ids)
         shape = (args.per_device_train_batch_size, length)
         inputs = {
             "input_ids": torch.tensor([ids], device=args.device).expand(shape),
@@ -576,14 +486,21 @@ class AUFTrainer(Trainer):
         whole.load_state_dict({k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in state.items()})
         return whole.to(self.args.device)
 
+    def eval_prompts(self, rows: Dataset | None = None) -> list[torch.Tensor]:
+        """Prompts (1, S) of the first `eval_prompts` held-out rows."""
+        rows = self.eval_dataset if rows is None else rows
+        rows = next(iter(rows.values())) if isinstance(rows, dict) else rows
+        return [
+            torch.tensor([row["input_ids"][: prompt_length(row["supervised"])]], device=self.args.device)
+            for row in rows.select(range(min(self.args.eval_prompts, len(rows))))
+        ]
+
     def decoded_tau(self, rows: Dataset) -> float:
         """tau over the first `eval_prompts` rows' prompts, decoded greedily, dealt to the ranks."""
-        drafter = self._whole_drafter()
+        drafter, prompts = self._whole_drafter(), self.eval_prompts(rows)
         was_training = drafter.training
-        count = min(self.args.eval_prompts, len(rows))
-        split = (self.args.process_index, count, self.args.world_size)
-        # a sharded target runs on all ranks or none, so all decode the same prompts
-        mine = rows.select(range(count) if self.args.shard_target else range(*split))
+        if not self.args.shard_target:  # a sharded target runs on all ranks or none, so all decode the same prompts
+            prompts = prompts[self.args.process_index :: self.args.world_size]
         generation_config = GenerationConfig(
             max_new_tokens=self.args.eval_new_tokens,
             do_sample=False,
@@ -591,62 +508,13 @@ class AUFTrainer(Trainer):
             eos_token_id=self.target.model.generation_config.eos_token_id,
         )
         with attach(self.target.model, drafter) as attachment, torch.no_grad():
-            for row in mine:
-                prompt = torch.tensor([row["input_ids"][: prompt_length(row["supervised"])]], device=self.args.device)
+            for prompt in prompts:
                 self.target.model.generate(prompt, generation_config=generation_config, assistant_model=drafter)
         drafter.train(was_training)
         rounds = attachment.rounds if self.args.shard_target else gather_object(attachment.rounds)
         return summarize(rounds, self.block_size).tau
 
     # ---- saving
-
-    @property
-    def _saving_folder(self) -> str:
-        return os.path.join(self.args.output_dir, ".saving")
-
-    def _get_output_dir(self, trial) -> str:
-        return self._saving_folder if self._is_saving else super()._get_output_dir(trial)
-
-    def _save_checkpoint(self, model, trial) -> None:
-        """Trainer's own, written beside and renamed when every rank is done: whatever is called `checkpoint-*` is
-        complete, also after a kill in the middle of saving or of deleting an old one."""
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        self._is_saving = True
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self._is_saving, self.args.save_total_limit = False, limit
-        self.accelerator.wait_for_everyone()
-        name, folder = f"checkpoint-{self.state.global_step}", self.args.output_dir
-        if self.state.best_global_step:
-            best = os.path.join(folder, f"checkpoint-{self.state.best_global_step}")
-            if self.state.best_global_step == self.state.global_step or os.path.isdir(best):
-                self.state.best_model_checkpoint = best
-        if self.args.should_save:
-            written = os.path.join(self._saving_folder, name)
-            self.state.save_to_json(os.path.join(written, TRAINER_STATE_NAME))  # with the best checkpoint's final name
-            self._remove(os.path.join(folder, name))  # of an earlier run; this one is newer
-            os.rename(written, os.path.join(folder, name))
-            self._remove_old_checkpoints()
-            shutil.rmtree(self._saving_folder)
-        self.accelerator.wait_for_everyone()
-
-    def _remove(self, checkpoint: str) -> None:
-        if os.path.isdir(checkpoint):
-            doomed = os.path.join(self._saving_folder, os.path.basename(checkpoint) + ".old")
-            os.rename(checkpoint, doomed)
-            shutil.rmtree(doomed)
-
-    def _remove_old_checkpoints(self) -> None:
-        """Keep `save_total_limit` checkpoints, the newest and the best among them."""
-        checkpoints = sort_checkpoints(self.args.output_dir)
-        if not self.args.save_total_limit or len(checkpoints) <= self.args.save_total_limit:
-            return
-        kept = {checkpoints[-1], self.state.best_model_checkpoint}
-        others = [checkpoint for checkpoint in checkpoints if checkpoint not in kept]
-        excess = len(checkpoints) - max(self.args.save_total_limit, len(checkpoints) - len(others))
-        for checkpoint in others[:excess]:
-            self._remove(checkpoint)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Trainer's own; a drafter sharded by FSDP is gathered, so that every checkpoint holds a loadable one."""
@@ -661,3 +529,37 @@ class AUFTrainer(Trainer):
         super()._save(output_dir, state_dict)
         # a pickle that holds hub_token in clear, and nothing reads it
         Path(output_dir or self.args.output_dir, "training_args.bin").unlink(missing_ok=True)
+
+    # ---- publishing
+
+    def push_to_hub(self, commit_message: str = "Upload drafter", **kwargs) -> CommitInfo | None:
+        """Publish `output_dir` by [`hub.push`]; Trainer would upload all of it, a pickle with the token among it."""
+        return self._push(self.args.output_dir, commit_message, allow_unmeasured=not self.args.eval_prompts)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # with hub_strategy every_save, checkpoint, all_checkpoints: the drafter of the checkpoint, as unmeasured
+        if self.args.hub_strategy != HubStrategy.END:
+            message = f"Training in progress, step {self.state.global_step}"
+            self._push(checkpoint_folder, message, allow_unmeasured=True)
+
+    def _push(self, folder: str, message: str, allow_unmeasured: bool) -> CommitInfo | None:
+        from .hub import push
+
+        info = None
+        if self.is_world_process_zero():
+            args = self.args
+            info = push(
+                folder, self.hub_model_id or args.hub_model_id, private=args.hub_private_repo, token=args.hub_token,
+                revision=args.hub_revision, commit_message=message, allow_unmeasured=allow_unmeasured,
+            )  # fmt: skip
+            print(f"published: {info.commit_url}")
+        self.accelerator.wait_for_everyone()
+        return info
+
+    def create_model_card(self, **kwargs) -> None:
+        """Render our card into `output_dir`."""
+        from .model_card import render
+
+        if self.is_world_process_zero():
+            repo = self.hub_model_id or self.args.hub_model_id or f"you/{Path(self.args.output_dir).name}"
+            render(self.args.output_dir, repo).save(Path(self.args.output_dir, "README.md"))

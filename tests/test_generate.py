@@ -1,5 +1,6 @@
 """`attach` and transformers' own route: the target's own output, honest statistics, nothing left behind."""
 
+import warnings
 from copy import deepcopy
 from functools import cache
 from itertools import accumulate
@@ -33,7 +34,7 @@ from hf_specauf.blocks import make_blocks
 from hf_specauf.drafters.generation_block import BlockCandidateGenerator, Round
 from hf_specauf.drafters.modeling_dflash import DFlashDraftModel
 from hf_specauf.generate import attach
-from hf_specauf.target import FrozenTarget, drafter_config
+from hf_specauf.target import FrozenTarget, drafter_config, tokenizer_hashes
 
 K, PROMPT, NEW = 4, 12, 36
 GREEDY = dict(do_sample=False, max_new_tokens=NEW)
@@ -608,3 +609,29 @@ def test_attach_refuses_what_cannot_work_and_leaves_the_target_alone(drafter, op
     with pytest.raises(error, match=advice):
         attach(target, drafter(), **options)
     assert set(vars(target)) == before
+
+
+def test_another_target_commit_or_template_is_a_warning_and_other_words_an_error(text_target, tokenizer):
+    drafter = make_drafter(text_target)
+    drafter.config.target_model_name_or_path, drafter.config.target_revision = "some/model", "a" * 40
+    name, commit = text_target.config._name_or_path, "b" * 40
+    try:
+        text_target.config._name_or_path = "some/finetune"
+        with pytest.warns(UserWarning, match="trained for some/model, and the target is some/finetune"):
+            attach(text_target, drafter).detach()
+        text_target.config._name_or_path, text_target.config._commit_hash = "some/model", commit
+        with pytest.warns(UserWarning, match=f"at {'a' * 40}, and the target is at {commit}"):
+            attach(text_target, drafter).detach()
+    finally:
+        text_target.config._name_or_path, text_target.config._commit_hash = name, None
+    for key, value in tokenizer_hashes(tokenizer).items():
+        setattr(drafter.config, key, value)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attach(text_target, drafter, tokenizer=tokenizer).detach()
+    drafter.config.chat_template_hash = "0" * 16
+    with pytest.warns(UserWarning, match="chat template is not the one it was trained with"):
+        attach(text_target, drafter, tokenizer=tokenizer).detach()
+    drafter.config.tokenizer_hash = "0" * 16
+    with pytest.raises(ValueError, match="the tokenizer's vocabulary.*0000"):
+        attach(text_target, drafter, tokenizer=tokenizer)

@@ -19,9 +19,10 @@ from transformers import AutoModel, TrainerCallback, TrainerState
 
 from hf_specauf import DFlashDraftModel
 from hf_specauf.blocks import EVALUATION_STEP, make_blocks, sample_anchors
+from hf_specauf.conversations import RowCollator
 from hf_specauf.generate import attach
 from hf_specauf.target import drafter_config
-from hf_specauf.trainer import AUFConfig, AUFTrainer, RowCollator
+from hf_specauf.trainer import AUFConfig, AUFTrainer
 
 PROMPT, LENGTHS = 8, (42, 11, 24, 13, 36, 10, 18)
 BASE = dict(

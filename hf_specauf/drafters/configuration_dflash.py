@@ -59,6 +59,7 @@ class DFlashConfig(PreTrainedConfig):
         max_position_embeddings (`int`, *optional*, defaults to 40960): the target's, never the training length.
         chat_template_kwargs (`dict`, *optional*): arguments of the target's chat template used in training.
         target_model_name_or_path, target_revision (`str`, *optional*): the target this drafter was trained for.
+        tokenizer_hash, chat_template_hash (`str`, *optional*): of the target's, as they were in training.
         eos_token_id, pad_token_id, bos_token_id (*optional*): the target's.
     """
 
@@ -86,6 +87,8 @@ class DFlashConfig(PreTrainedConfig):
     chat_template_kwargs: dict | None = None
     target_model_name_or_path: str | None = None
     target_revision: str | None = None
+    tokenizer_hash: str | None = None
+    chat_template_hash: str | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None

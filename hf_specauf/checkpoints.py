@@ -1,0 +1,66 @@
+"""Checkpoints that appear under their name only when they are complete."""
+
+import os
+import shutil
+
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import sort_checkpoints
+
+
+class CompleteCheckpoints:
+    """Mixed into a Trainer: it writes checkpoints in place and finds the last one by its name, so a kill in the middle
+    of a save would leave a folder that looks like a checkpoint and is not one."""
+
+    _is_saving = False
+
+    @property
+    def _saving_folder(self) -> str:
+        return os.path.join(self.args.output_dir, ".saving")
+
+    def _clear_unfinished(self) -> None:
+        """Remove what a run that was killed while it saved has left."""
+        shutil.rmtree(self._saving_folder, ignore_errors=True)
+
+    def _get_output_dir(self, trial) -> str:
+        return self._saving_folder if self._is_saving else super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """Trainer's own, written beside and renamed when every rank is done: whatever is called `checkpoint-*` is
+        complete, also after a kill in the middle of saving or of deleting an old one."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        self._is_saving = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._is_saving, self.args.save_total_limit = False, limit
+        self.accelerator.wait_for_everyone()
+        name, folder = f"checkpoint-{self.state.global_step}", self.args.output_dir
+        if self.state.best_global_step:
+            best = os.path.join(folder, f"checkpoint-{self.state.best_global_step}")
+            if self.state.best_global_step == self.state.global_step or os.path.isdir(best):
+                self.state.best_model_checkpoint = best
+        if self.args.should_save:
+            written = os.path.join(self._saving_folder, name)
+            self.state.save_to_json(os.path.join(written, TRAINER_STATE_NAME))  # with the best checkpoint's final name
+            self._remove(os.path.join(folder, name))  # of an earlier run; this one is newer
+            os.rename(written, os.path.join(folder, name))
+            self._remove_old_checkpoints()
+            shutil.rmtree(self._saving_folder)
+        self.accelerator.wait_for_everyone()
+
+    def _remove(self, checkpoint: str) -> None:
+        if os.path.isdir(checkpoint):
+            doomed = os.path.join(self._saving_folder, os.path.basename(checkpoint) + ".old")
+            os.rename(checkpoint, doomed)
+            shutil.rmtree(doomed)
+
+    def _remove_old_checkpoints(self) -> None:
+        """Keep `save_total_limit` checkpoints, the newest and the best among them."""
+        checkpoints = sort_checkpoints(self.args.output_dir)
+        if not self.args.save_total_limit or len(checkpoints) <= self.args.save_total_limit:
+            return
+        kept = {checkpoints[-1], self.state.best_model_checkpoint}
+        others = [checkpoint for checkpoint in checkpoints if checkpoint not in kept]
+        excess = len(checkpoints) - max(self.args.save_total_limit, len(checkpoints) - len(others))
+        for checkpoint in others[:excess]:
+            self._remove(checkpoint)

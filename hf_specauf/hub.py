@@ -1,0 +1,311 @@
+"""Publish a drafter that explains itself, and fetch one.
+
+python -m hf_specauf.hub check DIR                          everything but the upload
+python -m hf_specauf.hub push --drafter DIR --repo OWNER/NAME [--private] [--revision BRANCH] [--create-pr] [--tag v1]
+python -m hf_specauf.hub pull --repo OWNER/NAME --into DIR [--revision COMMIT]
+"""
+
+import argparse
+import getpass
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from huggingface_hub import CommitInfo, HfApi, get_token, snapshot_download
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from .model_card import HUB_ID, render
+from .records import errors_in_one_line, write_record
+from .target import load
+
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+PLOTS = ("alpha.png", "tau.png")
+# What a stranger's machine does with a published folder: this package out of reach, the repository's own code
+RELOAD = """
+import sys
+sys.modules["hf_specauf"] = None
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel
+folder, inputs, outputs = sys.argv[1:]
+drafter = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype="auto").eval()
+given = load_file(inputs)
+with torch.no_grad():
+    hidden = drafter(given["noise"], given["context"]).last_hidden_state
+save_file({"hidden": hidden.contiguous()}, outputs)
+"""
+
+
+def without_paths(value, gone: tuple[str, ...] = ("output_dir", "run_name", "resume_from_checkpoint")):
+    """A record without local paths (a path becomes its last part), tokens, and keys that only name places."""
+    if isinstance(value, dict):
+        return {k: without_paths(v) for k, v in value.items() if k not in gone and not k.endswith("_token")}
+    if isinstance(value, list):
+        return [without_paths(part) for part in value]
+    local = isinstance(value, str) and (value.startswith(("/", "~", "./", "../")) or os.path.exists(value))
+    return Path(value).name if local and os.sep in value else value
+
+
+def find_secrets(folder: Path) -> list[str]:
+    """Tokens, local paths, user and host names in a folder's text files, as `file: what`."""
+    words = {"home folder": str(Path.home()), "working folder": os.getcwd(), "token": get_token()}
+    # names so general that they are ordinary words are not telling
+    general = {"root", "user", "ubuntu", "runner", "admin", "localhost", "model", "target"}
+    words |= {"user name": getpass.getuser(), "host name": socket.gethostname()}
+    found = []
+    for path in sorted(folder.rglob("*")):
+        if path.suffix not in (".json", ".md", ".py", ".txt", ".yaml", ".jinja"):
+            continue
+        text = path.read_text(encoding="utf-8", errors="replace")
+        for what, word in words.items():
+            if word and len(word) > 3 and word not in general and re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text):
+                found.append(f"{path.name}: {what}")
+        if re.search(r"\bhf_[A-Za-z0-9]{30,}\b", text):
+            found.append(f"{path.name}: something that looks like a token")
+    return found
+
+
+def name_target(config, target: str | None, target_revision: str | None, token: str | None) -> None:
+    """Put the target's Hub id and commit into the drafter's config.
+
+    Raises:
+        ValueError: the drafter was trained on a local folder and no Hub id is given, or that repository is another
+            model.
+    """
+    if target is None:
+        known = str(config.target_model_name_or_path)
+        if not HUB_ID.fullmatch(known) or os.path.exists(known):
+            raise ValueError(
+                f"the drafter's target is the local path {known!r}: nobody else could load it. Publish the target, "
+                "and give its Hub id with --target OWNER/NAME"
+            )
+        return
+    theirs = AutoConfig.from_pretrained(target, revision=target_revision, token=token).get_text_config(decoder=True)
+    ours = {"hidden_size": config.hidden_size, "num_hidden_layers": config.num_target_layers}
+    wrong = [f"{key} {getattr(theirs, key)} (trained for {value})" for key, value in ours.items()
+             if getattr(theirs, key) != value]  # fmt: skip
+    if wrong:
+        raise ValueError(f"--target {target} is not the model this drafter was trained for: {', '.join(wrong)}")
+    config.target_model_name_or_path = target
+    config.target_revision = HfApi(token=token).model_info(target, revision=target_revision).sha
+
+
+def check_reload(drafter: PreTrainedModel, folder: Path) -> None:
+    """Load the folder in a clean process, by its own code, and compare outputs.
+
+    Raises:
+        ValueError: it does not load, or its outputs differ.
+    """
+    config = drafter.config
+    generator = torch.Generator().manual_seed(0)
+    shape = {"noise": config.hidden_size, "context": len(config.target_layer_ids) * config.hidden_size}
+    length = {"noise": config.block_size, "context": 7}
+    given = {key: torch.randn(1, length[key], width, generator=generator) for key, width in shape.items()}
+    with torch.no_grad():
+        expected = drafter.eval()(given["noise"], given["context"]).last_hidden_state
+    with TemporaryDirectory() as scratch:
+        inputs, outputs = Path(scratch, "in.safetensors"), Path(scratch, "out.safetensors")
+        save_file(given, inputs)
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": scratch}
+        words = [sys.executable, "-c", RELOAD, str(folder.absolute()), str(inputs), str(outputs)]
+        done = subprocess.run(words, env=environment, cwd=scratch, capture_output=True, text=True)
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise ValueError(f"the folder does not load in a clean process with trust_remote_code=True: {last}")
+        found = load_file(outputs)["hidden"]
+    if found.dtype != expected.dtype or not torch.allclose(found, expected, rtol=1e-4, atol=1e-5):
+        raise ValueError(
+            "loaded in a clean process, the folder's drafter gives other outputs than here: its modelling files and "
+            "its weights do not belong together. Save it again with save_pretrained."
+        )
+
+
+def stage(
+    drafter: str | Path,
+    into: Path,
+    repo: str,
+    *,
+    revision: str = "main",
+    target: str | None = None,
+    target_revision: str | None = None,
+    allow_unmeasured: bool = False,
+    token: str | None = None,
+) -> None:
+    """Make the folder that is published: weights, config, code, records without local traces, plots and the card.
+
+    Args:
+        drafter (`str` or `Path`): what `train` left, or a checkpoint of it. Only read.
+        into (`Path`): an empty folder.
+        repo (`str`): `OWNER/NAME`, for the card.
+        revision (`str`, *optional*): for the card's usage lines.
+        target, target_revision (`str`, *optional*): the target's Hub id where training used a local folder.
+        allow_unmeasured (`bool`, *optional*): publish without `eval.json`; the card says "not measured".
+
+    Raises:
+        ValueError: whatever must not be published, and what mends it.
+    """
+    drafter = Path(drafter)
+    if not (drafter / "config.json").is_file():
+        raise ValueError(f"{drafter} is no drafter's folder: it holds no config.json")
+    pickles = [path.name for path in drafter.iterdir() if path.suffix in PICKLES and not is_trainer_state(path.name)]
+    if pickles:
+        raise ValueError(
+            f"{drafter} holds {', '.join(sorted(pickles))}: loading a pickle runs code, so none is published or used. "
+            "Save the drafter with save_pretrained (safetensors) and remove the file."
+        )
+    evaluations = sorted(drafter.glob("eval*.json"))
+    if not evaluations and not allow_unmeasured:
+        raise ValueError(
+            f"{drafter} holds no eval.json: measure it with `python -m hf_specauf.evaluate ... --out {drafter}`, or "
+            "publish it as unmeasured with --allow-unmeasured"
+        )
+    model = load(AutoModel, "--drafter", str(drafter), dtype="auto")
+    if not hasattr(model, "get_candidate_generator"):
+        raise ValueError(f"{drafter} holds a {type(model).__name__}, which is no drafter of this package")
+    name_target(model.config, target, target_revision, token)
+    vars(model.config).pop("use_cache", None)
+    model.save_pretrained(into)
+    provenance = drafter / "provenance.json"
+    for path in [*([provenance] if provenance.is_file() else []), *evaluations]:
+        record = without_paths(json.loads(path.read_text()))
+        if isinstance(record.get("target"), dict):
+            record["target"]["name_or_path"] = model.config.target_model_name_or_path
+            record["target"]["revision"] = model.config.target_revision
+        if "target_model_name_or_path" in record.get("recipe", {}):
+            record["recipe"]["target_model_name_or_path"] = model.config.target_model_name_or_path
+            record["recipe"]["target_revision"] = model.config.target_revision
+        write_record(into / path.name, record)
+    for name in PLOTS:
+        if (drafter / name).is_file():
+            shutil.copyfile(drafter / name, into / name)
+    render(into, repo, revision).save(into / "README.md")
+    if secrets := find_secrets(into):
+        raise ValueError(
+            f"what would be published names this machine or its user ({'; '.join(secrets)}): not published"
+        )
+    check_reload(model, into)
+
+
+def is_trainer_state(name: str) -> bool:
+    """Whether a file is Trainer's own, beside the drafter in a checkpoint; never published."""
+    return re.fullmatch(r"(optimizer|scheduler|rng_state.*|training_args|scaler)\.(pt|pth|bin)", name) is not None
+
+
+def check(drafter: str | Path, repo: str = "owner/name", **keys) -> list[str]:
+    """Do everything but the upload -> the names of the files that would be published. Keys as for [`stage`]."""
+    with TemporaryDirectory() as folder:
+        stage(drafter, Path(folder), repo, **keys)
+        return sorted(os.listdir(folder))
+
+
+def push(
+    drafter: str | Path,
+    repo: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    tag: str | None = None,
+    token: str | None = None,
+    commit_message: str = "Upload drafter",
+    **keys,
+) -> CommitInfo:
+    """Publish a drafter as one commit: all of it or nothing. The same folder again makes no new commit.
+
+    Args:
+        drafter (`str` or `Path`): the folder that `train` and `evaluate` left; only read.
+        repo (`str`): `OWNER/NAME`; created where it does not exist, unless `create_pr`.
+        private (`bool`, *optional*): of a new repository.
+        revision (`str`, *optional*): branch, created where it does not exist.
+        create_pr (`bool`, *optional*): propose it as a pull request instead.
+        tag (`str`, *optional*): also tag the commit, and name the tag in the card's usage lines.
+        keys: as for [`stage`].
+
+    Raises:
+        ValueError: as [`stage`].
+        huggingface_hub.errors.HfHubHTTPError: the Hub refused.
+    """
+    if not HUB_ID.fullmatch(repo):
+        raise ValueError(f"repo is {repo!r}; it must be OWNER/NAME")
+    api = HfApi(token=token)
+    with TemporaryDirectory() as folder:
+        stage(drafter, Path(folder), repo, revision=tag or revision or "main", token=token, **keys)
+        if not create_pr:
+            api.create_repo(repo, private=private, exist_ok=True)
+        if revision and not create_pr:
+            api.create_branch(repo, branch=revision, exist_ok=True)
+        info = api.upload_folder(
+            repo_id=repo, folder_path=folder, revision=revision, create_pr=create_pr, commit_message=commit_message,
+            delete_patterns=["*.safetensors", "*.safetensors.index.json", "*.py", "eval*.json"],
+        )  # fmt: skip
+    if tag:
+        api.create_tag(repo, tag=tag, revision=info.oid, exist_ok=True)
+    return info
+
+
+def pull(repo: str, into: str | Path, revision: str | None = None, token: str | None = None) -> Path:
+    """Fetch a drafter's folder, never its pickles; it then loads from its path.
+
+    Raises:
+        ValueError: the repository holds no drafter of this package.
+    """
+    folder = snapshot_download(
+        repo, revision=revision, local_dir=into, token=token, ignore_patterns=[f"*{ending}" for ending in PICKLES]
+    )
+    config = Path(folder, "config.json")
+    kind = json.loads(config.read_text()).get("model_type") if config.is_file() else None
+    if not str(kind).startswith("specauf_"):
+        raise ValueError(f"{repo} is no drafter of this package: its model_type is {kind!r}")
+    return Path(folder)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m hf_specauf.hub", description=__doc__.split("\n\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    checked = commands.add_parser("check", help="do everything but the upload")
+    checked.add_argument("drafter", help="the folder that train and evaluate left")
+    pushed = commands.add_parser("push", help="publish a drafter")
+    pushed.add_argument("--drafter", required=True, help="the folder that train and evaluate left")
+    pushed.add_argument("--repo", required=True, help="OWNER/NAME on the Hub")
+    pushed.add_argument("--private", action="store_true", default=None, help="make a new repository private")
+    pushed.add_argument("--revision", help="branch to publish on (default main)")
+    pushed.add_argument("--create-pr", action="store_true", help="propose it as a pull request")
+    pushed.add_argument("--tag", help="tag of the commit, e.g. v1")
+    for command in (checked, pushed):
+        command.add_argument("--target", help="the target's Hub id, where training used a local folder")
+        command.add_argument("--target-revision", help="its branch, tag or commit")
+        command.add_argument("--allow-unmeasured", action="store_true", help="publish without eval.json")
+    pulled = commands.add_parser("pull", help="fetch a drafter")
+    pulled.add_argument("--repo", required=True, help="OWNER/NAME on the Hub")
+    pulled.add_argument("--into", required=True, help="folder to fetch it into")
+    pulled.add_argument("--revision", help="branch, tag or commit (default main)")
+    return parser.parse_args(argv)
+
+
+@errors_in_one_line()
+def main(argv: list[str] | None = None) -> None:
+    """Command line of `python -m hf_specauf.hub`."""
+    args = vars(parse(argv))
+    transformers_logging.set_verbosity_error()
+    command = args.pop("command")
+    if command == "check":
+        print(f"ready to publish: {', '.join(check(**args))}")
+    elif command == "pull":
+        print(f"pulled into {pull(**args)}")
+    else:
+        info = push(**args)
+        print(f"published: {info.pr_url or info.commit_url}")
+
+
+if __name__ == "__main__":
+    main()

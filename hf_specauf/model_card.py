@@ -1,0 +1,242 @@
+"""Cards rendered from what training and evaluation wrote, nothing typed by hand; and the check of contributed ones.
+
+python -m hf_specauf.model_card render DIR --repo OWNER/NAME [--revision TAG_OR_COMMIT] [--out FILE]
+python -m hf_specauf.model_card validate FILE ...
+"""
+
+import argparse
+import json
+import re
+from dataclasses import MISSING, fields
+from pathlib import Path
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from .acceptance import TAU_DEFINITION
+from .records import errors_in_one_line
+
+NOT_MEASURED = "not measured"
+TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+CONDITIONS = ("max_new_tokens", "temperature", "batch_size", "hardware", "dtype", "prompts")  # required beside a tau
+# Keys of a recipe that name places, people or ways of showing, and change nothing in the drafter
+NOT_IN_RECIPES = re.compile(
+    r"output_dir|run_name|report_to|resume_from_checkpoint|hub_.*|push_to_hub|project|trackio_.*|disable_tqdm|"
+    r".*_logging_dir|save_total_limit|logging_.*|log_level.*|local_rank|_n_gpu|deepspeed_plugin"
+)
+
+
+def read(folder: Path, name: str) -> dict | None:
+    """A JSON record of a drafter's folder, or `None`."""
+    path = folder / name
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def number(value: float | None, form: str = ".2f", unit: str = "") -> str:
+    """A figure, or that it was not measured."""
+    return NOT_MEASURED if value is None else f"{value:{form}}{unit}"
+
+
+def tau_by_length(prompts: list[dict]) -> str:
+    """tau of prompts grouped by the power of two their length lies under; empty if they are all alike."""
+    groups: dict[int, list[float]] = {}
+    for row in prompts:
+        if row["tau"] is not None:
+            groups.setdefault(1 << (row["prompt_tokens"] - 1).bit_length(), []).append(row["tau"])
+    if len(groups) < 2:
+        return ""
+    return ", ".join(f"up to {size} tokens {sum(taus) / len(taus):.2f}" for size, taus in sorted(groups.items()))
+
+
+def slow_cases(prompts: list[dict]) -> str:
+    """How many prompts the drafter made slower, and the worst of them."""
+    ratios = [row["plain_seconds"] / row["assisted_seconds"] for row in prompts if row.get("assisted_seconds")]
+    if not ratios:
+        return NOT_MEASURED
+    slow = sum(ratio < 1 for ratio in ratios)
+    return f"{slow} of {len(ratios)} prompts; the worst ran at {min(ratios):.2f}x, the best at {max(ratios):.2f}x"
+
+
+def evaluation_row(record: dict) -> dict:
+    """The lines of one evaluation, as words."""
+    conditions, results = record["conditions"], record
+    shown = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in sorted(conditions.items()) if value != {})
+    lossless = results["lossless"]
+    if isinstance(lossless, dict):
+        total = sum(lossless.values())
+        lossless = f"{lossless['identical']} of {total} identical, {lossless['near_tie']} near-ties of rounding"
+    return {
+        "name": conditions["prompts"], "tau": number(results["acceptance"]["tau"]),
+        "speedup": number(results["speedup"], ".2f", "x"), "plain": number(results["plain_tokens_per_second"], ".1f"),
+        "assisted": number(results["tokens_per_second"], ".1f"), "lossless": lossless,
+        "slow": slow_cases(results["prompts"]), "by_length": tau_by_length(results["prompts"]),
+        "repetition": number(results["repetition"], ".0%"), "conditions": shown,
+    }  # fmt: skip
+
+
+def eval_results(records: list[dict]) -> list[EvalResult]:
+    """tau and speed-up of each evaluation for the model index, with their conditions."""
+    found = []
+    for record in records:
+        conditions = record["conditions"]
+        values = {"tau": record["acceptance"]["tau"], "speedup": record["speedup"]}
+        names = {"tau": "tau (tokens committed per verification pass)", "speedup": "speed-up over plain generate"}
+        dataset = str(conditions["prompts"])
+        for key, value in values.items():
+            if value is not None:
+                found.append(
+                    EvalResult(
+                        task_type="text-generation", task_name="Speculative decoding", dataset_name=dataset,
+                        dataset_type=dataset if HUB_ID.fullmatch(dataset) else "custom", metric_type=key,
+                        metric_name=names[key], metric_value=round(value, 4), metric_args=conditions,
+                    )
+                )  # fmt: skip
+    return found
+
+
+def changed_recipe(recipe: dict) -> str:
+    """The keys of a resolved recipe that differ from their defaults, as YAML."""
+    from .recipe import DataArguments, DrafterArguments, TargetArguments
+    from .trainer import AUFConfig
+
+    kept = {}
+    for part in (TargetArguments, DrafterArguments, DataArguments, AUFConfig):
+        for field in fields(part):
+            default = field.default if field.default_factory is MISSING else field.default_factory()
+            value = recipe.get(field.name)
+            plain = value is None or isinstance(value, str | int | float | bool | list | dict)
+            shown = plain and value not in (None, {}, default) and not NOT_IN_RECIPES.fullmatch(field.name)
+            if shown and str(value) != str(getattr(default, "value", default)):
+                kept[field.name] = value
+    return yaml.safe_dump(kept, sort_keys=False, allow_unicode=True).strip()
+
+
+def render(folder: str | Path, repo: str, revision: str = "main", licence: str = "apache-2.0") -> ModelCard:
+    """The card of a drafter's folder, from its config.json, provenance.json and eval*.json.
+
+    Args:
+        folder (`str` or `Path`): what `train` and `evaluate` left.
+        repo (`str`): `OWNER/NAME` it is or will be published as.
+        revision (`str`, *optional*, defaults to `main`): tag or commit for the usage lines.
+
+    Raises:
+        ValueError: the folder is not a drafter's.
+    """
+    folder = Path(folder)
+    config = read(folder, "config.json")
+    if config is None or not str(config.get("model_type", "")).startswith("specauf_"):
+        raise ValueError(f"{folder} is not a drafter's folder: its config.json is missing or of another model type")
+    provenance = read(folder, "provenance.json") or {}
+    records = [json.loads(path.read_text()) for path in sorted(folder.glob("eval*.json"))]
+    recipe = provenance.get("recipe", {})
+    first = records[0] if records else None
+    target = config["target_model_name_or_path"] or "unnamed target"
+    objective = recipe.get("objective")
+    names = {"auf": "Accept-Until-Fail", "auf_decay": "Accept-Until-Fail and decay", "decay": "decay weights"}
+    commit = config.get("target_revision")
+    data = recipe.get("dataset_name")
+    data_card = [data] if data and HUB_ID.fullmatch(data) else None
+    card_data = ModelCardData(
+        base_model=target, base_model_relation="adapter", library_name="transformers", license=licence,
+        tags=["speculative-decoding", "dflash", "spec-auf", "custom_code", "arxiv:2607.01893", "arxiv:2602.06036"],
+        datasets=data_card, model_name=repo.split("/")[-1], eval_results=eval_results(records) or None,
+    )  # fmt: skip
+    packages = provenance.get("environment", {}).get("packages", {})
+    versions = ", ".join(
+        f"{key} {packages[key]}" for key in ("hf-specauf", "torch", "transformers") if key in packages
+    )
+    hardware = provenance.get("environment", {}).get("hardware")
+    steps = f"{provenance['steps']} steps, {provenance['seconds'] / 60:.0f} minutes" if provenance else NOT_MEASURED
+    rows = f"{data} ({provenance['rows']} rows)" if data else "not recorded"
+    size = provenance.get("trainable_parameters")
+    parameters = f"{size / 1e6:.1f} M" if size else "not recorded"
+    conditions = {} if first is None else first["conditions"]
+    return ModelCard.from_template(
+        card_data, template_path=str(TEMPLATE), repo=repo, revision=revision, target=target,
+        pinned_target=f', revision="{commit}"' if commit else "", target_revision=commit or "not recorded",
+        tau=first and first["acceptance"]["tau"], speedup=first and first["speedup"],
+        headline_conditions=f"{conditions.get('prompts')}, temperature {conditions.get('temperature')}, "
+        f"{conditions.get('max_new_tokens')} new tokens, {conditions.get('hardware')}",
+        chat_template_kwargs=json.dumps(config["chat_template_kwargs"]) if config.get("chat_template_kwargs") else "",
+        tau_definition=TAU_DEFINITION, evaluations=[evaluation_row(record) for record in records],
+        alpha_plot=(folder / "alpha.png").is_file(), layers=config["num_hidden_layers"],
+        block_size=config["block_size"], taps=config["target_layer_ids"], mask_token_id=config["mask_token_id"],
+        parameters=parameters, dtype=config.get("dtype"),
+        objective=f"{objective}, {recipe.get('normalisation')}" if objective else "not recorded",
+        data=rows, training=f"{steps} on {hardware}, seed {recipe['seed']}" if recipe else "not recorded",
+        software=versions or "not recorded", recipe=changed_recipe(recipe) if recipe else "",
+        method=names.get(objective, objective or "an objective that was not recorded"),
+    )  # fmt: skip
+
+
+def validate(path: str | Path, contributed: bool = False) -> list[str]:
+    """What is missing or wrong in a card; empty for a good one.
+
+    Args:
+        path (`str` or `Path`): the card.
+        contributed (`bool`, *optional*): also ask for the file name `<owner>__<name>.md` and a pinned revision.
+    """
+    path, problems = Path(path), []
+    try:
+        card = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=False)
+        data = card.data
+    except (ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        return [f"the YAML header cannot be read: {error}"]
+    if not (data.base_model and HUB_ID.fullmatch(str(data.base_model))):
+        problems.append(f"base_model is {data.base_model!r}: it must be the target's Hub id, OWNER/NAME")
+    problems += [f"{key} is missing from the header" for key in ("license", "library_name") if not data.get(key)]
+    if "speculative-decoding" not in (data.tags or []):
+        problems.append("tags must hold speculative-decoding")
+    results = data.eval_results or []
+    for key, least in (("tau", 1.0), ("speedup", 0.0)):
+        measured = [result for result in results if result.metric_type == key]
+        if not measured:
+            problems.append(f"no {key} in the model index: measure it with `python -m hf_specauf.evaluate`")
+        for result in measured:
+            value = result.metric_value
+            if not isinstance(value, int | float) or isinstance(value, bool) or not value >= least:
+                problems.append(f"{key} is {value!r}: it must be a number of at least {least:g}")
+            missing = [name for name in CONDITIONS if (result.metric_args or {}).get(name) is None]
+            if missing:
+                problems.append(f"{key} on {result.dataset_name}: its conditions lack {', '.join(missing)}")
+    if "tau =" not in card.text:
+        problems.append("the definition of tau is missing from the text")
+    if contributed:
+        if not re.fullmatch(r"[\w.-]+__[\w.-]+\.md", path.name):
+            problems.append(f"the file is called {path.name}: it must be <owner>__<name>.md")
+        revisions = set(re.findall(r'from_pretrained\(\s*"[^"]*", revision="([^"]*)"', card.text))
+        if not revisions or revisions & {"main", ""}:
+            problems.append("the usage lines must pin a commit or tag: render with --revision")
+    return problems
+
+
+@errors_in_one_line()
+def main(argv: list[str] | None = None) -> None:
+    """Command line of `python -m hf_specauf.model_card`."""
+    parser = argparse.ArgumentParser(prog="python -m hf_specauf.model_card", description=__doc__.split("\n\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("render", help="write the card of a drafter's folder")
+    one.add_argument("drafter", type=Path, help="the folder that train and evaluate left")
+    one.add_argument("--repo", required=True, help="OWNER/NAME it is or will be published as")
+    one.add_argument("--revision", default="main", help="tag or commit for the usage lines")
+    one.add_argument("--out", type=Path, help="file to write (default: README.md in the folder)")
+    many = commands.add_parser("validate", help="check cards; exit code 1 if one is not good")
+    many.add_argument("cards", type=Path, nargs="+")
+    args = parser.parse_args(argv)
+    if args.command == "render":
+        out = args.out or args.drafter / "README.md"
+        render(args.drafter, args.repo, args.revision).save(out)
+        print(f"written: {out}")
+        return
+    problems = {path: validate(path, contributed="__" in path.name) for path in args.cards}
+    for path, found in problems.items():
+        print(f"{path}: {'good' if not found else ''}")
+        for problem in found:
+            print(f"  - {problem}")
+    if any(problems.values()):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,325 @@
+"""The Hub both ways, offline: a real client in its own processes against a server on this machine."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import BASE, ROOT, make_drafter, make_target, random_prompts
+from loopback_hub import LoopbackHub
+from safetensors.torch import load_file, save_file
+
+from hf_specauf.hub import check, check_reload, find_secrets, stage, without_paths
+from hf_specauf.model_card import validate
+from hf_specauf.train import main as train
+
+PUBLISHED = {
+    ".gitattributes", "README.md", "alpha.png", "config.json", "configuration_dflash.py", "eval.json",
+    "generation_block.py", "model.safetensors", "modeling_dflash.py", "provenance.json",
+}  # fmt: skip
+PUSH_TARGET = """
+from transformers import AutoModelForCausalLM, AutoTokenizer
+AutoModelForCausalLM.from_pretrained({folder!r}).push_to_hub("alice/target")
+AutoTokenizer.from_pretrained({folder!r}).push_to_hub("alice/target")
+"""
+GENERATE = """
+import json, sys, torch
+with_package = {with_package}
+if with_package:
+    import hf_specauf
+else:
+    sys.modules["hf_specauf"] = None
+from transformers import AutoModel, AutoModelForCausalLM
+target = AutoModelForCausalLM.from_pretrained("alice/target", dtype=torch.float64)
+more = {{}} if with_package or not {trusted} else {{"trust_remote_code": True}}
+drafter = AutoModel.from_pretrained({repo!r}, revision={revision!r}, dtype=torch.float64, **more)
+prompt = torch.tensor({prompt})
+keys = dict(max_new_tokens=24, do_sample=False)
+plain = target.generate(prompt, **keys)[0].tolist()
+if with_package:
+    with hf_specauf.attach(target, drafter) as attachment:
+        assisted = target.generate(prompt, assistant_model=drafter, **keys)[0].tolist()
+    assert attachment.acceptance().passes > 0
+else:
+    assisted = target.generate(prompt, assistant_model=drafter, speculation_type="dflash", **keys)[0].tolist()
+print(json.dumps([type(drafter).__module__, plain, assisted]))
+"""
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    with LoopbackHub(tmp_path_factory.mktemp("hub")) as hub:
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def run(hub, tmp_path_factory):
+    """Runs python in a process of its own, as a user of the Hub -> (exit code, printed)."""
+
+    def run(*words: str, user: str | None = "alice", home: str = "home", **environment) -> tuple[int, str]:
+        given = hub.environment(tmp_path_factory.getbasetemp() / home, user) | environment
+        done = subprocess.run(
+            [sys.executable, *words], cwd=ROOT, env=given, capture_output=True, text=True, timeout=300
+        )
+        return done.returncode, done.stdout + done.stderr
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained(files, hub, run, tmp_path_factory):
+    """A drafter trained by the command with a token in its recipe, and its target on the Hub."""
+    out = tmp_path_factory.mktemp("trained") / "out"
+    keys = dict(target_model_name_or_path=files / "target", dataset_name=files / "text.jsonl", output_dir=out) | BASE
+    keys |= dict(hub_token="hf_" + "PLANTED" * 6, hub_model_id="alice/elsewhere", eval_prompts=3)
+    train([word for key, value in keys.items() for word in (f"--{key}", *str(value).split())])
+    code, printed = run("-c", PUSH_TARGET.format(folder=str(files / "target")))
+    assert code == 0, printed
+    return out
+
+
+@pytest.fixture(scope="module")
+def published(trained, hub, run):
+    """Pushed once -> its commit."""
+    words = ["--drafter", str(trained), "--repo", "alice/drafter", "--target", "alice/target", "--tag", "v1"]
+    code, printed = run("-m", "hf_specauf.hub", "push", *words)
+    assert code == 0, printed
+    assert "published: http://127.0.0.1" in printed
+    repository = hub.repository("alice/drafter")
+    commit = repository.resolve("v1")
+    assert commit == repository.resolve("main")
+    return SimpleNamespace(repository=repository, commit=commit, words=words)
+
+
+def contents(repository, revision="main") -> dict[str, bytes]:
+    files = repository.files(repository.resolve(revision))
+    return {path: (repository.folder / "blobs" / entry["sha256"]).read_bytes() for path, entry in files.items()}
+
+
+def test_published_folder_holds_what_a_stranger_needs_and_no_trace_of_its_maker(published, trained, files):
+    found = contents(published.repository)
+    assert set(found) == PUBLISHED
+    config = json.loads(found["config.json"])
+    assert config["target_model_name_or_path"] == "alice/target"
+    assert re.fullmatch("[0-9a-f]{40}", config["target_revision"])
+    assert config["tokenizer_hash"] and config["chat_template_hash"]
+    for name, content in found.items():
+        for secret in (b"PLANTED", str(trained).encode(), str(files).encode(), str(Path.home()).encode() + b"/"):
+            assert secret not in content, name
+    record = json.loads(found["provenance.json"])
+    assert record["recipe"]["dataset_name"] == "text.jsonl" and "output_dir" not in record["recipe"]
+    assert record["target"]["name_or_path"] == record["recipe"]["target_model_name_or_path"] == "alice/target"
+
+
+def test_card_says_what_eval_json_says(published, tmp_path):
+    found = contents(published.repository)
+    record, text = json.loads(found["eval.json"]), found["README.md"].decode()
+    (tmp_path / "alice__drafter.md").write_text(text)
+    assert validate(tmp_path / "alice__drafter.md", contributed=True) == []
+    assert (
+        f"**tau {record['acceptance']['tau']:.2f}**" in text and f"| tau | {record['acceptance']['tau']:.2f} |" in text
+    )
+    assert f"{record['speedup']:.2f}x" in text and record["tau_definition"] in text
+    assert "value: " + str(round(record["acceptance"]["tau"], 4)) in text
+    assert 'from_pretrained("alice/drafter", revision="v1"' in text and "![alpha_k" in text
+    assert "base_model: alice/target" in text and "objective: auf" not in text.split("```yaml")[1]  # a default
+    assert "num_draft_layers: 1" in text and "hub_token" not in text
+
+
+def test_the_same_folder_again_makes_no_commit(published, run):
+    before = len(published.repository.history("main"))
+    code, printed = run("-m", "hf_specauf.hub", "push", *published.words)
+    assert code == 0, printed
+    assert len(published.repository.history("main")) == before
+
+
+def test_three_ways_to_load_generate_the_targets_own_text(published, run, tmp_path):
+    prompt = random_prompts(1, 9).tolist()
+    code, printed = run("-m", "hf_specauf.hub", "pull", "--repo", "alice/drafter", "--into", str(tmp_path / "local"))
+    assert code == 0, printed
+    assert not [path for path in (tmp_path / "local").rglob("*") if path.suffix in (".bin", ".pt", ".pth")]
+    ways = {
+        "package": dict(with_package=True, trusted=False, repo="alice/drafter", revision="v1"),
+        "remote code": dict(with_package=False, trusted=True, repo="alice/drafter", revision=published.commit),
+        "local folder": dict(with_package=False, trusted=True, repo=str(tmp_path / "local"), revision=None),
+    }
+    outputs = {}
+    for name, keys in ways.items():
+        code, printed = run("-c", GENERATE.format(prompt=prompt, **keys), user=None)
+        assert code == 0, printed
+        module, plain, assisted = json.loads(next(line for line in printed.splitlines() if line.startswith("[")))
+        assert module.startswith("hf_specauf." if name == "package" else "transformers_modules.")
+        assert plain == assisted and len(plain) > 9
+        outputs[name] = assisted
+    assert len({tuple(output) for output in outputs.values()}) == 1
+    refused = dict(with_package=False, trusted=False, repo="alice/drafter", revision="v1")
+    code, printed = run("-c", GENERATE.format(prompt=prompt, **refused), user=None)
+    assert code != 0 and "trust_remote_code" in printed
+
+
+def test_private_repository_is_refused_without_a_token(published, trained, run, hub, tmp_path):
+    words = ["--drafter", str(trained), "--repo", "alice/secret", "--target", "alice/target", "--private"]
+    code, printed = run("-m", "hf_specauf.hub", "push", *words)
+    assert code == 0, printed
+    assert hub.repository("alice/secret").read("settings")["private"]
+    pull = ["-m", "hf_specauf.hub", "pull", "--repo", "alice/secret", "--into"]
+    for user in (None, "bob"):
+        code, printed = run(*pull, str(tmp_path / str(user)), user=user, home=f"home-{user}")
+        assert code == 1 and "error: there is no such repository, or it is private" in printed
+    assert run(*pull, str(tmp_path / "alice"))[0] == 0
+
+
+def test_connection_cut_in_an_upload_leaves_nothing_half_and_the_next_try_all(trained, run, hub):
+    words = ["--drafter", str(trained), "--repo", "alice/cut", "--target", "alice/target"]
+    hub.cut_uploads = 100
+    code, printed = run("-m", "hf_specauf.hub", "push", *words)
+    assert code == 1 and printed.splitlines()[-1].startswith("error: ")
+    assert set(contents(hub.repository("alice/cut"))) == {".gitattributes"}
+    hub.cut_uploads = 1  # the client tries again by itself
+    code, printed = run("-m", "hf_specauf.hub", "push", *words)
+    assert code == 0, printed
+    assert hub.cut_uploads == 0
+    assert set(contents(hub.repository("alice/cut"))) == PUBLISHED
+    assert len(hub.repository("alice/cut").history("main")) == 2
+
+
+def test_pull_request_and_a_contributed_card_merged(published, trained, run, hub):
+    words = ["--drafter", str(trained), "--repo", "alice/drafter", "--target", "alice/target", "--create-pr"]
+    before = contents(published.repository)
+    code, printed = run("-m", "hf_specauf.hub", "push", *words, user="bob")
+    assert code == 0, printed
+    assert "/discussions/1" in printed and contents(published.repository) == before
+    contribute = (
+        "from huggingface_hub import HfApi, ModelCard\n"
+        "card = ModelCard.load('alice/drafter')\n"
+        "card.text += '\\nContributed: measured on another machine too.\\n'\n"
+        "print(card.push_to_hub('alice/drafter', create_pr=True))\n"
+    )
+    code, printed = run("-c", contribute, user="bob")
+    assert code == 0, printed
+    merge = "from huggingface_hub import HfApi; HfApi().merge_pull_request('alice/drafter', 2)"
+    assert run("-c", merge, user="bob")[0] != 0
+    code, printed = run("-c", merge)
+    assert code == 0, printed
+    after = contents(published.repository)
+    assert b"Contributed: measured on another machine too." in after["README.md"]
+    assert {name for name in after if after[name] != before[name]} == {"README.md"}
+
+
+@pytest.mark.parametrize(
+    "words, keys, message",
+    [
+        (["push", "--repo", "alice/new"], dict(HF_TOKEN="hf_wrong"), "the Hub does not accept the token"),
+        (["push", "--repo", "bob/new"], {}, "the token may not do this"),
+        (["pull", "--repo", "alice/nothing"], {}, "there is no such repository"),
+        (["pull", "--repo", "alice/drafter", "--revision", "v9"], {}, "no such branch, tag or commit"),
+        (["pull", "--repo", "alice/gated"], dict(user="bob"), "access to this repository is restricted"),
+        (["pull", "--repo", "alice/target"], {}, "is no drafter of this package: its model_type is 'qwen3'"),
+        (["pull", "--repo", "alice/drafter"], dict(HF_ENDPOINT="http://127.0.0.1:9"), "cannot be reached"),
+    ],
+    ids=["401", "403", "404", "revision", "gated", "wrong model", "no network"],
+)
+def test_errors_of_the_client_are_one_line_and_keep_the_folder(
+    published, trained, run, hub, tmp_path, words, keys, message
+):
+    if "alice/gated" in words:
+        code, printed = run("-c", "from huggingface_hub import HfApi; HfApi().create_repo('alice/gated')")
+        hub.repository("alice/gated")._write("settings", {"private": False, "gated": "manual"})
+    command, *rest = words
+    drafter = ["--drafter", str(trained), "--target", "alice/target"]
+    rest += drafter if command == "push" else ["--into", str(tmp_path / "into")]
+    before = {path.name: path.stat().st_mtime_ns for path in trained.iterdir()}
+    code, printed = run("-m", "hf_specauf.hub", command, *rest, home="home-errors", **keys)
+    assert code == 1 and "Traceback" not in printed
+    assert printed.splitlines()[-1].startswith("error: ") and message in printed.splitlines()[-1]
+    assert {path.name: path.stat().st_mtime_ns for path in trained.iterdir()} == before
+
+
+def test_recipe_pushes_checkpoints_and_the_finished_drafter(files, run, hub, trained):
+    keys = dict(target_model_name_or_path="alice/target", dataset_name=files / "text.jsonl") | BASE
+    keys |= dict(output_dir=files / "pushed", push_to_hub="true", hub_model_id="alice/auto", hub_strategy="every_save")
+    keys |= dict(save_steps=2, max_steps=3, eval_prompts=2)
+    words = [word for key, value in keys.items() for word in (f"--{key}", *str(value).split())]
+    code, printed = run("-m", "hf_specauf.train", *words, HF_DATASETS_CACHE=str(files / "cache"))
+    assert code == 0, printed
+    history = hub.repository("alice/auto").history("main")
+    messages = [commit["message"] for commit in history]
+    assert messages[0] == "Upload drafter" and "Training in progress, step 2" in messages
+    for commit in history[:-1]:
+        assert set(commit["files"]) <= PUBLISHED and {"model.safetensors", "README.md"} <= set(commit["files"])
+    assert set(history[0]["files"]) == PUBLISHED
+    assert b"**not measured**" in contents(hub.repository("alice/auto"), history[-2]["oid"])["README.md"]
+    config = json.loads(contents(hub.repository("alice/auto"))["config.json"])
+    assert config["target_revision"] == hub.repository("alice/target").resolve("main")
+
+
+# ---- what is never published
+
+
+@pytest.fixture
+def folder(trained, tmp_path):
+    """A copy of the trained drafter whose config names a target on the Hub."""
+    for path in trained.iterdir():
+        if path.is_file():
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"target_model_name_or_path": "alice/target"}))
+    return tmp_path
+
+
+def test_check_names_what_would_be_published_and_changes_nothing(folder):
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert set(check(folder)) == PUBLISHED - {".gitattributes"}
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_local_target_missing_evaluation_and_pickles_are_refused(folder, trained):
+    with pytest.raises(ValueError, match="target is the local path.*--target OWNER/NAME"):
+        check(trained)
+    torch.save({}, folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="holds pytorch_model.bin: loading a pickle runs code"):
+        check(folder)
+    (folder / "pytorch_model.bin").unlink()
+    (folder / "eval.json").unlink()
+    with pytest.raises(ValueError, match="holds no eval.json.*--allow-unmeasured"):
+        check(folder)
+    assert "eval.json" not in check(folder, allow_unmeasured=True)
+    with pytest.raises(ValueError, match="is no drafter's folder"):
+        check(folder / "nowhere")
+
+
+def test_folder_whose_reload_gives_other_outputs_is_refused(folder, tmp_path):
+    drafter = make_drafter(make_target(dtype=torch.float32))
+    drafter.save_pretrained(tmp_path / "good")
+    check_reload(drafter, tmp_path / "good")
+    weights = load_file(tmp_path / "good" / "model.safetensors")
+    weights["fc.weight"] += 0.1
+    save_file(weights, tmp_path / "good" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="gives other outputs than here"):
+        check_reload(drafter, tmp_path / "good")
+    (tmp_path / "good" / "modeling_dflash.py").write_text("import a_package_nobody_has\n")
+    with pytest.raises(ValueError, match="does not load in a clean process.*a_package_nobody_has"):
+        check_reload(drafter, tmp_path / "good")
+
+
+def test_secrets_in_text_are_found_and_refused(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("getpass.getuser", lambda: "grace")
+    (tmp_path / "into").mkdir()
+    record = json.loads((folder / "eval.json").read_text())
+    record["conditions"]["prompts"] = "the prompts that grace keeps"
+    (folder / "eval.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="README.md: user name; eval.json: user name"):
+        stage(folder, tmp_path / "into", "alice/x")
+    (tmp_path / "into" / "eval.json").write_text("token hf_" + "a1B2" * 9)
+    assert "eval.json: something that looks like a token" in find_secrets(tmp_path / "into")
+
+
+def test_paths_and_tokens_leave_a_record():
+    record = {"data": "/home/grace/rows.jsonl", "hub_token": "x", "output_dir": "out", "nested": [{"p": "../a/b.txt"}]}
+    assert without_paths(record | {"id": "Qwen/Qwen3-8B"}) == {
+        "data": "rows.jsonl", "nested": [{"p": "b.txt"}], "id": "Qwen/Qwen3-8B"
+    }  # fmt: skip

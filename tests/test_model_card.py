@@ -1,0 +1,128 @@
+"""Cards: rendered from records alone, and validated, the contributed ones among them."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, make_drafter, make_target
+from huggingface_hub import ModelCard
+
+from hf_specauf.model_card import changed_recipe, main, render, slow_cases, tau_by_length, validate
+
+CARDS = sorted((ROOT / "model_cards").glob("*__*.md"))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A drafter nobody has measured and whose training is not recorded."""
+    make_drafter(make_target()).save_pretrained(tmp_path / "drafter")
+    config = json.loads((tmp_path / "drafter" / "config.json").read_text())
+    config |= {"target_model_name_or_path": "some/target", "chat_template_kwargs": {"enable_thinking": False}}
+    (tmp_path / "drafter" / "config.json").write_text(json.dumps(config))
+    return tmp_path / "drafter"
+
+
+def evaluation(tau=2.5, speedup=1.5, **conditions) -> dict:
+    measured_under = dict(
+        prompts="openai/gsm8k", temperature=0.0, max_new_tokens=64, batch_size=1, hardware="CPU, 2 cores",
+        dtype="float32",
+    )  # fmt: skip
+    prompts = [
+        dict(prompt_tokens=n, tau=t, plain_seconds=1.0, assisted_seconds=s)
+        for n, t, s in ((30, 3.0, 0.5), (100, 2.0, 0.8), (120, 1.0, 1.25))
+    ]
+    return {
+        "conditions": measured_under | conditions,
+        "acceptance": {"tau": tau},
+        "speedup": speedup,
+        "plain_tokens_per_second": 80.0,
+        "tokens_per_second": 120.0,
+        "lossless": {"identical": 2, "near_tie": 1, "different": 0},
+        "repetition": 0.25,
+        "prompts": prompts,
+    }
+
+
+def test_what_is_missing_is_said_and_never_made_up(folder):
+    card = render(folder, "alice/drafter")
+    assert "**not measured**" in card.text and "Not measured." in card.text and "not recorded" in card.text
+    assert "yaml" not in card.text and "alpha.png" not in card.text and "None" not in card.text
+    assert card.data.eval_results is None and card.data.base_model == "some/target"
+    assert '`{"enable_thinking": false}`' in card.text
+    card.save(folder / "README.md")
+    problems = validate(folder / "README.md")
+    assert len(problems) == 2 and all("measure it with" in problem for problem in problems)
+
+
+def test_every_evaluation_of_the_folder_is_in_the_card_and_its_index(folder):
+    (folder / "eval.json").write_text(json.dumps(evaluation()))
+    (folder / "eval_mine.json").write_text(json.dumps(evaluation(1.25, 0.9, prompts="my prompts")))
+    card = render(folder, "alice/drafter", "v2")
+    assert (
+        "**tau 2.50**, 1.50x the speed of plain `generate` (openai/gsm8k, temperature 0.0, 64 new tokens" in card.text
+    )
+    assert "1 of 3 prompts; the worst ran at 0.80x, the best at 2.00x" in card.text
+    assert "up to 32 tokens 3.00, up to 128 tokens 1.50" in card.text
+    assert (
+        "2 of 3 identical, 1 near-ties of rounding" in card.text
+        and "| repeated 4-grams in the output | 25% |" in card.text
+    )
+    card.save(folder / "alice__drafter.md")
+    assert validate(folder / "alice__drafter.md", contributed=True) == []
+    results = ModelCard.load(folder / "alice__drafter.md").data.eval_results
+    assert [(r.dataset_name, r.metric_type, r.metric_value) for r in results] == [
+        ("openai/gsm8k", "tau", 2.5), ("openai/gsm8k", "speedup", 1.5),
+        ("my prompts", "tau", 1.25), ("my prompts", "speedup", 0.9),
+    ]  # fmt: skip
+    assert results[2].metric_args["max_new_tokens"] == 64
+
+
+@pytest.mark.parametrize(
+    "change, problem",
+    [
+        (("base_model: some/target", "base_model: /home/me/target"), "base_model is '/home/me/target'"),
+        (("license: apache-2.0\n", ""), "license is missing"),
+        (("- speculative-decoding\n", ""), "tags must hold speculative-decoding"),
+        (("value: 2.5", "value: high"), "tau is 'high': it must be a number"),
+        (("value: 2.5", "value: 0.5"), "tau is 0.5: it must be a number of at least 1"),
+        (("type: tau", "type: accuracy"), "no tau in the model index"),
+        (("max_new_tokens: 64", "nothing: 64"), "its conditions lack max_new_tokens"),
+        (("tau = tokens", "tau: tokens"), "the definition of tau is missing"),
+        (('revision="v2"', 'revision="main"'), "must pin a commit or tag"),
+        (("license: apache-2.0", "license: [apache"), "the YAML header cannot be read"),
+    ],
+)
+def test_bad_cards_are_named_with_what_is_wrong(folder, change, problem, capsys):
+    (folder / "eval.json").write_text(json.dumps(evaluation()))
+    text = str(render(folder, "alice/drafter", "v2"))
+    assert change[0] in text
+    path = folder / "alice__drafter.md"
+    path.write_text(text.replace(*change))
+    assert any(problem in found for found in validate(path, contributed=True))
+    with pytest.raises(SystemExit) as stop:
+        main(["validate", str(path)])
+    assert stop.value.code == 1 and problem in capsys.readouterr().out
+    path.write_text(text)
+    main(["validate", str(path)])
+    path.rename(folder / "drafter.md")
+    assert validate(folder / "drafter.md", contributed=True) == [
+        "the file is called drafter.md: it must be <owner>__<name>.md"
+    ]
+
+
+def test_a_folder_that_is_no_drafter_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
+    with pytest.raises(ValueError, match="is not a drafter's folder"):
+        render(tmp_path, "a/b")
+
+
+def test_small_parts():
+    assert tau_by_length([dict(prompt_tokens=20, tau=2.0)]) == ""
+    assert slow_cases([dict(prompt_tokens=20, tau=2.0)]) == "not measured"
+    recipe = {"num_draft_layers": 2, "block_size": 16, "objective": "decay", "output_dir": "x", "report_to": ["wandb"]}
+    assert changed_recipe(recipe) == "num_draft_layers: 2\nobjective: decay"
+
+
+@pytest.mark.parametrize("path", CARDS, ids=lambda path: path.name)
+def test_contributed_cards_are_good(path: Path):
+    assert validate(path, contributed=True) == []
