@@ -89,14 +89,15 @@ def name_target(config, target: str | None, target_revision: str | None, token: 
                 "and give its Hub id with --target OWNER/NAME"
             )
         return
-    theirs = AutoConfig.from_pretrained(target, revision=target_revision, token=token).get_text_config(decoder=True)
+    commit = HfApi(token=token).model_info(target, revision=target_revision).sha
+    theirs = AutoConfig.from_pretrained(target, revision=commit, token=token).get_text_config(decoder=True)
     ours = {"hidden_size": config.hidden_size, "num_hidden_layers": config.num_target_layers}
     wrong = [f"{key} {getattr(theirs, key)} (trained for {value})" for key, value in ours.items()
              if getattr(theirs, key) != value]  # fmt: skip
     if wrong:
         raise ValueError(f"--target {target} is not the model this drafter was trained for: {', '.join(wrong)}")
     config.target_model_name_or_path = target
-    config.target_revision = HfApi(token=token).model_info(target, revision=target_revision).sha
+    config.target_revision = commit
 
 
 def check_reload(drafter: PreTrainedModel, folder: Path) -> None:
@@ -243,10 +244,16 @@ def push(
             api.create_repo(repo, private=private, exist_ok=True)
         if revision and not create_pr:
             api.create_branch(repo, branch=revision, exist_ok=True)
-        info = api.upload_folder(
-            repo_id=repo, folder_path=folder, revision=revision, create_pr=create_pr, commit_message=commit_message,
-            delete_patterns=["*.safetensors", "*.safetensors.index.json", "*.py", "eval*.json"],
-        )  # fmt: skip
+        try:
+            info = api.upload_folder(
+                repo_id=repo, folder_path=folder, revision=revision, create_pr=create_pr,
+                commit_message=commit_message, delete_patterns=["*.safetensors", "*.index.json", "*.py", "eval*.json"],
+            )  # fmt: skip
+        except RuntimeError as error:  # how the client reports an upload that broke off for good
+            raise OSError(
+                f"the upload broke off ({error}). {repo} is as it was before, {drafter} is kept, and the same command "
+                "tries again"
+            ) from error
     if tag:
         api.create_tag(repo, tag=tag, revision=info.oid, exist_ok=True)
     return info

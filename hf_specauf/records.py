@@ -19,6 +19,7 @@ from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
+    LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -65,16 +66,23 @@ def errors_in_one_line() -> Iterator[None]:
     """
     try:
         yield
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        raise SystemExit(f"error: {unreachable(error)}") from error
     except HfHubHTTPError as error:
         raise SystemExit(f"error: {hub_words(error)}") from error
     except DatasetsError as error:  # says which file only in its text, and why only in its cause
         causes = [str(cause) for cause in (error, error.__cause__) if cause is not None]
         raise SystemExit("error: the dataset cannot be read: " + " ".join(": ".join(causes).split())) from error
     except (ValueError, TypeError, OSError, FloatingPointError, yaml.YAMLError, HTTPError) as error:
-        words = " ".join(str(error).split())
-        if isinstance(error, HTTPError | OfflineModeIsEnabled):
-            words = f"the Hub at {constants.ENDPOINT} cannot be reached, and nothing was changed ({words})"
+        words = unreachable(error) if isinstance(error, HTTPError) else " ".join(str(error).split())
         raise SystemExit(f"error: {words}") from error
+
+
+def unreachable(error: Exception) -> str:
+    """No network, in one line."""
+    return (
+        f"the Hub at {constants.ENDPOINT} cannot be reached, and nothing was changed ({' '.join(str(error).split())})"
+    )
 
 
 def hub_words(error: HfHubHTTPError) -> str:

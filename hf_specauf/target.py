@@ -2,11 +2,13 @@
 
 import hashlib
 import json
+import re
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from peft import PeftModel
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -45,7 +47,18 @@ def load_target(
     code = {"trust_remote_code": kwargs.get("trust_remote_code", False)}
     tokenizer = load(AutoTokenizer, key, name_or_path, revision, **code)
     model = load(AutoModelForCausalLM, key, name_or_path, revision, **{"dtype": "auto"} | kwargs)
+    model.loaded_commit = cached_commit(name_or_path, revision)
     return model.eval(), tokenizer
+
+
+def cached_commit(name_or_path: str, revision: str | None = None) -> str | None:
+    """The commit a branch or tag named when it was loaded (z-lab#152); `None` for a folder."""
+    if Path(name_or_path).exists():
+        return None
+    found = re.search(
+        r"snapshots/([0-9a-f]{40})/", str(try_to_load_from_cache(name_or_path, "config.json", revision=revision))
+    )
+    return found[1] if found else None
 
 
 def embedding_rows(target: PreTrainedModel) -> int:
@@ -184,7 +197,7 @@ def check_pair(
             f"{type(target).__name__} is not a decoder-only language model with a head; drafters need one"
         )
     loaded, meant = str(target.config._name_or_path), str(config.target_model_name_or_path)
-    commit = getattr(target.config, "_commit_hash", None)
+    commit = getattr(target, "loaded_commit", None)  # known of targets that `load_target` loaded
     on_hub = not any(Path(name).exists() or name in ("", "None") for name in (loaded, meant))
     if on_hub and loaded != meant:
         warn(f"it was trained for {meant}, and the target is {loaded}")

@@ -90,8 +90,7 @@ def train(target_args: TargetArguments, draft: DrafterArguments, data: DataArgum
         device_map=target_args.target_device_map,
         trust_remote_code=target_args.trust_remote_code,
     )
-    # what a branch or tag named when it was loaded (z-lab#152)
-    revision = getattr(target.config, "_commit_hash", None) or target_args.target_revision
+    revision = target.loaded_commit or target_args.target_revision
     mask = draft.mask_token_id
     config = drafter_config(
         target,

@@ -196,7 +196,8 @@ class Handler(BaseHTTPRequestHandler):
         url = f"{self.hub.endpoint}/{name}"
         if (self.hub.folder / name / "refs.json").is_file():
             raise HubError(409, "You already created this model repo", url=url)
-        Repository.create(self.hub.folder / name, bool(body.get("private")))
+        private = body.get("visibility") == "private" or bool(body.get("private"))
+        Repository.create(self.hub.folder / name, private)
         self._json({"url": url, "name": name, "id": name})
 
     def validate_yaml(self):
@@ -215,7 +216,9 @@ class Handler(BaseHTTPRequestHandler):
         self._json({"files": answer})
 
     def lfs_batch(self, name):
-        self._repository(name, write=True)
+        self._repository(name)
+        if self._user() is None:
+            raise HubError(401, "Invalid username or password.")
         objects = []
         for wanted in json.loads(self.body)["objects"]:
             entry = {"oid": wanted["oid"], "size": wanted["size"]}

@@ -615,15 +615,17 @@ def test_another_target_commit_or_template_is_a_warning_and_other_words_an_error
     drafter = make_drafter(text_target)
     drafter.config.target_model_name_or_path, drafter.config.target_revision = "some/model", "a" * 40
     name, commit = text_target.config._name_or_path, "b" * 40
+    assert not hasattr(text_target, "loaded_commit")
     try:
         text_target.config._name_or_path = "some/finetune"
         with pytest.warns(UserWarning, match="trained for some/model, and the target is some/finetune"):
             attach(text_target, drafter).detach()
-        text_target.config._name_or_path, text_target.config._commit_hash = "some/model", commit
+        text_target.config._name_or_path, text_target.loaded_commit = "some/model", commit
         with pytest.warns(UserWarning, match=f"at {'a' * 40}, and the target is at {commit}"):
             attach(text_target, drafter).detach()
     finally:
-        text_target.config._name_or_path, text_target.config._commit_hash = name, None
+        text_target.config._name_or_path = name
+        del text_target.loaded_commit
     for key, value in tokenizer_hashes(tokenizer).items():
         setattr(drafter.config, key, value)
     with warnings.catch_warnings():
