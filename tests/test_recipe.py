@@ -8,11 +8,15 @@ from pathlib import Path
 
 import pytest
 import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.utils.constants import FSDP_STATE_DICT_TYPE
 
+from hf_specauf.drafters import modeling_dflash
 from hf_specauf.recipe import parse
 
 ROOT = Path(__file__).parents[1]
-RECIPES = sorted((ROOT / "recipes").glob("*/*.yaml"))
+LAUNCHES = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
+RECIPES = sorted(set((ROOT / "recipes").glob("*/*.yaml")) - set(LAUNCHES))
 NAMED = dict(target_model_name_or_path="some/target", dataset_name="rows.jsonl", output_dir="out", use_cpu=True)
 
 
@@ -127,3 +131,14 @@ def test_help_explains_the_objective():
     assert done.returncode == 0, done.stderr
     assert "Accept-Until-Fail" in done.stdout
     assert re.search(r"--objective OBJECTIVE\s+Which slots count: uniform, decay \(DFlash\), auf", done.stdout)
+
+
+@pytest.mark.parametrize("path", LAUNCHES, ids=lambda path: path.name)
+def test_launch_settings_are_accelerates_and_name_our_layers(path):
+    config = load_config_from_file(str(path))  # refuses unknown keys
+    assert config.num_processes == 8 and str(path.relative_to(ROOT)) in path.read_text()
+    sharding = config.fsdp_config
+    if sharding:
+        layer = getattr(modeling_dflash, sharding["fsdp_transformer_layer_cls_to_wrap"])
+        assert layer.__name__ in modeling_dflash.DFlashDraftModel._no_split_modules
+        assert sharding["fsdp_state_dict_type"] in FSDP_STATE_DICT_TYPE and sharding["fsdp_version"] == 2
