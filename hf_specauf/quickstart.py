@@ -270,7 +270,7 @@ def train_drafter(target: Path, recipe: Path, out: Path, *overrides: str) -> dic
             print(f"{out}: already trained")
             return provenance
         raise SystemExit(f"{out} holds a drafter of another recipe: give another --out, or remove that folder")
-    trainer = train(*arguments)
+    trainer = train(*arguments, compare_decoding=False)  # both drafters are compared at the end, on more prompts
     if trainer.state.global_step < trainer.state.max_steps:
         raise SystemExit("stopped early; the same command goes on from here")
     return json.loads(record.read_text())
@@ -337,7 +337,7 @@ def main(argv: list[str] | None = None, settings: TargetSettings | None = None) 
     parser.add_argument("--out", default="out/quickstart", help="folder for report, plots and drafters")
     parser.add_argument("--seed", type=int, default=0, help="seed of both drafters (default 0)")
     parser.add_argument("--steps", type=int, help="training steps of each drafter (default: the recipes')")
-    parser.add_argument("--prompts", type=int, default=32, help="held-out prompts of the final comparison")
+    parser.add_argument("--prompts", type=int, default=20, help="held-out prompts of the final comparison")
     parser.add_argument("--new_tokens", type=int, default=96, help="tokens generated for each prompt")
     args = parser.parse_args(argv)
     out = Path(args.out)

@@ -60,8 +60,15 @@ def provenance(recipe: dict, trainer: AUFTrainer, started: datetime) -> dict:
     }
 
 
-def train(target_args: TargetArguments, draft: DrafterArguments, data: DataArguments, args: AUFConfig) -> AUFTrainer:
-    """Run one recipe; the final drafter, `provenance.json` and checkpoints lie under `args.output_dir`.
+def train(
+    target_args: TargetArguments,
+    draft: DrafterArguments,
+    data: DataArguments,
+    args: AUFConfig,
+    *,
+    compare_decoding: bool = True,
+) -> AUFTrainer:
+    """Run one recipe; the final drafter, `provenance.json`, `eval.json` and checkpoints lie under `args.output_dir`.
 
     A drafter in training is resumed with `resume_from_checkpoint: true` (the newest checkpoint) or a folder.
     """
@@ -143,7 +150,7 @@ def train(target_args: TargetArguments, draft: DrafterArguments, data: DataArgum
     if heldout is not None and trainer.state.global_step not in evaluated:
         trainer.evaluate()
     save_final(trainer, target, draft.save_dtype, provenance(resolved, trainer, started))
-    if heldout is not None and args.eval_prompts:
+    if compare_decoding and heldout is not None and args.eval_prompts:
         measure(trainer, data)
     if args.push_to_hub:
         trainer.push_to_hub()
