@@ -106,8 +106,6 @@ class AUFConfig(TrainingArguments):
                 f"eval_new_tokens is {self.eval_new_tokens}: the first token comes from the prefill, so tau needs 2 "
                 "or more; eval_prompts: 0 leaves decoding out"
             )
-        if self.shard_target and self.world_size == 1:
-            raise ValueError("shard_target: true spreads the target over processes, and there is one: remove the key")
         if self.muon_learning_rate is not None and (self.fsdp or self.deepspeed):
             raise ValueError("muon_learning_rate needs whole matrices, and FSDP and DeepSpeed shard them: remove it")
         for key in ("anchors_per_row", "head_rows_per_chunk"):
@@ -202,6 +200,8 @@ class AUFTrainer(CompleteCheckpoints, Trainer):
                 f"the drafter's weights are {model.dtype}: small updates vanish in it, RMSNorms freeze "
                 "(Model-Optimizer#2322). Load it with dtype=torch.float32; bf16: true trains under autocast."
             )
+        if args.shard_target and args.world_size == 1:
+            raise ValueError("shard_target: true spreads the target over processes, and there is one: remove the key")
         if processing_class is None:
             raise ValueError("processing_class is missing: give the target's tokenizer")
         config = model.config

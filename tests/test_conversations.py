@@ -133,7 +133,8 @@ def test_conversations_are_truncated_to_max_length(prepare):
 def test_token_rows_pass_through(prepare):
     ids, supervised = [list(range(10, 20)), list(range(30, 36))], [[0] * 4 + [1] * 6, [0] + [1] * 5]
     rows = prepare(input_ids=ids, supervised=supervised, text=["", ""])
-    assert rows.column_names == ["input_ids", "supervised", "row"]
+    assert rows.column_names == ["input_ids", "supervised", "length", "row"]
+    assert rows["length"] == [10, 6]
     assert rows["input_ids"] == ids and rows["supervised"] == supervised
 
 

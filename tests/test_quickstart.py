@@ -51,7 +51,7 @@ def test_quickstart_writes_its_report_and_goes_on_after_a_loss(cache, tmp_path, 
     report = json.loads((tmp_path / "qs" / "report.json").read_text())
     assert [row["objective"] for row in report["drafters"]] == ["decay", "auf"]
     for row in report["drafters"]:
-        assert row["lossless"] and row["prompts"] == 2 and row["tau"] >= 1 and len(row["alpha"]) == 7
+        assert row["lossless"] and row["prompts"] == 2 and row["tau"] >= 1 and len(row["alpha"]) == 15
         stored = json.loads((tmp_path / "qs" / row["objective"] / "eval.json").read_text())
         assert stored["acceptance"]["tau"] == row["tau"]
     same = {key: value for key, value in report["recipes"]["auf"].items() if value != report["recipes"]["decay"][key]}

@@ -542,6 +542,7 @@ def test_bf16_autocast_trains_fp32_weights(build, dtype):
         (dict(eval_new_tokens=1), "eval_new_tokens is 1.*eval_prompts: 0"),
         (dict(anchors_per_row=0), "anchors_per_row is 0"),
         (dict(head_rows_per_chunk=0), "head_rows_per_chunk is 0"),
+        (dict(shard_target=True), "shard_target: true spreads the target over processes, and there is one"),
         (dict(processing_class=None), "processing_class is missing"),
         (dict(n_gpu=2), "2 GPUs are visible.*accelerate launch -m hf_specauf.train"),
     ],
@@ -591,7 +592,8 @@ def test_largest_micro_batch_is_tried_and_the_anchors_that_fit_are_named(tokeniz
 def test_compiled_drafter_gives_the_same_loss_and_weights(build):
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
-    compiled = build(torch_compile=True, torch_compile_backend="aot_eager", **SGD)
+    compiled = build(**SGD)
+    compiled.model.compile(backend="aot_eager")
     plain = build(**SGD)
     for ours, theirs in zip(train(compiled), train(plain), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
