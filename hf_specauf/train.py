@@ -195,7 +195,7 @@ def save_final(trainer: AUFTrainer, target, save_dtype: str, record: dict) -> No
 @errors_in_one_line()
 def main(argv: list[str] | None = None) -> None:
     """Command line of `python -m hf_specauf.train`."""
-    train(*parse(sys.argv[1:] if argv is None else argv))
+    train(*parse(sys.argv[1:] if argv is None else argv)).accelerator.end_training()
 
 
 if __name__ == "__main__":

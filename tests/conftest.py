@@ -8,7 +8,7 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # models this small are slower in threads, and files run side by side
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # models this small are slower in threads
 
 import datasets
 import pytest

@@ -42,6 +42,8 @@ def main(folder: Path, out: Path, lora: bool = False, sharded: bool = False, **k
         for name, model in (("drafter", trainer.model), ("target", target)):
             record[name] = sorted({type(p).__name__ for p in model.parameters()})
         (out / "logs.json").write_text(json.dumps(record))
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()  # takes the process group down in order
 
 
 if __name__ == "__main__":
