@@ -19,7 +19,10 @@ AutoModel.register(DFlashConfig, DFlashDraftModel)
 DFlashConfig.register_for_auto_class()
 DFlashDraftModel.register_for_auto_class("AutoModel")
 
-_LAZY = {"AUFConfig": "trainer", "AUFTrainer": "trainer", "attach": "generate", "slot_weights": "objectives"}
+_LAZY = {
+    "AUFConfig": "trainer", "AUFTrainer": "trainer", "attach": "generate", "slot_weights": "objectives",
+    "load_drafter": "convert", "from_target": "convert", "add_adapter": "lora",
+}  # fmt: skip
 
 
 def __getattr__(name: str):

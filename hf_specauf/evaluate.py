@@ -1,5 +1,6 @@
 """`python -m hf_specauf.evaluate`: plain against assisted decoding in one run -> eval.json, a plot, a verdict."""
 
+import json
 import sys
 import time
 from dataclasses import dataclass, field
@@ -10,14 +11,15 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from transformers import AutoModel, GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 from trl import TrlParser
 
 from .acceptance import TAU_DEFINITION
 from .conversations import chat_messages, load_rows, prompt_length, row_format
+from .convert import fetch, load_drafter
 from .generate import attach
 from .records import environment, errors_in_one_line, write_record
-from .target import innermost, load, load_target
+from .target import innermost, load_target
 
 NEAR_TIE = 1e-3  # fp32: a first difference is a tie of rounding if the target's two best logits are closer than this
 
@@ -222,6 +224,43 @@ def show(results: dict, console: Console) -> None:
     console.print(f"outputs: {results['lossless']}; repeated 4-grams: {results['repetition']:.0%}")
 
 
+ENOUGH = 0.95  # a drafter that keeps this share of its accepted tokens on another target has little to win
+
+
+def transfer_verdict(results: dict, config, target: str, folder: Path) -> str:
+    """Whether a drafter is worth adapting to a target that it was not trained for; empty for its own target.
+
+    Args:
+        results (`dict`): from `compare`, on that target.
+        config (`DFlashConfig`): of the drafter.
+        target (`str`): Hub id or folder of the target.
+        folder (`Path`): of the drafter, where `eval.json` says what it reached on its own target.
+    """
+    own = config.target_model_name_or_path
+    if own is None or own == target:
+        return ""
+    command = (
+        f"accelerate launch -m hf_specauf.train --config recipes/qwen3-8b/lora_adapt.yaml --drafter_name_or_path "
+        f"{folder} --target_model_name_or_path {target} --dataset_name YOUR_DATA"
+    )
+    here, path = results["acceptance"]["tau"], folder / "eval.json"
+    measured = json.loads(path.read_text()) if path.is_file() else None
+    if measured is None or measured["target"]["name_or_path"] != own:
+        return (
+            f"This drafter was trained for {own}, and nothing beside it says what it reached there. Evaluate it on "
+            f"{own} with the same prompts: where tau is clearly higher, adapt it: {command}"
+        )
+    there, prompts = measured["acceptance"]["tau"], measured["conditions"]["prompts"]
+    kept = (here - 1) / (there - 1) if there > 1 else 1.0
+    said = (
+        f"This drafter was trained for {own} and reached tau {there:.2f} there ({prompts}). Here it reaches "
+        f"{here:.2f}, so {kept:.0%} of the accepted tokens are kept."
+    )
+    if kept >= ENOUGH:
+        return f"{said} Adapting it has little to win."
+    return f"{said} Adapting is worth a try: {command}"
+
+
 @dataclass
 class EvaluateArguments:
     """Arguments of `python -m hf_specauf.evaluate`."""
@@ -250,9 +289,10 @@ def main(argv: list[str] | None = None) -> None:
     (args,) = TrlParser(EvaluateArguments, prog="python -m hf_specauf.evaluate").parse_args_and_config(argv)
     target, tokenizer = load_target(args.target, args.target_revision, key="--target", dtype=args.dtype)
     target.to(args.device)
-    drafter = load(AutoModel, "--drafter", args.drafter, args.drafter_revision, dtype=args.dtype).to(args.device)
+    folder, commit = fetch(args.drafter, args.drafter_revision)
+    drafter = load_drafter(folder, target=target, dtype=args.dtype).to(args.device)
     rows = load_rows(args.prompts, split=args.prompts_split)
-    template_kwargs = getattr(drafter.config, "chat_template_kwargs", None)
+    template_kwargs = drafter.config.chat_template_kwargs
     prompts = encode_prompts(rows, tokenizer, args.count, args.prompt_tokens, template_kwargs)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     prompts = [prompt.to(args.device) for prompt in prompts]
@@ -264,13 +304,15 @@ def main(argv: list[str] | None = None) -> None:
         results, target, prompts=args.prompts, temperature=args.temperature, max_new_tokens=args.max_new_tokens,
         max_draft_tokens=args.max_draft_tokens, chat_template_kwargs=template_kwargs,
     )  # fmt: skip
-    record["target"] |= {"name_or_path": args.target, "revision": args.target_revision}
-    record["drafter"] = {"name_or_path": args.drafter, "revision": args.drafter_revision, "dtype": str(drafter.dtype)}
+    record["target"] |= {"name_or_path": args.target, "revision": target.loaded_commit or args.target_revision}
+    record["drafter"] = {"name_or_path": args.drafter, "revision": commit, "dtype": str(drafter.dtype)}
     out = Path(args.out)
     write_record(out / "eval.json", record)
     plot_alpha({Path(args.drafter).name: results["acceptance"]["alpha"]}, out / "alpha.png")
     console = Console()
     show(results, console)
+    if verdict := transfer_verdict(results, drafter.config, args.target, folder):
+        console.print(verdict)
     console.print(f"written: {out / 'eval.json'}, {out / 'alpha.png'}")
 
 

@@ -2,6 +2,7 @@
 
 python -m hf_specauf.hub check DIR                          everything but the upload
 python -m hf_specauf.hub push --drafter DIR --repo OWNER/NAME [--private] [--revision BRANCH] [--create-pr] [--tag v1]
+    [--small]                                               of a LoRA drafter, only the adapter
 python -m hf_specauf.hub pull --repo OWNER/NAME --into DIR [--revision COMMIT]
 """
 
@@ -14,21 +15,26 @@ import shutil
 import socket
 import subprocess
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
 from huggingface_hub import CommitInfo, HfApi, get_token, snapshot_download
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from .model_card import HUB_ID, render
-from .records import errors_in_one_line, write_record
-from .target import load
+from .convert import fetch, is_plain, load_drafter
+from .lora import BASE_FILE, AdapterBase, fingerprint, finish_adapter
+from .model_card import render
+from .records import HUB_ID, errors_in_one_line, write_record
+from .target import load_target
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 PLOTS = ("alpha.png", "tau.png")
+# What an earlier version of a drafter may have left in its repository, in this form or the other
+REPLACED = ["*.safetensors", "*.index.json", "*.py", "eval*.json", "*config.json", "*base.json", "provenance.json"]
 # What a stranger's machine does with a published folder: this package out of reach, the repository's own code
 RELOAD = """
 import sys
@@ -100,34 +106,136 @@ def name_target(config, target: str | None, target_revision: str | None, token: 
     config.target_revision = commit
 
 
+def public_base(
+    base: AdapterBase, config, given: str | None, revision: str | None, small: bool, token: str | None
+) -> AdapterBase:
+    """What a LoRA drafter was trained on, under its Hub id and commit.
+
+    Raises:
+        ValueError: it is a local folder and no Hub id is given, or that repository holds another drafter, or one that
+            an adapter cannot name as its base.
+    """
+    if base.borrowed_layers is not None:
+        return replace(base, name_or_path=config.target_model_name_or_path, revision=config.target_revision)
+    if given is None and (not HUB_ID.fullmatch(base.name_or_path) or os.path.exists(base.name_or_path)):
+        raise ValueError(
+            f"this drafter was adapted from the local path {base.name_or_path!r}: nobody else could tell what that "
+            "is. Publish that drafter, and give its Hub id with --base OWNER/NAME"
+        )
+    name, wanted = (given, revision) if given else (base.name_or_path, base.revision)
+    commit = HfApi(token=token).model_info(name, revision=wanted).sha
+    found = replace(base, name_or_path=name, revision=commit)
+    if given is not None:
+        folder, _ = fetch(name, commit, "--base")
+        if fingerprint(load_drafter(folder).state_dict()) != base.fingerprint:
+            raise ValueError(f"--base {name} at {commit} has other weights than the drafter this was adapted from")
+        found.loadable = is_plain(folder)
+    if small and not found.loadable:
+        raise ValueError(
+            f"the base {name} is in another layout, in which AutoModel does not load it as a drafter: publish it "
+            "converted (python -m hf_specauf.convert) and give that as --base, or leave out --small"
+        )
+    return found
+
+
+def probe(config) -> dict[str, torch.Tensor]:
+    """Inputs on which two drafters are compared."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(1, config.block_size, config.hidden_size, generator=generator)
+    context = torch.randn(1, 7, len(config.target_layer_ids) * config.hidden_size, generator=generator)
+    return {"noise": noise, "context": context}
+
+
+@torch.no_grad()
+def check_same(drafter: PreTrainedModel, found: torch.Tensor, how: str) -> None:
+    """Raise unless `found`, the hidden states of [`probe`], are the drafter's own."""
+    given = probe(drafter.config)
+    expected = drafter.eval()(given["noise"], given["context"]).last_hidden_state
+    if found.dtype != expected.dtype or not torch.allclose(found, expected, rtol=1e-4, atol=1e-5):
+        raise ValueError(
+            f"{how}, the folder's drafter gives other outputs than here: its files do not belong together. Save it "
+            "again with save_pretrained."
+        )
+
+
 def check_reload(drafter: PreTrainedModel, folder: Path) -> None:
     """Load the folder in a clean process, by its own code, and compare outputs.
 
     Raises:
         ValueError: it does not load, or its outputs differ.
     """
-    config = drafter.config
-    generator = torch.Generator().manual_seed(0)
-    shape = {"noise": config.hidden_size, "context": len(config.target_layer_ids) * config.hidden_size}
-    length = {"noise": config.block_size, "context": 7}
-    given = {key: torch.randn(1, length[key], width, generator=generator) for key, width in shape.items()}
-    with torch.no_grad():
-        expected = drafter.eval()(given["noise"], given["context"]).last_hidden_state
     with TemporaryDirectory() as scratch:
         inputs, outputs = Path(scratch, "in.safetensors"), Path(scratch, "out.safetensors")
-        save_file(given, inputs)
+        save_file(probe(drafter.config), inputs)
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": scratch}
         words = [sys.executable, "-c", RELOAD, str(folder.absolute()), str(inputs), str(outputs)]
         done = subprocess.run(words, env=environment, cwd=scratch, capture_output=True, text=True)
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise ValueError(f"the folder does not load in a clean process with trust_remote_code=True: {last}")
-        found = load_file(outputs)["hidden"]
-    if found.dtype != expected.dtype or not torch.allclose(found, expected, rtol=1e-4, atol=1e-5):
+        check_same(drafter, load_file(outputs)["hidden"], "loaded in a clean process")
+
+
+@torch.no_grad()
+def make_small(drafter: PreTrainedModel, adapter: Path, base: AdapterBase, into: Path, target_model) -> None:
+    """Turn a staged folder into the small form: the adapter instead of the weights; and load that as users will.
+
+    An adapter on a drafter takes the root, where PEFT and `load_drafter` look. One on borrowed layers stays in
+    `adapter/`, and config.json says so: in the root, `AutoModel` would attach it to whatever it names.
+    """
+    for path in [*into.glob("*.safetensors"), *into.glob("*.index.json")]:
+        path.unlink()
+    place = into
+    if base.borrowed_layers is None:
+        for path in [into / "config.json", *into.glob("*.py")]:
+            path.unlink()
+    else:
+        place = into / "adapter"
+        place.mkdir()
+        config = json.loads((into / "config.json").read_text())
+        write_record(into / "config.json", config | {"borrowed_layers": base.borrowed_layers})
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copyfile(adapter / name, place / name)
+    finish_adapter(place, base)
+    if base.borrowed_layers is not None and target_model is None:
+        target_model, _ = load_target(base.name_or_path, base.revision, key="--target")
+    found = load_drafter(into, target=target_model, dtype=drafter.dtype)
+    given = probe(drafter.config)
+    check_same(drafter, found(given["noise"], given["context"]).last_hidden_state, "rebuilt from the small form")
+
+
+def check_folder(drafter: Path, allow_unmeasured: bool) -> None:
+    """Raise unless a folder may be published: a drafter, measured, without pickles."""
+    if not any((drafter / name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise ValueError(f"{drafter} is no drafter's folder: it holds no config.json")
+    pickles = [path.name for path in drafter.iterdir() if path.suffix in PICKLES and not is_trainer_state(path.name)]
+    if pickles:
         raise ValueError(
-            "loaded in a clean process, the folder's drafter gives other outputs than here: its modelling files and "
-            "its weights do not belong together. Save it again with save_pretrained."
+            f"{drafter} holds {', '.join(sorted(pickles))}: loading a pickle runs code, so none is published or used. "
+            "Save the drafter with save_pretrained (safetensors) and remove the file."
         )
+    if not allow_unmeasured and not any(drafter.glob("eval*.json")):
+        raise ValueError(
+            f"{drafter} holds no eval.json: measure it with `python -m hf_specauf.evaluate ... --out {drafter}`, or "
+            "publish it as unmeasured with --allow-unmeasured"
+        )
+
+
+def public_record(record: dict, config, base: AdapterBase | None) -> dict:
+    """A record of training or evaluation without local traces, naming target and base by their Hub ids."""
+    record = without_paths(record)
+    if isinstance(record.get("target"), dict):
+        record["target"]["name_or_path"] = config.target_model_name_or_path
+        record["target"]["revision"] = config.target_revision
+    recipe = record.get("recipe", {})
+    if "target_model_name_or_path" in recipe:
+        recipe["target_model_name_or_path"] = config.target_model_name_or_path
+        recipe["target_revision"] = config.target_revision
+    if base is not None and "base" in record:
+        record["base"] = asdict(base)
+    if base is not None and base.borrowed_layers is None and recipe:
+        recipe |= {"drafter_name_or_path": base.name_or_path, "drafter_revision": base.revision}
+    return record
 
 
 def stage(
@@ -138,8 +246,12 @@ def stage(
     revision: str = "main",
     target: str | None = None,
     target_revision: str | None = None,
+    base: str | None = None,
+    base_revision: str | None = None,
+    small: bool = False,
     allow_unmeasured: bool = False,
     token: str | None = None,
+    target_model: PreTrainedModel | None = None,
 ) -> None:
     """Make the folder that is published: weights, config, code, records without local traces, plots and the card.
 
@@ -149,51 +261,44 @@ def stage(
         repo (`str`): `OWNER/NAME`, for the card.
         revision (`str`, *optional*): for the card's usage lines.
         target, target_revision (`str`, *optional*): the target's Hub id where training used a local folder.
+        base, base_revision (`str`, *optional*): likewise of the drafter it was adapted from.
+        small (`bool`, *optional*): of a LoRA drafter, publish the adapter alone instead of the merged drafter.
         allow_unmeasured (`bool`, *optional*): publish without `eval.json`; the card says "not measured".
+        target_model (`PreTrainedModel`, *optional*): the target, where it is loaded already; needed only for borrowed
+            layers.
 
     Raises:
         ValueError: whatever must not be published, and what mends it.
     """
     drafter = Path(drafter)
-    if not (drafter / "config.json").is_file():
-        raise ValueError(f"{drafter} is no drafter's folder: it holds no config.json")
-    pickles = [path.name for path in drafter.iterdir() if path.suffix in PICKLES and not is_trainer_state(path.name)]
-    if pickles:
-        raise ValueError(
-            f"{drafter} holds {', '.join(sorted(pickles))}: loading a pickle runs code, so none is published or used. "
-            "Save the drafter with save_pretrained (safetensors) and remove the file."
-        )
-    evaluations = sorted(drafter.glob("eval*.json"))
-    if not evaluations and not allow_unmeasured:
-        raise ValueError(
-            f"{drafter} holds no eval.json: measure it with `python -m hf_specauf.evaluate ... --out {drafter}`, or "
-            "publish it as unmeasured with --allow-unmeasured"
-        )
-    model = load(AutoModel, "--drafter", str(drafter), dtype="auto")
-    if not hasattr(model, "get_candidate_generator"):
-        raise ValueError(f"{drafter} holds a {type(model).__name__}, which is no drafter of this package")
+    check_folder(drafter, allow_unmeasured)
+    model = load_drafter(drafter, target=target_model)
     name_target(model.config, target, target_revision, token)
     vars(model.config).pop("use_cache", None)
+    adapter = next((part for part in (drafter / "adapter", drafter) if (part / BASE_FILE).is_file()), None)
+    if adapter is None and (small or base):
+        raise ValueError(f"{drafter} holds no adapter: --small and --base are for LoRA drafters, leave them out")
+    base_record = None
+    if adapter is not None:
+        base_record = public_base(AdapterBase.read(adapter), model.config, base, base_revision, small, token)
     model.save_pretrained(into)
-    provenance = drafter / "provenance.json"
-    for path in [*([provenance] if provenance.is_file() else []), *evaluations]:
-        record = without_paths(json.loads(path.read_text()))
-        if isinstance(record.get("target"), dict):
-            record["target"]["name_or_path"] = model.config.target_model_name_or_path
-            record["target"]["revision"] = model.config.target_revision
-        if "target_model_name_or_path" in record.get("recipe", {}):
-            record["recipe"]["target_model_name_or_path"] = model.config.target_model_name_or_path
-            record["recipe"]["target_revision"] = model.config.target_revision
-        write_record(into / path.name, record)
+    for path in [drafter / "provenance.json", *sorted(drafter.glob("eval*.json"))]:
+        if path.is_file():
+            record = json.loads(path.read_text())
+            write_record(into / path.name, public_record(record, model.config, base_record))
     for name in PLOTS:
         if (drafter / name).is_file():
             shutil.copyfile(drafter / name, into / name)
-    render(into, repo, revision).save(into / "README.md")
+    card = render(into, repo, revision, small=small)
+    if small:
+        make_small(model, adapter, base_record, into, target_model)
+    card.save(into / "README.md")
     if secrets := find_secrets(into):
         raise ValueError(
             f"what would be published names this machine or its user ({'; '.join(secrets)}): not published"
         )
-    check_reload(model, into)
+    if not small:
+        check_reload(model, into)
 
 
 def is_trainer_state(name: str) -> bool:
@@ -247,7 +352,7 @@ def push(
         try:
             info = api.upload_folder(
                 repo_id=repo, folder_path=folder, revision=revision, create_pr=create_pr,
-                commit_message=commit_message, delete_patterns=["*.safetensors", "*.index.json", "*.py", "eval*.json"],
+                commit_message=commit_message, delete_patterns=REPLACED,
             )  # fmt: skip
         except RuntimeError as error:  # how the client reports an upload that broke off for good
             raise OSError(
@@ -291,6 +396,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for command in (checked, pushed):
         command.add_argument("--target", help="the target's Hub id, where training used a local folder")
         command.add_argument("--target-revision", help="its branch, tag or commit")
+        command.add_argument("--base", help="Hub id of the drafter it was adapted from, where that was a local folder")
+        command.add_argument("--base-revision", help="its branch, tag or commit")
+        command.add_argument("--small", action="store_true", help="of a LoRA drafter, only the adapter: megabytes")
         command.add_argument("--allow-unmeasured", action="store_true", help="publish without eval.json")
     pulled = commands.add_parser("pull", help="fetch a drafter")
     pulled.add_argument("--repo", required=True, help="OWNER/NAME on the Hub")

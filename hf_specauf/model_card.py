@@ -14,11 +14,10 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .acceptance import TAU_DEFINITION
-from .records import errors_in_one_line
+from .records import HUB_ID, errors_in_one_line
 
 NOT_MEASURED = "not measured"
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 CONDITIONS = ("max_new_tokens", "temperature", "batch_size", "hardware", "dtype", "prompts")  # required beside a tau
 # Keys of a recipe that name places, people or ways of showing, and change nothing in the drafter
 NOT_IN_RECIPES = re.compile(
@@ -112,13 +111,33 @@ def changed_recipe(recipe: dict) -> str:
     return yaml.safe_dump(kept, sort_keys=False, allow_unicode=True).strip()
 
 
-def render(folder: str | Path, repo: str, revision: str = "main", licence: str = "apache-2.0") -> ModelCard:
+def adaptation(provenance: dict) -> str:
+    """What a LoRA drafter was made of and what it won, or an empty string."""
+    base, recipe = provenance.get("base"), provenance.get("recipe", {})
+    if not base:
+        return ""
+    kind = " with rsLoRA" if recipe.get("use_rslora") else " with DoRA" if recipe.get("use_dora") else ""
+    lora = f"LoRA{kind}, r {recipe['lora_r']}, alpha {recipe['lora_alpha']}"
+    in_full = recipe.get("lora_modules_to_save")
+    lora += f", and {', '.join(in_full)} in full" if in_full else ""
+    commit = f" at {base['revision']}" if base["revision"] else ""
+    if base["borrowed_layers"] is not None:
+        return f"layers {base['borrowed_layers']} of the target{commit}, frozen; {lora}"
+    after = [entry["eval_tau"] for entry in provenance["history"] if "eval_tau" in entry]
+    before, after = number(provenance.get("tau_before")), number(after[-1] if after else None)
+    return f"`{base['name_or_path']}`{commit}; {lora}; tau on the same held-out prompts {before} before, {after} after"
+
+
+def render(
+    folder: str | Path, repo: str, revision: str = "main", licence: str = "apache-2.0", small: bool = False
+) -> ModelCard:
     """The card of a drafter's folder, from its config.json, provenance.json and eval*.json.
 
     Args:
         folder (`str` or `Path`): what `train` and `evaluate` left.
         repo (`str`): `OWNER/NAME` it is or will be published as.
         revision (`str`, *optional*, defaults to `main`): tag or commit for the usage lines.
+        small (`bool`, *optional*): of a LoRA drafter, it is published as the adapter alone.
 
     Raises:
         ValueError: the folder is not a drafter's.
@@ -137,9 +156,14 @@ def render(folder: str | Path, repo: str, revision: str = "main", licence: str =
     commit = config.get("target_revision")
     data = recipe.get("dataset_name")
     data_card = [data] if data and HUB_ID.fullmatch(data) else None
+    base = provenance.get("base") or {}
+    borrowed = base.get("borrowed_layers") is not None
+    form = "plain" if not small else "borrowed" if borrowed else "adapter"
+    tags = ["speculative-decoding", "dflash", "spec-auf", "custom_code", "arxiv:2607.01893", "arxiv:2602.06036"]
     card_data = ModelCardData(
-        base_model=target, base_model_relation="adapter", library_name="transformers", license=licence,
-        tags=["speculative-decoding", "dflash", "spec-auf", "custom_code", "arxiv:2607.01893", "arxiv:2602.06036"],
+        base_model=base["name_or_path"] if form == "adapter" else target, base_model_relation="adapter",
+        library_name="transformers", license=licence,
+        tags=tags + (["lora"] if base else []),
         datasets=data_card, model_name=repo.split("/")[-1], eval_results=eval_results(records) or None,
     )  # fmt: skip
     packages = provenance.get("environment", {}).get("packages", {})
@@ -166,6 +190,7 @@ def render(folder: str | Path, repo: str, revision: str = "main", licence: str =
         objective=f"{objective}, {recipe.get('normalisation')}" if objective else "not recorded",
         data=rows, training=f"{steps} on {hardware}, seed {recipe['seed']}" if recipe else "not recorded",
         software=versions or "not recorded", recipe=changed_recipe(recipe) if recipe else "",
+        form=form, adapted=adaptation(provenance), base=base.get("name_or_path"), base_revision=base.get("revision"),
         method=names.get(objective, objective or "an objective that was not recorded"),
     )  # fmt: skip
 

@@ -1,9 +1,10 @@
 """A recipe: one YAML file, or the same keys on the command line, parsed into dataclasses. Unknown keys fail."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
-from trl import TrlParser
+from peft import PeftConfig
+from trl import ModelConfig, TrlParser, get_peft_config
 
 from .trainer import AUFConfig
 
@@ -54,6 +55,36 @@ class DrafterArguments:
     save_dtype: str = field(
         default="auto", metadata={"help": "Dtype of the final folder: auto (the target's), bfloat16 or float32."}
     )
+    drafter_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "Start from this drafter (ours, z-lab or SpecForge layout), keeping its shape."},
+    )
+    drafter_revision: str | None = field(default=None, metadata={"help": "Its branch, tag or commit on the Hub."})
+    init_from_target_layers: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "Start the drafter's layers as copies of these target layers. With use_peft they stay frozen."
+        },
+    )
+    use_peft: bool = field(
+        default=False,
+        metadata={"help": "Train LoRA on drafter_name_or_path, or on the layers of init_from_target_layers."},
+    )
+    lora_r: int = field(default=16, metadata={"help": "LoRA's rank."})
+    lora_alpha: int = field(default=32, metadata={"help": "LoRA's alpha; its product is scaled by alpha / r."})
+    lora_dropout: float = field(
+        default=0.0,
+        metadata={"help": "Dropout before LoRA; it blurs what the drafter gets right, and so AUF's slots."},
+    )
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Modules LoRA is put on; by default all linear ones (attention, MLP, fc)."}
+    )
+    lora_modules_to_save: list[str] | None = field(
+        default=None,
+        metadata={"help": "Modules trained in full beside LoRA, e.g. fc norm; the default on borrowed layers."},
+    )
+    use_rslora: bool = field(default=False, metadata={"help": "Scale by alpha / sqrt(r) (rsLoRA)."})
+    use_dora: bool = field(default=False, metadata={"help": "Weight-decomposed LoRA (DoRA)."})
 
     def __post_init__(self):
         if isinstance(self.chat_template_kwargs, str):
@@ -73,6 +104,39 @@ class DrafterArguments:
             raise ValueError(f"save_dtype is {self.save_dtype!r}; it must be auto, bfloat16 or float32")
         if self.block_size < 2:
             raise ValueError(f"block_size is {self.block_size}; a block needs an anchor and at least one drafted slot")
+        self._check_start()
+
+    def _check_start(self) -> None:
+        if self.drafter_name_or_path and self.init_from_target_layers:
+            raise ValueError("drafter_name_or_path and init_from_target_layers are two starts: give one of them")
+        if self.drafter_revision and not self.drafter_name_or_path:
+            raise ValueError("drafter_revision without drafter_name_or_path says nothing: add or remove one")
+        if self.use_peft and not (self.drafter_name_or_path or self.init_from_target_layers):
+            raise ValueError(
+                "use_peft: true needs something to adapt, and random weights are not it: give drafter_name_or_path (a "
+                "released drafter) or init_from_target_layers (the target's own layers)"
+            )
+        if not self.use_peft:
+            given = [f.name for f in fields(self) if f.name.startswith(("lora_", "use_"))
+                     and getattr(self, f.name) != f.default]  # fmt: skip
+            if given:
+                raise ValueError(f"{', '.join(given)} would be ignored without use_peft: true")
+        if self.use_peft and self.init_from_target_layers and self.lora_modules_to_save is None:
+            self.lora_modules_to_save = [
+                "fc",
+                "norm",
+            ]  # fc starts at random, and the norms see other inputs than theirs
+
+    def peft_config(self) -> PeftConfig | None:
+        """LoRA's configuration by trl's own reading of these keys, or `None` for full training."""
+        return get_peft_config(
+            ModelConfig(
+                use_peft=self.use_peft, lora_r=self.lora_r, lora_alpha=self.lora_alpha, lora_dropout=self.lora_dropout,
+                lora_target_modules=self.lora_target_modules or ["all-linear"],
+                lora_modules_to_save=self.lora_modules_to_save, use_rslora=self.use_rslora, use_dora=self.use_dora,
+                lora_task_type=None,  # CAUSAL_LM asks for a model that generates by itself
+            )
+        )  # fmt: skip
 
 
 @dataclass

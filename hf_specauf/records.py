@@ -4,6 +4,7 @@ import json
 import math
 import os
 import platform
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -26,6 +27,8 @@ from huggingface_hub.errors import (
 )
 
 PACKAGES = ("hf-specauf", "torch", "transformers", "peft", "trl", "accelerate", "datasets", "huggingface-hub")
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def environment() -> dict:

@@ -66,6 +66,15 @@ def embedding_rows(target: PreTrainedModel) -> int:
     return target.get_input_embeddings().weight.shape[0]
 
 
+def decoder_layers(target: PreTrainedModel) -> nn.ModuleList:
+    """The target's list of decoder layers."""
+    depth = target.config.get_text_config(decoder=True).num_hidden_layers
+    for module in target.base_model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == depth:
+            return module
+    raise ValueError(f"{type(target).__name__} has no list of {depth} decoder layers: taps cannot be checked")
+
+
 def default_target_layer_ids(num_target_layers: int, taps: int = 5) -> list[int]:
     """Usual taps of a D-layer target: round(1 + i (D - 4) / (L - 1)), D // 2 for one (arXiv 2602.06036's code).
 
@@ -262,7 +271,7 @@ class FrozenTarget:
                 "or target_device_map and quantisation"
             )
         mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-        for layer in self.decoder_layers():
+        for layer in decoder_layers(self.model):
             fully_shard(layer, mesh=mesh, reshard_after_forward=True)
         self.model.to(device)
 
@@ -282,14 +291,6 @@ class FrozenTarget:
         """The target's head, in the target's dtype. (..., H) -> (..., V)"""
         return apply_head(self.head, hidden_states)
 
-    def decoder_layers(self) -> nn.ModuleList:
-        """The target's list of decoder layers."""
-        depth = self.model.config.get_text_config(decoder=True).num_hidden_layers
-        for module in self.backbone.modules():
-            if isinstance(module, nn.ModuleList) and len(module) == depth:
-                return module
-        raise ValueError(f"{type(self.model).__name__} has no list of {depth} decoder layers: taps cannot be checked")
-
     @torch.no_grad()
     def check(self, probe_ids: torch.Tensor) -> None:
         """Compare, on a few real tokens, taps with hooks on the layers and the lent head with the target's logits.
@@ -300,7 +301,7 @@ class FrozenTarget:
         Args:
             probe_ids (`torch.LongTensor` of shape `(1, S)`).
         """
-        check_target_layer_ids(self.target_layer_ids, len(self.decoder_layers()))
+        check_target_layer_ids(self.target_layer_ids, len(decoder_layers(self.model)))
         seen: dict[int, torch.Tensor] = {}
 
         def keep(index):
@@ -309,7 +310,7 @@ class FrozenTarget:
 
             return hook
 
-        layers = self.decoder_layers()
+        layers = decoder_layers(self.model)
         handles = [layers[i].register_forward_hook(keep(i)) for i in self.target_layer_ids]
         try:
             context = self.context(probe_ids)

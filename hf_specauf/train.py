@@ -1,5 +1,6 @@
 """`accelerate launch -m hf_specauf.train --config recipe.yaml`: recipe -> objects -> train -> evaluate -> save."""
 
+import copy
 import os
 import sys
 from dataclasses import asdict
@@ -8,15 +9,17 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from transformers import AutoModel, set_seed
+from transformers import AutoModel, PreTrainedModel, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from .conversations import load_rows, show_row
+from .convert import fetch, is_plain, load_drafter
 from .drafters.modeling_dflash import DFlashDraftModel
 from .evaluate import compare, evaluation_record, plot_alpha, show
+from .lora import AdapterBase, borrow, fingerprint, finish_adapter
 from .recipe import DataArguments, DrafterArguments, TargetArguments, parse
 from .records import environment, errors_in_one_line, write_record
-from .target import default_mask_token_id, drafter_config, load_target
+from .target import default_mask_token_id, drafter_config, load_target, tokenizer_hashes
 from .trainer import AUFConfig, AUFTrainer
 
 
@@ -40,7 +43,19 @@ def load_data(data: DataArguments):
     return train, heldout
 
 
-def provenance(recipe: dict, trainer: AUFTrainer, started: datetime) -> dict:
+def resolved_recipe(trainer: AUFTrainer, *arguments) -> dict:
+    """Every key of the run with the value it had; tokens left out."""
+    keys = {key: value for part in arguments for key, value in asdict(part).items()}
+    keys |= {key: value for key, value in trainer.args.to_dict().items() if not key.endswith("_token")}
+    config = trainer.drafter_config
+    return keys | {
+        "mask_token_id": config.mask_token_id,
+        "target_layer_ids": config.target_layer_ids,
+        "gamma": trainer.gamma,
+    }
+
+
+def provenance(recipe: dict, trainer: AUFTrainer, started: datetime, tau_before: float | None) -> dict:
     """What was run, on what, and what came of it; cards are rendered from it."""
     history = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
     return {
@@ -56,23 +71,14 @@ def provenance(recipe: dict, trainer: AUFTrainer, started: datetime) -> dict:
         "steps": trainer.state.global_step,
         "rows": sum(row >= 0 for row in trainer.train_dataset["row"]),
         "trainable_parameters": trainer.get_num_trainable_parameters(),
+        "base": None if trainer.adapter_base is None else asdict(trainer.adapter_base),
+        "tau_before": tau_before,
         "history": history,
     }
 
 
-def train(
-    target_args: TargetArguments,
-    draft: DrafterArguments,
-    data: DataArguments,
-    args: AUFConfig,
-    *,
-    compare_decoding: bool = True,
-) -> AUFTrainer:
-    """Run one recipe; the final drafter, `provenance.json`, `eval.json` and checkpoints lie under `args.output_dir`.
-
-    A drafter in training is resumed with `resume_from_checkpoint: true` (the newest checkpoint) or a folder.
-    """
-    started = datetime.now(UTC)
+def resume_folder(args: AUFConfig) -> str | None:
+    """The checkpoint that `resume_from_checkpoint` means: `true` is the newest of `output_dir`."""
     resume = args.resume_from_checkpoint
     if isinstance(resume, str) and resume.lower() in ("true", "false"):
         resume = resume.lower() == "true"
@@ -86,23 +92,30 @@ def train(
         raise ValueError(
             f"resume_from_checkpoint: there is no folder {resume!r}; `true` takes the newest of output_dir"
         )
-    train_rows, heldout = load_data(data)  # before the target, which may take minutes to load
-    set_seed(args.seed)
-    name = target_args.target_model_name_or_path
-    target, tokenizer = load_target(
-        name,
-        target_args.target_revision,
-        dtype=target_args.target_dtype,
-        attn_implementation=target_args.target_attn_implementation,
-        device_map=target_args.target_device_map,
-        trust_remote_code=target_args.trust_remote_code,
-    )
-    revision = target.loaded_commit or target_args.target_revision
+    return resume or None
+
+
+def start_drafter(
+    draft: DrafterArguments, target, tokenizer, revision: str | None, seed: int
+) -> tuple[PreTrainedModel, AdapterBase | None]:
+    """The drafter to train, fp32, and what an adapter on it would be an adapter of.
+
+    It is a released drafter (`drafter_name_or_path`), or has the target's layers (`init_from_target_layers`), or
+    random weights that depend on the seed alone.
+    """
+    if draft.drafter_name_or_path is not None:
+        return _released_drafter(draft, target, tokenizer, revision)
+    layer_ids = draft.init_from_target_layers
+    if layer_ids and draft.num_draft_layers not in (len(layer_ids), DrafterArguments.num_draft_layers):
+        raise ValueError(
+            f"num_draft_layers is {draft.num_draft_layers}, and init_from_target_layers names {len(layer_ids)}: "
+            "remove num_draft_layers"
+        )
     mask = draft.mask_token_id
     config = drafter_config(
         target,
         tokenizer,
-        num_hidden_layers=draft.num_draft_layers,
+        num_hidden_layers=len(layer_ids) if layer_ids else draft.num_draft_layers,
         block_size=draft.block_size,
         mask_token_id=default_mask_token_id(target, tokenizer) if mask is None else mask,
         target_layer_ids=draft.target_layer_ids,
@@ -110,8 +123,89 @@ def train(
         target_revision=revision,
         chat_template_kwargs=draft.chat_template_kwargs,
     )
-    set_seed(args.seed)  # the drafter's first weights depend on the seed alone
-    drafter = DFlashDraftModel(config)
+    set_seed(seed)
+    if not layer_ids:
+        return DFlashDraftModel(config), None
+    base = AdapterBase.of_layers(target, layer_ids) if draft.use_peft else None
+    return borrow(target, config, layer_ids, frozen=draft.use_peft), base
+
+
+def _released_drafter(
+    draft: DrafterArguments, target, tokenizer, revision: str | None
+) -> tuple[PreTrainedModel, AdapterBase | None]:
+    name = draft.drafter_name_or_path
+    folder, commit = fetch(name, draft.drafter_revision, key="drafter_name_or_path")
+    drafter = load_drafter(folder, target=target, dtype=torch.float32)
+    config = drafter.config
+    shape = {
+        "num_draft_layers": config.num_hidden_layers, "block_size": config.block_size,
+        "target_layer_ids": config.target_layer_ids, "mask_token_id": config.mask_token_id,
+        "draft_intermediate_size": config.intermediate_size,
+    }  # fmt: skip
+    for key, theirs in shape.items():
+        if getattr(draft, key) not in (getattr(DrafterArguments, key, None), theirs):
+            raise ValueError(
+                f"{key} is {getattr(draft, key)}, and the drafter {name} has {theirs}: it keeps its shape, so remove "
+                f"{key}"
+            )
+    base = AdapterBase(name, commit, fingerprint(drafter.state_dict()), loadable=is_plain(folder))
+    special = {
+        f"{key}_token_id": getattr(target.generation_config, f"{key}_token_id") for key in ("bos", "eos", "pad")
+    }
+    named = {"target_model_name_or_path": target.config._name_or_path or None, "target_revision": revision}
+    for key, value in (special | named | tokenizer_hashes(tokenizer)).items():
+        setattr(config, key, value)
+    if draft.chat_template_kwargs is not None:
+        config.chat_template_kwargs = draft.chat_template_kwargs
+    config._name_or_path = drafter.name_or_path = name if base.loadable else ""
+    return drafter, base if draft.use_peft else None
+
+
+def announce(trainer: AUFTrainer, target_args: TargetArguments, draft: DrafterArguments) -> None:
+    """Print what was derived, and one row as the drafter will see it."""
+    config, objective = trainer.drafter_config, trainer.args.objective
+    own = draft.drafter_name_or_path is None
+    origin = {"mask_token_id": draft.mask_token_id, "target_layer_ids": draft.target_layer_ids}
+    for key, given in origin.items():
+        source = "recipe" if given is not None else "derived from the target" if own else draft.drafter_name_or_path
+        print(f"{key}: {getattr(config, key)} ({source})")
+    revision = config.target_revision
+    print(
+        f"target: {target_args.target_model_name_or_path}{' at ' + revision if revision else ''}, "
+        f"{config.num_target_layers} layers; drafter: {config.num_hidden_layers} layers, block size "
+        f"{config.block_size}, {trainer.get_num_trainable_parameters() / 1e6:.2f} M trained parameters; objective: "
+        f"{objective}" + (f", gamma {trainer.gamma:g}" if trainer.gamma else "")
+    )
+    print(f"first row, supervised tokens between ⟦ and ⟧:\n{show_row(trainer.train_dataset[0], trainer.tokenizer)}\n")
+
+
+def train(
+    target_args: TargetArguments,
+    draft: DrafterArguments,
+    data: DataArguments,
+    args: AUFConfig,
+    *,
+    compare_decoding: bool = True,
+) -> AUFTrainer:
+    """Run one recipe; the final drafter, `provenance.json`, `eval.json` and checkpoints lie under `args.output_dir`.
+
+    A drafter in training is resumed with `resume_from_checkpoint: true` (the newest checkpoint) or a folder. A LoRA
+    drafter's folder holds it merged, and the adapter alone in `adapter/`.
+    """
+    started = datetime.now(UTC)
+    resume = resume_folder(args)
+    train_rows, heldout = load_data(data)  # before the target, which may take minutes to load
+    set_seed(args.seed)
+    target, tokenizer = load_target(
+        target_args.target_model_name_or_path,
+        target_args.target_revision,
+        dtype=target_args.target_dtype,
+        attn_implementation=target_args.target_attn_implementation,
+        device_map=target_args.target_device_map,
+        trust_remote_code=target_args.trust_remote_code,
+    )
+    revision = target.loaded_commit or target_args.target_revision
+    drafter, base = start_drafter(draft, target, tokenizer, revision, args.seed)
     drafter.set_attn_implementation(draft.draft_attn_implementation)
     trainer = AUFTrainer(
         model=drafter,
@@ -120,25 +214,16 @@ def train(
         train_dataset=train_rows,
         eval_dataset=heldout,
         processing_class=tokenizer,
+        peft_config=draft.peft_config(),
+        adapter_base=base,
     )
-    resolved = asdict(target_args) | asdict(draft) | asdict(data)
-    resolved |= {key: value for key, value in args.to_dict().items() if not key.endswith("_token")}
-    resolved |= {
-        "mask_token_id": config.mask_token_id,
-        "target_layer_ids": config.target_layer_ids,
-        "gamma": trainer.gamma,
-    }
     if trainer.is_world_process_zero():
-        origin = {"mask_token_id": mask is not None, "target_layer_ids": draft.target_layer_ids is not None}
-        for key, given in origin.items():
-            print(f"{key}: {getattr(config, key)} ({'recipe' if given else 'derived from the target'})")
-        print(
-            f"target: {name}{' at ' + revision if revision else ''}, {config.num_target_layers} layers; drafter: "
-            f"{config.num_hidden_layers} layers, block size {config.block_size}, "
-            f"{trainer.get_num_trainable_parameters() / 1e6:.1f} M parameters; objective: {args.objective}"
-            + (f", gamma {trainer.gamma:g}" if trainer.gamma else "")
-        )
-        print(f"first row, supervised tokens between ⟦ and ⟧:\n{show_row(trainer.train_dataset[0], tokenizer)}\n")
+        announce(trainer, target_args, draft)
+    tau_before = None
+    if draft.drafter_name_or_path is not None and heldout is not None and args.eval_prompts:
+        tau_before = trainer.decoded_tau(trainer.eval_dataset)
+        if trainer.is_world_process_zero():
+            print(f"tau of {draft.drafter_name_or_path} as it is: {tau_before:.2f}")
     trainer.train(resume_from_checkpoint=resume)
     if trainer.state.global_step < trainer.state.max_steps:
         print(
@@ -149,7 +234,8 @@ def train(
     evaluated = [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry]
     if heldout is not None and trainer.state.global_step not in evaluated:
         trainer.evaluate()
-    save_final(trainer, target, draft.save_dtype, provenance(resolved, trainer, started))
+    recipe = resolved_recipe(trainer, target_args, draft, data)
+    save_final(trainer, target, draft.save_dtype, provenance(recipe, trainer, started, tau_before))
     if compare_decoding and heldout is not None and args.eval_prompts:
         measure(trainer, data)
     if args.push_to_hub:
@@ -179,16 +265,21 @@ def measure(trainer: AUFTrainer, data: DataArguments) -> None:
 
 
 def save_final(trainer: AUFTrainer, target, save_dtype: str, record: dict) -> None:
-    """The trained drafter in the dtype it will serve in, and `provenance.json`, in the root of `output_dir`."""
-    drafter = trainer.accelerator.unwrap_model(trainer.model)
+    """The trained drafter in the dtype it will serve in, and `provenance.json`, in the root of `output_dir`; of a LoRA
+    drafter the adapter too, in `adapter/`."""
+    drafter, out = trainer.whole_drafter(), Path(trainer.args.output_dir)
     if trainer.is_world_process_zero():
         dtype = target.dtype if save_dtype == "auto" else getattr(torch, save_dtype)
         if dtype == torch.float16:  # drafters accept nothing in it
             dtype = torch.bfloat16
+        if trainer.adapter_base is not None:
+            drafter.save_pretrained(out / "adapter")
+            finish_adapter(out / "adapter", trainer.adapter_base)
+            drafter = copy.deepcopy(drafter).merge_and_unload()
         vars(drafter.config).pop("use_cache", None)
-        drafter.to(dtype).save_pretrained(trainer.args.output_dir)
-        write_record(Path(trainer.args.output_dir, "provenance.json"), record)
-        print(f"drafter saved to {trainer.args.output_dir}")
+        drafter.to(dtype).save_pretrained(out)
+        write_record(out / "provenance.json", record)
+        print(f"drafter saved to {out}")
     trainer.accelerator.wait_for_everyone()
 
 

@@ -1,5 +1,6 @@
 """AUFTrainer: transformers' Trainer for block drafters. The drafter is the model; the target stands outside."""
 
+import copy
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +32,7 @@ from .checkpoints import CompleteCheckpoints
 from .conversations import RowCollator, fill_up, prepare_rows, prompt_length
 from .drafters.modeling_dflash import DFlashDraftModel
 from .generate import attach
+from .lora import AdapterBase, finish_adapter
 from .objectives import NORMALISATIONS, OBJECTIVES, loss_terms, resolve_gamma
 from .optimizer import MuonWithAdamW
 from .progressive import head_loss
@@ -168,6 +170,8 @@ class AUFTrainer(CompleteCheckpoints, Trainer):
         processing_class (`PreTrainedTokenizerBase`): the target's tokenizer.
         peft_config (`PeftConfig`, *optional*): trains an adapter on the drafter instead.
         callbacks (`list[TrainerCallback]`, *optional*).
+        adapter_base (`AdapterBase`, *optional*): what the adapter is trained on, noted in each checkpoint; by default
+            the drafter, under the name it was loaded by.
 
     Raises:
         ValueError: whatever would train a drafter that silently accepts nothing; see `FrozenTarget.check` and
@@ -188,6 +192,7 @@ class AUFTrainer(CompleteCheckpoints, Trainer):
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config=None,
         callbacks: list[TrainerCallback] | None = None,
+        adapter_base: AdapterBase | None = None,
     ):
         if args.n_gpu > 1:
             raise ValueError(
@@ -218,7 +223,9 @@ class AUFTrainer(CompleteCheckpoints, Trainer):
         self.tokenizer = processing_class
         self._interrupt = InterruptCallback()
         self._peft_config = peft_config
+        self.adapter_base = adapter_base
         if peft_config is not None:
+            self.adapter_base = adapter_base or AdapterBase.of_drafter(model)
             set_seed(args.seed)  # the adapter's first weights
             model = get_peft_model(model, peft_config)
 
@@ -473,7 +480,7 @@ class AUFTrainer(CompleteCheckpoints, Trainer):
             output.metrics[f"{metric_key_prefix}_tau"] = self.decoded_tau(dataloader.dataset)
         return output
 
-    def _whole_drafter(self):
+    def whole_drafter(self):
         """The drafter, or, where its weights are sharded, a copy that each rank can run by itself: they decode
         unequal numbers of passes."""
         drafter = self.accelerator.unwrap_model(self.model)
@@ -497,7 +504,7 @@ class AUFTrainer(CompleteCheckpoints, Trainer):
 
     def decoded_tau(self, rows: Dataset) -> float:
         """tau over the first `eval_prompts` rows' prompts, decoded greedily, dealt to the ranks."""
-        drafter, prompts = self._whole_drafter(), self.eval_prompts(rows)
+        drafter, prompts = self.whole_drafter(), self.eval_prompts(rows)
         was_training = drafter.training
         if not self.args.shard_target:  # a sharded target runs on all ranks or none, so all decode the same prompts
             prompts = prompts[self.args.process_index :: self.args.world_size]
@@ -527,8 +534,25 @@ class AUFTrainer(CompleteCheckpoints, Trainer):
         # Trainer writes its own use_cache switch into the drafter's config
         vars(self.drafter_config).pop("use_cache", None)
         super()._save(output_dir, state_dict)
+        folder = Path(output_dir or self.args.output_dir)
         # a pickle that holds hub_token in clear, and nothing reads it
-        Path(output_dir or self.args.output_dir, "training_args.bin").unlink(missing_ok=True)
+        (folder / "training_args.bin").unlink(missing_ok=True)
+        if self._peft_config is not None and self.args.should_save:
+            finish_adapter(folder, self.adapter_base)
+            if self.adapter_base.borrowed_layers is not None:  # from_target needs the drafter's shape
+                config = copy.deepcopy(self.drafter_config)
+                config.borrowed_layers = self.adapter_base.borrowed_layers
+                config.save_pretrained(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        if self._peft_config is not None:
+            theirs = AdapterBase.read(resume_from_checkpoint)
+            if theirs.fingerprint != self.adapter_base.fingerprint:
+                raise ValueError(
+                    f"{resume_from_checkpoint} adapts {theirs.name_or_path}, and this run starts from other weights "
+                    f"({self.adapter_base.name_or_path}): resume with the drafter, target and layers of that run"
+                )
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     # ---- publishing
 
@@ -551,6 +575,7 @@ class AUFTrainer(CompleteCheckpoints, Trainer):
             info = push(
                 folder, self.hub_model_id or args.hub_model_id, private=args.hub_private_repo, token=args.hub_token,
                 revision=args.hub_revision, commit_message=message, allow_unmeasured=allow_unmeasured,
+                target_model=self.target.model,
             )  # fmt: skip
             print(f"published: {info.commit_url}")
         self.accelerator.wait_for_everyone()

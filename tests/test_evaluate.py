@@ -228,7 +228,7 @@ def test_the_command_line_fails_in_one_clear_line(folders, tmp_path):
 @pytest.mark.parametrize(
     ("more", "advice"),
     [
-        (dict(drafter="target"), "Qwen3Model is not a block drafter; load one with AutoModel"),
+        (dict(drafter="target"), "target says nothing about block_size.*it is not a DFlash drafter"),
         (dict(drafter="empty"), "empty"),
         (dict(max_draft_tokens=K), r"must be in 1\.\.3"),
         (dict(prompts="columns.jsonl"), "none of `messages`, `conversations`"),

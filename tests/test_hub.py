@@ -260,6 +260,107 @@ def test_recipe_pushes_checkpoints_and_the_finished_drafter(files, run, hub, tra
     assert config["target_revision"] == hub.repository("alice/target").resolve("main")
 
 
+# ---- LoRA drafters
+
+LOAD = """
+import json, sys, torch
+from transformers import AutoModel, AutoModelForCausalLM
+target = AutoModelForCausalLM.from_pretrained("alice/target", dtype=torch.float64)
+{load}
+prompt = torch.tensor({prompt})
+keys = dict(max_new_tokens=24, do_sample=False)
+plain = target.generate(prompt, **keys)[0].tolist()
+assisted = target.generate(prompt, assistant_model=drafter, speculation_type="dflash", **keys)[0].tolist()
+print(json.dumps([drafter.fc.weight.sum().item(), plain, assisted]))
+"""
+PACKAGE = "from hf_specauf import from_target, load_drafter\ndrafter = "
+STRANGER = """
+sys.modules["hf_specauf"] = None
+from peft import PeftModel
+base = AutoModel.from_pretrained("alice/drafter", revision="v1", trust_remote_code=True, dtype=torch.float64)
+drafter = PeftModel.from_pretrained(base, "alice/adapted").merge_and_unload()
+"""
+
+
+@pytest.fixture(scope="module")
+def lora(files, trained, tmp_path_factory):
+    """Trains a LoRA drafter of the target -> its folder."""
+
+    def lora(name: str, **keys) -> Path:
+        out = tmp_path_factory.mktemp(name) / "out"
+        fixed = dict(target_model_name_or_path=files / "target", dataset_name=files / "text.jsonl", output_dir=out)
+        keys = fixed | BASE | dict(use_peft="true", lora_r=4, learning_rate=0.05) | keys
+        keys = {key: value for key, value in keys.items() if value is not None}
+        train([word for key, value in keys.items() for word in (f"--{key}", *str(value).split())])
+        return out
+
+    return lora
+
+
+def loads(run, load: str) -> float:
+    """Load a drafter in a process of its own and generate with it -> a sum over its weights."""
+    code, printed = run("-c", LOAD.format(load=load, prompt=random_prompts(1, 9).tolist()), user=None)
+    assert code == 0, printed
+    number, plain, assisted = json.loads(next(line for line in printed.splitlines() if line.startswith("[")))
+    assert plain == assisted and len(plain) > 9
+    return number
+
+
+def test_adapter_is_published_alone_or_merged_and_pins_its_base(published, trained, lora, run, hub):
+    out = lora("adapted", drafter_name_or_path=trained)
+    push = ["-m", "hf_specauf.hub", "push", "--drafter", str(out), "--target", "alice/target", "--repo"]
+    code, printed = run(*push, "alice/adapted", "--small")
+    assert code == 1 and "was adapted from the local path" in printed and "--base OWNER/NAME" in printed
+    base = ["--base", "alice/drafter", "--base-revision", "v1"]
+    for repo, small in (("alice/adapted", ["--small"]), ("alice/adapted-merged", [])):
+        code, printed = run(*push, repo, *base, *small)
+        assert code == 0, printed
+    found = contents(hub.repository("alice/adapted"))
+    assert set(found) == {
+        ".gitattributes", "README.md", "adapter_config.json", "adapter_model.safetensors", "alpha.png", "base.json",
+        "eval.json", "provenance.json",
+    }  # fmt: skip
+    assert set(contents(hub.repository("alice/adapted-merged"))) == PUBLISHED
+    config = json.loads(found["adapter_config.json"])
+    assert (config["base_model_name_or_path"], config["revision"]) == ("alice/drafter", published.commit)
+    card = found["README.md"].decode()
+    assert "base_model: alice/drafter" in card and 'load_drafter("alice/adapted", revision="main")' in card
+    assert f"| adapted from | `alice/drafter` at {published.commit}; LoRA, r 4, alpha 32; tau on the same" in card
+    assert re.search(r"held-out prompts \d\.\d\d before, \d\.\d\d after", card)
+    assert "drafter_name_or_path: alice/drafter" in card and str(trained) not in card
+    sums = [
+        loads(run, PACKAGE + "load_drafter('alice/adapted').double()"),
+        loads(run, PACKAGE + "load_drafter('alice/adapted-merged').double()"),
+        loads(run, STRANGER),
+    ]
+    assert sums == pytest.approx([sums[0]] * 3, rel=1e-5)
+
+
+def test_borrowed_drafter_is_published_small_and_rebuilt_from_the_target_alone(published, lora, run, hub):
+    out = lora("borrowed", init_from_target_layers="1 6", num_draft_layers=None)
+    push = ["-m", "hf_specauf.hub", "push", "--drafter", str(out), "--target", "alice/target", "--repo"]
+    code, printed = run(*push, "alice/borrowed", "--small")
+    assert code == 0, printed
+    found = contents(hub.repository("alice/borrowed"))
+    assert {name for name in found if "safetensors" in name} == {"adapter/adapter_model.safetensors"}
+    assert "adapter_config.json" not in found  # in the root it would attach to the target
+    assert json.loads(found["adapter/base.json"])["name_or_path"] == "alice/target"
+    card = found["README.md"].decode()
+    assert 'from_target(target, "alice/borrowed", revision="main")' in card and "trust_remote_code" not in card
+    rebuilt = loads(run, PACKAGE + "from_target(target, 'alice/borrowed').double()")
+    code, printed = run(*push, "alice/borrowed-merged")
+    assert code == 0, printed
+    merged = loads(run, PACKAGE + "load_drafter('alice/borrowed-merged').double()")
+    assert rebuilt == pytest.approx(merged, rel=1e-6)
+    for way in (
+        "import hf_specauf\nmore = {}",
+        "sys.modules['hf_specauf'] = None\nmore = {'trust_remote_code': True}",
+    ):
+        load = f"{way}\ndrafter = AutoModel.from_pretrained('alice/borrowed', **more)"
+        code, printed = run("-c", LOAD.format(load=load, prompt=[[5]]), user=None)
+        assert code == 1 and "hf_specauf.from_target(target, folder_or_repo)" in printed
+
+
 # ---- what is never published
 
 

@@ -13,6 +13,7 @@ from hf_specauf.generate import attach
 from hf_specauf.target import (
     FrozenTarget,
     check_pair,
+    decoder_layers,
     default_mask_token_id,
     default_target_layer_ids,
     drafter_config,
@@ -34,7 +35,7 @@ def layer_outputs(frozen: FrozenTarget, call) -> list[torch.Tensor]:
     def keep(module, args, output):
         outputs.append(output[0] if isinstance(output, tuple) else output)
 
-    handles = [layer.register_forward_hook(keep) for layer in frozen.decoder_layers()]
+    handles = [layer.register_forward_hook(keep) for layer in decoder_layers(frozen.model)]
     call()
     for handle in handles:
         handle.remove()

@@ -60,6 +60,8 @@ class DFlashConfig(PreTrainedConfig):
         chat_template_kwargs (`dict`, *optional*): arguments of the target's chat template used in training.
         target_model_name_or_path, target_revision (`str`, *optional*): the target this drafter was trained for.
         tokenizer_hash, chat_template_hash (`str`, *optional*): of the target's, as they were in training.
+        borrowed_layers (`list[int]`, *optional*): the folder holds no layers, they are the target's own; only
+            `hf_specauf.from_target` loads it.
         eos_token_id, pad_token_id, bos_token_id (*optional*): the target's.
     """
 
@@ -89,6 +91,7 @@ class DFlashConfig(PreTrainedConfig):
     target_revision: str | None = None
     tokenizer_hash: str | None = None
     chat_template_hash: str | None = None
+    borrowed_layers: list[int] | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
@@ -172,6 +175,12 @@ class DFlashConfig(PreTrainedConfig):
             raise ValueError(
                 f"config.json lacks {missing}. They decide what the drafter sees and are never guessed: the folder is "
                 f"not a {cls.model_type} drafter, or its config was edited. Restore the keys from the training run."
+            )
+        if config_dict.get("borrowed_layers") is not None:
+            raise ValueError(
+                f"this drafter borrows layers {config_dict['borrowed_layers']} of its target "
+                f"{config_dict.get('target_model_name_or_path')}, and its folder does not hold them: load the target, "
+                "then call hf_specauf.from_target(target, folder_or_repo)"
             )
         return super().from_dict(config_dict, **kwargs)
 

@@ -93,7 +93,9 @@ class PeakMemory:
 def loss_of(way: str, rows, head, labels, valid, chunk: int):
     """Mean loss over AUF's support by one of the three ways; rows (N, K-1, H)."""
     if way == "plain":
-        logits = head(rows.to(head.weight.dtype))
+        logits = head(rows.flatten(0, 1).to(head.weight.dtype)).view(
+            *labels.shape, -1
+        )  # one product, not N small ones
         support = first_failure_support(logits.detach().argmax(-1) == labels, valid)
         losses = cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
         return (losses * support).sum() / support.sum()

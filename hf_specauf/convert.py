@@ -1,0 +1,232 @@
+"""Drafters from anywhere as plain drafters: our folders, adapters on them, and DFlash folders of z-lab and SpecForge.
+
+python -m hf_specauf.convert --drafter z-lab/Qwen3-8B-DFlash-b16 --out DIR
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModel, PreTrainedModel
+
+from .drafters.configuration_dflash import REQUIRED_KEYS, DFlashConfig
+from .drafters.modeling_dflash import DFlashDraftModel
+from .lora import AdapterBase, add_adapter, borrow, borrowed_tensors, fingerprint
+from .records import HUB_ID, errors_in_one_line
+
+# What other trainers write into config.json beside the drafter's shape, and the value under which a drafter computes
+# what theirs does (`None`: says nothing about the computation)
+HARMLESS = {
+    "architectures": None, "auto_map": None, "model_type": None, "torch_dtype": None, "dtype": None,
+    "transformers_version": None, "use_cache": None, "_name_or_path": None, "initializer_range": None,
+    "attention_dropout": None, "max_window_layers": None, "tie_word_embeddings": None, "sliding_window": None,
+    "num_draft_layers": None, "id2label": None, "label2id": None, "torchscript": None, "pretraining_tp": None,
+    "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False,
+    "rope_scaling": None, "is_causal": False,
+}  # fmt: skip
+MUST_BE = ("hidden_act", "attention_bias", "mlp_bias", "use_sliding_window", "rope_scaling", "is_causal")
+NESTED = {
+    "causal": False,
+    "is_causal": False,
+    "attention_mode": "gqa",
+    "projector_type": "dflash",
+    "shift_label": False,
+}
+RENAMED = {"encoder.fc.weight": "fc.weight", "encoder.output_norm_enc.weight": "hidden_norm.weight"}
+
+
+def fetch(name_or_path: str | Path, revision: str | None = None, key: str = "--drafter") -> tuple[Path, str | None]:
+    """A drafter's folder and, from the Hub, its commit. Pickles and code are not fetched.
+
+    Raises:
+        OSError: there is no such folder, and no Hub id can be read in it.
+    """
+    if Path(name_or_path).is_dir():
+        if revision is not None:
+            raise ValueError(f"{key}: {name_or_path} is a folder, which has no revision {revision!r}: leave it out")
+        return Path(name_or_path), None
+    if not HUB_ID.fullmatch(str(name_or_path)):
+        raise OSError(f"{key}: {str(name_or_path)!r} is neither a folder nor a Hub id (OWNER/NAME)")
+    folder = Path(snapshot_download(str(name_or_path), revision=revision, allow_patterns=["*.json", "*.safetensors"]))
+    return folder, folder.name
+
+
+def is_plain(folder: Path) -> bool:
+    """Whether a folder is a whole drafter in our layout, which `AutoModel.from_pretrained` loads."""
+    if (folder / "adapter_config.json").is_file() or not (folder / "config.json").is_file():
+        return False
+    config = json.loads((folder / "config.json").read_text())
+    return str(config.get("model_type")).startswith("specauf_") and not config.get("borrowed_layers")
+
+
+def load_drafter(
+    name_or_path: str | Path,
+    revision: str | None = None,
+    *,
+    target: PreTrainedModel | None = None,
+    dtype: str | torch.dtype = "auto",
+    key: str = "--drafter",
+) -> PreTrainedModel:
+    """A plain drafter from a folder or a Hub id; adapters come merged on the base they pin.
+
+    Args:
+        name_or_path (`str` or `Path`): a drafter of this package, whole, as an adapter or on borrowed layers; or a
+            DFlash folder of z-lab or SpecForge, recognised by its layout and converted in memory.
+        revision (`str`, *optional*): branch, tag or commit on the Hub.
+        target (`PreTrainedModel`, *optional*): needed by drafters on borrowed layers.
+        dtype (*optional*, defaults to `auto`): as stored.
+
+    Raises:
+        ValueError: what the folder holds instead, or what of it is ambiguous or unknown.
+    """
+    folder, _ = fetch(name_or_path, revision, key)
+    if (folder / "adapter_config.json").is_file():
+        base = AdapterBase.read(folder)
+        if base.borrowed_layers is not None:
+            return from_target(_needed(target, name_or_path), folder, dtype=dtype)
+        drafter = load_drafter(base.name_or_path, base.revision, key="the adapter's base")
+        stored = drafter.dtype if dtype == "auto" else dtype
+        drafter = add_adapter(drafter.float(), folder).merge_and_unload().to(stored)
+    elif is_plain(folder):
+        drafter = AutoModel.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+    elif (folder / "config.json").is_file():
+        config = json.loads((folder / "config.json").read_text())
+        if config.get("borrowed_layers"):
+            return from_target(_needed(target, name_or_path), folder, dtype=dtype)
+        drafter = _foreign(folder, config, dtype)
+    else:
+        raise ValueError(f"{key}: {name_or_path} is no drafter's folder: it holds no config.json")
+    drafter.config._name_or_path = drafter.name_or_path = str(name_or_path)
+    return drafter.eval()
+
+
+def _needed(target: PreTrainedModel | None, name_or_path) -> PreTrainedModel:
+    if target is None:
+        raise ValueError(
+            f"{name_or_path} is a drafter on layers borrowed from its target: load the target and call "
+            f"hf_specauf.from_target(target, {str(name_or_path)!r})"
+        )
+    return target
+
+
+def from_target(
+    target: PreTrainedModel,
+    folder_or_repo: str | Path,
+    revision: str | None = None,
+    *,
+    dtype: str | torch.dtype = "auto",
+) -> PreTrainedModel:
+    """Rebuild a drafter on borrowed layers: copy them from the target, merge the adapter -> a plain drafter.
+
+    Args:
+        target (`PreTrainedModel`): the one it was trained on; unchanged, and nothing is attached to it.
+        folder_or_repo (`str` or `Path`): what was published with `--small`, or a checkpoint.
+        dtype (*optional*, defaults to `auto`): the target's.
+
+    Raises:
+        ValueError: the target's layers are not the ones that were borrowed.
+    """
+    folder, _ = fetch(folder_or_repo, revision)
+    adapter = folder if (folder / "adapter_config.json").is_file() else folder / "adapter"
+    base = AdapterBase.read(adapter)
+    if base.borrowed_layers is None:
+        raise ValueError(f"{folder_or_repo} borrows no layers of a target: use load_drafter({str(folder_or_repo)!r})")
+    if fingerprint(borrowed_tensors(target, base.borrowed_layers)) != base.fingerprint:
+        at = f" at {base.revision}" if base.revision else ""
+        raise ValueError(
+            f"{folder_or_repo} borrows layers {base.borrowed_layers} of {base.name_or_path}{at}, and this target's "
+            "layers are other weights: load that target, at that revision"
+        )
+    config = DFlashConfig.from_dict(json.loads((folder / "config.json").read_text()) | {"borrowed_layers": None})
+    drafter = borrow(target, config, base.borrowed_layers, frozen=True)
+    drafter = PeftModel.from_pretrained(drafter, str(adapter)).merge_and_unload()
+    return drafter.to(target.dtype if dtype == "auto" else dtype).eval()
+
+
+def _foreign(folder: Path, config: dict, dtype: str | torch.dtype) -> DFlashDraftModel:
+    """A DFlash folder of z-lab or SpecForge: same tensors, another config."""
+    drafter = DFlashDraftModel(foreign_config(config, folder))
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"{folder} holds no .safetensors file: pickled weights are not loaded")
+    given = {RENAMED.get(name, name): tensor for file in files for name, tensor in load_file(file).items()}
+    ours = drafter.state_dict()
+    odd = sorted(set(ours) ^ set(given)) or sorted(n for n in ours if ours[n].shape != given[n].shape)
+    if odd:
+        raise ValueError(
+            f"{folder} is not a plain DFlash drafter: {len(odd)} tensors are unknown, missing or of another shape "
+            f"than its config says ({', '.join(odd[:5])}{', ...' if len(odd) > 5 else ''}). Leaving them out "
+            "would change what it drafts."
+        )
+    stored = given["norm.weight"].dtype
+    if dtype == "auto":
+        dtype = torch.float32 if stored == torch.float16 else stored  # fp16 drafters accept nothing
+    drafter.to(dtype).load_state_dict(given)
+    return drafter
+
+
+def foreign_config(config: dict, folder: str | Path = "config.json") -> DFlashConfig:
+    """Our config from one of z-lab or SpecForge, taking nothing for granted that decides acceptance.
+
+    Raises:
+        ValueError: a key is missing, contradicts itself, or asks for a computation that a DFlash drafter has not.
+    """
+    nested = dict(config.get("dflash_config") or {})
+    if nested.get("projector_type") == "domino" or "DominoDraftModel" in (config.get("architectures") or []):
+        raise ValueError(f"{folder} is a Domino drafter: its causal head is not that of a DFlash drafter")
+    keys = set(REQUIRED_KEYS) - {"shift_label", "rope_parameters"}
+    found = {}
+    for name in sorted(keys):
+        values = [part[name] for part in (config, nested) if part.get(name) is not None]
+        if not values:
+            raise ValueError(
+                f"{folder} says nothing about {name}, which decides what a DFlash drafter computes and is never "
+                "guessed: it is not a DFlash drafter of z-lab or SpecForge, or its config.json was cut"
+            )
+        if any(value != values[0] for value in values):
+            raise ValueError(f"{folder} gives {name} twice, as {values[0]!r} and {values[1]!r}: correct config.json")
+        found[name] = values[0]
+    rope = config.get("rope_parameters") or {"rope_type": "default", "rope_theta": config.get("rope_theta")}
+    if rope.get("rope_theta") is None:
+        raise ValueError(f"{folder} says nothing about rope_theta, which is never guessed")
+    special = {key: config.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    layers = config.get("layer_types")
+    known = keys | set(HARMLESS) | set(special) | {"dflash_config", "rope_parameters", "rope_theta", "layer_types"}
+    odd = [key for key in MUST_BE if config.get(key) not in (None, HARMLESS[key])]
+    odd += [f"dflash_config.{key}" for key, value in nested.items()
+            if key not in keys and (key not in NESTED or value not in (None, NESTED[key]))]  # fmt: skip
+    odd += sorted(set(config) - known)
+    if odd:
+        raise ValueError(
+            f"{folder} asks for what a DFlash drafter of this package does not compute, or nobody here knows: "
+            f"{', '.join(odd)}. Converted without it, the drafter would silently accept little."
+        )
+    return DFlashConfig(**found, rope_parameters=rope, layer_types=layers, shift_label=False, **special)
+
+
+@errors_in_one_line()
+def main(argv: list[str] | None = None) -> None:
+    """Command line of `python -m hf_specauf.convert`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m hf_specauf.convert", description="Write a drafter of another layout, or an adapter merged on "
+        "its base, as a plain drafter of this package: then evaluate it, push it, or adapt it.",
+    )  # fmt: skip
+    parser.add_argument("--drafter", required=True, help="Hub id or folder")
+    parser.add_argument("--revision", help="branch, tag or commit on the Hub")
+    parser.add_argument("--target", help="Hub id of its target, noted in config.json")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    args = parser.parse_args(argv)
+    drafter = load_drafter(args.drafter, args.revision)
+    if args.target is not None:
+        drafter.config.target_model_name_or_path = args.target
+    drafter.save_pretrained(args.out)
+    print(f"written: {args.out} (block size {drafter.config.block_size}, taps {drafter.config.target_layer_ids}, "
+          f"mask token {drafter.config.mask_token_id})")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""LoRA drafters: an adapter on a released drafter, or on layers borrowed from the target itself.
+
+No released tool trains LoRA on block drafters. *Adapt*: the base is a drafter, the adapter is megabytes. *Borrow*: the
+base is a choice of the target's own layers, frozen; LoRA, `fc` and the norms are trained. Either way an adapter's
+folder says in `base.json` what it was trained on, down to a fingerprint of the weights, and anything else is refused.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftConfig, PeftModel
+from transformers import PreTrainedModel
+
+from .drafters.configuration_dflash import DFlashConfig
+from .drafters.modeling_dflash import DFlashDraftModel
+from .records import write_record
+from .target import decoder_layers, innermost
+
+BASE_FILE = "base.json"
+
+
+@dataclass
+class AdapterBase:
+    """What an adapter was trained on."""
+
+    name_or_path: str  # of the drafter, or of the target whose layers are borrowed
+    revision: str | None  # commit
+    fingerprint: str  # of the base's weights
+    borrowed_layers: list[int] | None = None  # target layers; `None` for an adapter on a drafter
+    loadable: bool = True  # whether AutoModel loads `name_or_path` as the base: not so for other layouts
+
+    @classmethod
+    def of_drafter(cls, drafter: PreTrainedModel) -> "AdapterBase":
+        """A drafter in our layout, under the name it was loaded by."""
+        name = str(drafter.config._name_or_path)
+        return cls(name, None, fingerprint(drafter.state_dict()), loadable=bool(name))
+
+    @classmethod
+    def of_layers(cls, target: PreTrainedModel, layer_ids: list[int]) -> "AdapterBase":
+        """Layers of a target, which `load_target` loaded."""
+        target = innermost(target)
+        tensors = borrowed_tensors(target, layer_ids)
+        return cls(str(target.config._name_or_path), target.loaded_commit, fingerprint(tensors), list(layer_ids))
+
+    def write(self, folder: str | Path) -> None:
+        """Write `base.json` into an adapter's folder."""
+        write_record(Path(folder, BASE_FILE), asdict(self))
+
+    @classmethod
+    def read(cls, folder: str | Path) -> "AdapterBase":
+        """Read an adapter's `base.json`.
+
+        Raises:
+            ValueError: there is none, so nothing says what the adapter belongs to.
+        """
+        path = Path(folder, BASE_FILE)
+        if not path.is_file():
+            raise ValueError(
+                f"{folder} holds an adapter without {BASE_FILE}, so its base cannot be checked: it was not made by "
+                "this package. Load it on its base with peft.PeftModel.from_pretrained, and save the merged drafter."
+            )
+        return cls(**json.loads(path.read_text()))
+
+
+def fingerprint(tensors: dict[str, torch.Tensor]) -> str:
+    """SHA-256 of named weights as bf16, so that a model loaded in another dtype than it was stored in is the same."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        digest.update(name.encode())
+        digest.update(whole.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def borrowed_tensors(target: PreTrainedModel, layer_ids: list[int]) -> dict[str, torch.Tensor]:
+    """The target's weights of some layers under the names they would have in a drafter: `layers.{i}. ...`."""
+    layers = decoder_layers(target)
+    wrong = [i for i in layer_ids if not 0 <= i < len(layers)]
+    if wrong or not layer_ids:
+        raise ValueError(
+            f"init_from_target_layers is {layer_ids}: give layers of the target, each in 0..{len(layers) - 1}"
+        )
+    return {
+        f"layers.{slot}.{name}": tensor
+        for slot, index in enumerate(layer_ids)
+        for name, tensor in layers[index].state_dict().items()
+    }
+
+
+def borrow(target: PreTrainedModel, config: DFlashConfig, layer_ids: list[int], *, frozen: bool) -> DFlashDraftModel:
+    """A drafter whose layers start as the target's own.
+
+    Args:
+        target (`PreTrainedModel`): whose layers are copied; unchanged.
+        config (`DFlashConfig`): with as many layers as `layer_ids`.
+        layer_ids (`list[int]`): target layers, in the drafter's order.
+        frozen (`bool`): the layers will stay as they are (LoRA), so each tensor must fit: per-head q/k norms, gated
+            SiLU, no biases, as in Qwen3. Otherwise it is an initialisation, and what does not fit starts afresh.
+
+    Raises:
+        ValueError: the layers do not fit, or nothing of them does.
+    """
+    target = innermost(target)
+    drafter = DFlashDraftModel(config)
+    theirs = borrowed_tensors(target, layer_ids)
+    ours = {name: tensor for name, tensor in drafter.state_dict().items() if name.startswith("layers.")}
+    same = [name for name in ours if name in theirs and theirs[name].shape == ours[name].shape]
+    gated = getattr(target.config.get_text_config(decoder=True), "hidden_act", None) == "silu"
+    exact = gated and len(same) == len(ours) == len(theirs)
+    kind = type(decoder_layers(target)[0]).__name__
+    if frozen and not exact:
+        odd = sorted(set(ours) ^ set(theirs)) or sorted(set(ours) - set(same)) or ["another activation than SiLU"]
+        raise ValueError(
+            f"{kind} does not fit a drafter's layer ({', '.join(odd[:4])}{', ...' if len(odd) > 4 else ''}): frozen "
+            "borrowing needs per-head q/k norms, a gated SiLU MLP and no biases, as Qwen3 has. Leave out use_peft: "
+            "the layers are then an initialisation for full training."
+        )
+    if not exact:  # a norm alone among other norms means something else (Gemma stores weight - 1)
+        same = [name for name in same if name.endswith("_proj.weight")]
+    if not same:
+        raise ValueError(f"nothing of {kind} fits a drafter's layer: remove init_from_target_layers")
+    new = sorted({name.split(".", 2)[2] for name in set(ours) - set(same)})
+    if new:
+        print(f"init_from_target_layers {layer_ids}: copied {len(same)} tensors of {kind}; new in each layer: {new}")
+    drafter.load_state_dict({name: theirs[name].float() for name in same}, strict=False)
+    return drafter
+
+
+def finish_adapter(folder: str | Path, base: AdapterBase) -> None:
+    """Make what PEFT saved into a folder that says what it belongs to, and attaches to nothing else.
+
+    An adapter whose recorded base is the target would attach itself to the *target* when loaded by `AutoModel`.
+    """
+    folder = Path(folder)
+    config = PeftConfig.from_pretrained(str(folder))
+    config.base_model_name_or_path = base.name_or_path if base.borrowed_layers is None and base.loadable else None
+    config.revision = base.revision if config.base_model_name_or_path else None
+    config.inference_mode = True
+    config.save_pretrained(str(folder))
+    base.write(folder)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's boilerplate
+
+
+def plain_state(drafter: PreTrainedModel | PeftModel) -> dict[str, torch.Tensor]:
+    """A drafter's own weights, whatever adapters are on it."""
+    if not isinstance(drafter, PeftModel):
+        return drafter.state_dict()
+    state = drafter.get_base_model().state_dict()
+    return {
+        name.replace(".base_layer.", ".").replace(".original_module.", "."): tensor
+        for name, tensor in state.items()
+        if "lora_" not in name and ".modules_to_save." not in name
+    }
+
+
+def add_adapter(drafter: PreTrainedModel | PeftModel, folder: str | Path, adapter_name: str = "default") -> PeftModel:
+    """Put an adapter on the drafter it was trained on; several on one base are switched by `set_adapter(name)`
+    between `generate` calls, and left out inside `with drafter.disable_adapter():`. The target is never touched.
+
+    Args:
+        drafter (`PreTrainedModel` or `PeftModel`): the base, or the base with other adapters already on it.
+        folder (`str` or `Path`): of the adapter; [`load_drafter`] fetches from the Hub.
+
+    Raises:
+        ValueError: the drafter is not the one the adapter was trained on.
+    """
+    base = AdapterBase.read(folder)
+    if base.borrowed_layers is not None:
+        raise ValueError(f"{folder} is an adapter on layers of a target: use from_target(target, {str(folder)!r})")
+    if fingerprint(plain_state(drafter)) != base.fingerprint:
+        at = f" at {base.revision}" if base.revision else ""
+        raise ValueError(
+            f"the adapter in {folder} was trained on {base.name_or_path}{at}, and this drafter has other weights: its "
+            "drafts would be worthless. Load that base, at that revision."
+        )
+    if isinstance(drafter, PeftModel):
+        drafter.load_adapter(str(folder), adapter_name)
+        drafter.set_adapter(adapter_name)
+        return drafter
+    return PeftModel.from_pretrained(drafter, str(folder), adapter_name=adapter_name).eval()

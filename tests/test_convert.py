@@ -1,0 +1,135 @@
+"""Drafters from other layouts: the same weights bit for bit, or a clear refusal."""
+
+import json
+
+import pytest
+import torch
+from conftest import make_drafter, make_target
+from safetensors.torch import load_file, save_file
+
+from hf_specauf import DFlashConfig, DFlashDraftModel, load_drafter
+from hf_specauf.convert import foreign_config, main
+
+RENAMED = {"fc.weight": "encoder.fc.weight", "hidden_norm.weight": "encoder.output_norm_enc.weight"}
+
+
+def z_lab(drafter) -> dict:
+    """The config.json that z-lab's trainer writes for such a drafter."""
+    config = drafter.config
+    shape = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+             "head_dim", "rms_norm_eps", "max_position_embeddings", "vocab_size", "num_target_layers", "block_size",
+             "eos_token_id", "pad_token_id", "bos_token_id")  # fmt: skip
+    return {key: getattr(config, key) for key in shape} | {
+        "architectures": ["DFlashDraftModel"], "auto_map": {"AutoModel": "dflash.DFlashDraftModel"},
+        "model_type": "qwen3", "attention_bias": False, "attention_dropout": 0.0, "hidden_act": "silu",
+        "initializer_range": 0.02, "rope_scaling": None, "rope_theta": config.rope_parameters["rope_theta"],
+        "tie_word_embeddings": True, "torch_dtype": "bfloat16", "use_cache": True, "use_sliding_window": False,
+        "sliding_window": None, "max_window_layers": 5, "layer_types": ["full_attention"] * config.num_hidden_layers,
+        "dflash_config": {"mask_token_id": config.mask_token_id, "target_layer_ids": config.target_layer_ids},
+    }  # fmt: skip
+
+
+@pytest.fixture
+def drafter():
+    return make_drafter(make_target(), layers=2, dtype=torch.bfloat16)
+
+
+@pytest.fixture
+def folder(drafter, tmp_path):
+    """A folder in z-lab's layout."""
+    path = tmp_path / "z-lab"
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(z_lab(drafter)))
+    save_file(drafter.state_dict(), path / "model.safetensors")
+    return path
+
+
+def change(folder, **keys) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    nested = keys.pop("dflash_config", {})
+    config |= keys
+    config["dflash_config"] = config["dflash_config"] | nested
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v != "gone"}))
+
+
+def test_z_lab_folder_is_converted_bit_for_bit_and_serves(folder, drafter):
+    found = load_drafter(folder)
+    assert type(found) is DFlashDraftModel and found.dtype == torch.bfloat16
+    ours, theirs = found.state_dict(), drafter.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    for key in ("target_layer_ids", "mask_token_id", "block_size", "num_target_layers", "rope_parameters"):
+        assert getattr(found.config, key) == getattr(drafter.config, key)
+    noise, context = torch.randn(1, 4, 32), torch.randn(1, 9, 64)
+    with torch.no_grad():
+        assert torch.equal(found(noise, context).last_hidden_state, drafter(noise, context).last_hidden_state)
+
+
+def test_newer_files_may_keep_the_block_size_inside_and_name_two_tensors_as_transformers_does(folder, drafter):
+    change(folder, block_size="gone", rope_theta="gone", rope_scaling="gone",
+           rope_parameters=drafter.config.rope_parameters,
+           dflash_config={"block_size": 4, "causal": False, "projector_type": "dflash"})  # fmt: skip
+    state = {RENAMED.get(name, name): tensor for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(state, folder / "model.safetensors")
+    found = load_drafter(folder, dtype=torch.float32)
+    assert found.config.block_size == 4 and found.dtype == torch.float32
+    assert torch.equal(found.fc.weight, drafter.fc.weight.float())
+
+
+@pytest.mark.parametrize(
+    "keys, said",
+    [
+        (dict(dflash_config={"shift_label": True}), "dflash_config.shift_label"),
+        (dict(dflash_config={"attention_mode": "mla"}), "dflash_config.attention_mode"),
+        (dict(dflash_config={"selector_rank": 8}), "dflash_config.selector_rank"),
+        (dict(dflash_config={"projector_type": "domino"}), "Domino drafter"),
+        (dict(dflash_config={"block_size": 8}), "gives block_size twice, as 4 and 8"),
+        (dict(dflash_config={"mask_token_id": None}), "says nothing about mask_token_id"),
+        (dict(num_target_layers="gone"), "says nothing about num_target_layers"),
+        (dict(rope_theta="gone"), "says nothing about rope_theta"),
+        (dict(rope_scaling={"type": "yarn", "factor": 4}), "rope_scaling"),
+        (dict(attention_bias=True), "attention_bias"),
+        (dict(layer_types=["sliding_attention"] * 2), "sliding window"),
+        (dict(final_logit_softcapping=30.0), "final_logit_softcapping"),
+    ],
+)
+def test_what_would_be_guessed_or_ignored_is_refused(folder, keys, said):
+    change(folder, **keys)
+    with pytest.raises(ValueError, match=said):
+        load_drafter(folder)
+
+
+def test_unknown_missing_and_pickled_tensors_are_refused(folder, drafter):
+    state = drafter.state_dict()
+    save_file(state | {"embed_tokens.weight": torch.zeros(2, 2)}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match="embed_tokens.weight"):
+        load_drafter(folder)
+    save_file({name: t for name, t in state.items() if name != "fc.weight"}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match="1 tensors are unknown, missing.*fc.weight"):
+        load_drafter(folder)
+    (folder / "model.safetensors").unlink()
+    torch.save(state, folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="pickled weights are not loaded"):
+        load_drafter(folder)
+
+
+def test_what_is_no_drafter_is_named(tmp_path):
+    make_target().save_pretrained(tmp_path / "target")
+    with pytest.raises(ValueError, match="says nothing about"):
+        load_drafter(tmp_path / "target")
+    with pytest.raises(ValueError, match="holds no config.json"):
+        load_drafter(tmp_path)
+    with pytest.raises(OSError, match="neither a folder nor a Hub id"):
+        load_drafter("no/such/folder")
+    with pytest.raises(ValueError, match="which has no revision 'main'"):
+        load_drafter(tmp_path / "target", "main")
+
+
+def test_command_writes_our_layout(folder, drafter, tmp_path, capsys):
+    main(["--drafter", str(folder), "--target", "Qwen/Qwen3-8B", "--out", str(tmp_path / "ours")])
+    assert "block size 4, taps [0, 2], mask token 95" in capsys.readouterr().out
+    found = load_drafter(tmp_path / "ours")
+    assert isinstance(found.config, DFlashConfig) and found.config.target_model_name_or_path == "Qwen/Qwen3-8B"
+    assert torch.equal(found.fc.weight, drafter.fc.weight)
+    assert foreign_config(z_lab(drafter)).to_dict() | {"dtype": "", "architectures": ""} == foreign_config(
+        z_lab(found)
+    ).to_dict() | {"dtype": "", "architectures": ""}

@@ -1,0 +1,255 @@
+"""LoRA drafters: adapters on a drafter, and on layers borrowed from the target, from training to `generate`."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import BASE, MASK, SHAPE, make_drafter, make_target, overfit, random_prompts
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoModelForCausalLM
+
+from hf_specauf import DFlashDraftModel, add_adapter, attach, from_target, load_drafter
+from hf_specauf.lora import AdapterBase, borrow, finish_adapter
+from hf_specauf.recipe import DrafterArguments
+from hf_specauf.target import drafter_config
+from hf_specauf.train import main
+
+LORA = dict(use_peft="true", lora_r=4, learning_rate=0.05)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, files):
+    """A drafter's folder as `train` leaves it."""
+    out = tmp_path_factory.mktemp("base")
+    keys = dict(target_model_name_or_path=files / "target", dataset_name=files / "text.jsonl", output_dir=out) | BASE
+    main([word for key, value in keys.items() for word in (f"--{key}", *str(value).split())])
+    return out
+
+
+def adapter_on(drafter, folder, seed=0, **keys):
+    """An adapter with weights that change the drafts, saved as training saves it."""
+    base = AdapterBase.of_drafter(drafter)
+    torch.manual_seed(seed)
+    model = get_peft_model(drafter, LoraConfig(target_modules="all-linear", **dict(r=4) | keys))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder)
+    finish_adapter(folder, base)
+    return model.unload()
+
+
+# ---- adapt
+
+
+@pytest.mark.parametrize(
+    "keys", [{}, dict(use_dora="true"), dict(use_rslora="true"), dict(lora_modules_to_save="fc norm")],
+    ids=["lora", "dora", "rslora", "fc and norms in full"],
+)  # fmt: skip
+def test_adapt_trains_an_adapter_and_leaves_the_merged_drafter_beside_it(command, base, tmp_path, capsys, keys):
+    main(command(drafter_name_or_path=base, save_steps=2, **LORA, **keys))
+    printed = capsys.readouterr().out
+    assert f"target_layer_ids: [0, 2] ({base})" not in printed  # the recipe named them, as the base does
+    assert f"tau of {base} as it is: " in printed
+    out = tmp_path / "out"
+    plain, before = AutoModel.from_pretrained(out).state_dict(), AutoModel.from_pretrained(base).state_dict()
+    assert plain.keys() == before.keys()
+    moved = [name for name in plain if not torch.equal(plain[name], before[name])]
+    norms = [name for name in plain if "norm" in name]
+    assert {"fc.weight", "layers.0.self_attn.q_proj.weight", "layers.0.mlp.down_proj.weight"} <= set(moved)
+    assert bool(set(moved) & set(norms)) == ("lora_modules_to_save" in keys)
+
+    config = json.loads((out / "adapter/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(base) and config["task_type"] is None
+    assert not (out / "adapter/README.md").exists()
+    for folder in (out / "adapter", out / "checkpoint-3"):
+        tensors = load_file(folder / "adapter_model.safetensors")
+        assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
+        found = load_drafter(folder, dtype=torch.float32)
+        assert type(found) is DFlashDraftModel
+        for name, tensor in found.state_dict().items():
+            torch.testing.assert_close(tensor, plain[name])
+    record = json.loads((out / "provenance.json").read_text())
+    assert record["base"]["name_or_path"] == str(base) and record["tau_before"] >= 1
+    assert record["trainable_parameters"] == sum(t.numel() for t in tensors.values())
+
+
+def test_unmerged_and_merged_give_the_same_drafts(base, tmp_path):
+    drafter = adapter_on(load_drafter(base), tmp_path / "a")
+    peft = add_adapter(drafter, tmp_path / "a")
+    merged = load_drafter(tmp_path / "a")
+    noise, context = torch.randn(1, 4, 32), torch.randn(1, 9, 64)
+    with torch.no_grad():
+        unmerged = peft(noise, context).last_hidden_state
+        torch.testing.assert_close(unmerged, merged(noise, context).last_hidden_state, rtol=1e-4, atol=1e-5)
+        with peft.disable_adapter():
+            assert not torch.allclose(unmerged, peft(noise, context).last_hidden_state, atol=1e-3)
+
+
+def test_adapter_resumes_and_refuses_another_base(command, base, tmp_path):
+    main(command(drafter_name_or_path=base, save_steps=1, **LORA))
+    whole = load_drafter(tmp_path / "out").state_dict()
+    for gone in (2, 3):
+        shutil.rmtree(tmp_path / f"out/checkpoint-{gone}")
+    main(command(drafter_name_or_path=base, save_steps=1, resume_from_checkpoint="true", **LORA))
+    again = load_drafter(tmp_path / "out").state_dict()
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    with pytest.raises(SystemExit, match="checkpoint-1 adapts .*, and this run starts from other weights"):
+        other = tmp_path / "other"
+        drafter = load_drafter(base)
+        drafter.fc.weight.data += 0.1
+        drafter.save_pretrained(other)
+        shutil.rmtree(tmp_path / "out/checkpoint-2"), shutil.rmtree(tmp_path / "out/checkpoint-3")
+        main(command(drafter_name_or_path=other, save_steps=1, resume_from_checkpoint="true", **LORA))
+
+
+def test_adapters_switch_between_generate_calls_and_do_not_leak(tmp_path):
+    target = make_target()
+    texts = target.generate(random_prompts(4, 8), max_new_tokens=24, do_sample=False, suppress_tokens=[MASK])
+    drafter = overfit(make_drafter(target, dtype=torch.float64), target, texts, 8, steps=60)
+    drafter.save_pretrained(tmp_path / "base")
+    drafter = load_drafter(tmp_path / "base")
+    for name, seed in (("a", 1), ("b", 2)):
+        drafter = adapter_on(drafter, tmp_path / name, seed=seed)
+    before = {name: tensor.clone() for name, tensor in target.state_dict().items()}
+    alone = {name: add_adapter(load_drafter(tmp_path / "base"), tmp_path / name) for name in "ab"}
+    both = add_adapter(add_adapter(drafter, tmp_path / "a", "a"), tmp_path / "b", "b")
+    prompt = texts[:1, :8]
+    plain = target.generate(prompt, max_new_tokens=24, do_sample=False)
+
+    def rounds(model) -> list:
+        with attach(target, model) as attachment:
+            output = target.generate(prompt, max_new_tokens=24, do_sample=False, assistant_model=model)
+        assert torch.equal(output, plain)  # lossless, whatever the adapter
+        return attachment.rounds
+
+    expected = {"a": rounds(alone["a"]), "b": rounds(alone["b"]), "off": rounds(load_drafter(tmp_path / "base"))}
+    assert len({str(found) for found in expected.values()}) == 3
+    for name in ("a", "b", "a", "off", "b"):
+        if name == "off":
+            with both.disable_adapter():
+                assert rounds(both) == expected["off"]
+        else:
+            both.set_adapter(name)
+            assert rounds(both) == expected[name]
+    assert all(torch.equal(before[name], tensor) for name, tensor in target.state_dict().items())
+
+
+def test_adapter_of_another_base_is_refused(base, tmp_path):
+    drafter = adapter_on(load_drafter(base), tmp_path / "a")
+    drafter.norm.weight.data[0] += 1
+    with pytest.raises(ValueError, match=f"was trained on {base}, and this drafter has other weights"):
+        add_adapter(drafter, tmp_path / "a")
+    with_one = add_adapter(load_drafter(base), tmp_path / "a", "one")
+    assert isinstance(add_adapter(with_one, tmp_path / "a", "two"), PeftModel)
+    with_one.get_base_model().norm.weight.data[0] += 1
+    with pytest.raises(ValueError, match="has other weights"):
+        add_adapter(with_one, tmp_path / "a", "three")
+    (tmp_path / "a/base.json").unlink()
+    with pytest.raises(ValueError, match="adapter without base.json"):
+        load_drafter(tmp_path / "a")
+
+
+# ---- borrow
+
+
+def test_borrowed_layers_are_the_targets_and_only_the_rest_is_trained(command, files, tmp_path, capsys):
+    keys = {key: value for key, value in BASE.items() if key != "num_draft_layers"}
+    main(command(base=keys, init_from_target_layers="1 6", save_steps=3, **LORA))
+    out, target = tmp_path / "out", AutoModelForCausalLM.from_pretrained(files / "target")
+    tensors = load_file(out / "adapter/adapter_model.safetensors")
+    assert all("lora_" in name or "norm" in name or name.endswith("fc.weight") for name in tensors)
+    assert any("lora_" in name for name in tensors) and any(name.endswith("fc.weight") for name in tensors)
+    merged = load_drafter(out)
+    assert merged.config.num_hidden_layers == 2 and merged.config.borrowed_layers is None
+    for folder in (out / "checkpoint-3",):
+        for rebuilt in (from_target(target, folder), load_drafter(folder, target=target)):
+            for name, tensor in rebuilt.state_dict().items():
+                torch.testing.assert_close(tensor, merged.state_dict()[name])
+    # nothing may attach itself to the target, or load without it
+    assert json.loads((out / "checkpoint-3/adapter_config.json").read_text())["base_model_name_or_path"] is None
+    with pytest.raises(ValueError, match=r"borrows layers \[1, 6\].*hf_specauf.from_target"):
+        AutoModel.from_pretrained(out / "checkpoint-3")
+    with pytest.raises(ValueError, match=r"load the target and call hf_specauf.from_target"):
+        load_drafter(out / "checkpoint-3")
+    with pytest.raises(ValueError, match="use from_target"):
+        add_adapter(merged, out / "adapter")
+    target.get_submodule("model.layers.6.mlp.up_proj").weight.data[0, 0] += 1
+    with pytest.raises(ValueError, match=r"borrows layers \[1, 6\] of .*, and this target's layers are other weights"):
+        from_target(target, out / "checkpoint-3")
+
+
+def test_borrowed_layers_start_as_the_targets(capsys):
+    target = make_target(dtype=torch.float32)
+    drafter = borrow(target, config_for(target), [1, 3], frozen=True)
+    for slot, index in enumerate([1, 3]):
+        ours, theirs = drafter.layers[slot].state_dict(), target.model.layers[index].state_dict()
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert capsys.readouterr().out == ""
+
+
+def config_for(target):
+    return drafter_config(target, num_hidden_layers=2, block_size=4, mask_token_id=MASK, target_layer_ids=[0, 2])
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "mixtral"])
+def test_other_shapes_are_an_initialisation_that_names_what_is_new(architecture, capsys):
+    target = make_target(architecture, dtype=torch.float32)
+    with pytest.raises(ValueError, match="does not fit a drafter's layer .*Leave out use_peft"):
+        borrow(target, config_for(target), [0, 1], frozen=True)
+    drafter = borrow(target, config_for(target), [0, 1], frozen=False)
+    printed = capsys.readouterr().out
+    assert "new in each layer: [" in printed and "self_attn.q_norm.weight" in printed
+    assert torch.equal(drafter.layers[1].self_attn.k_proj.weight, target.model.layers[1].self_attn.k_proj.weight)
+    assert torch.equal(drafter.layers[0].input_layernorm.weight, torch.ones(32))  # Gemma keeps its norms less 1
+    assert ("mlp.up_proj.weight" in printed) == (architecture == "mixtral")
+
+
+def test_layers_that_share_nothing_and_layers_that_are_not_there_are_refused():
+    target = make_target("gpt2", dtype=torch.float32)
+    with pytest.raises(ValueError, match="nothing of GPT2Block fits"):
+        borrow(target, config_for(target), [0, 1], frozen=False)
+    target = make_target(dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"each in 0..3"):
+        borrow(target, config_for(target), [1, SHAPE["num_hidden_layers"]], frozen=True)
+
+
+# ---- recipes
+
+
+@pytest.mark.parametrize(
+    "keys, said",
+    [
+        (dict(use_peft=True), "needs something to adapt"),
+        (dict(lora_r=8), "lora_r would be ignored without use_peft"),
+        (dict(use_dora=True), "use_dora would be ignored"),
+        (dict(drafter_revision="main"), "without drafter_name_or_path"),
+        (dict(drafter_name_or_path="a/b", init_from_target_layers=[1]), "two starts"),
+    ],
+)
+def test_keys_that_say_nothing_are_refused(keys, said):
+    with pytest.raises(ValueError, match=said):
+        DrafterArguments(**keys)
+
+
+@pytest.mark.parametrize(
+    "keys, said",
+    [
+        (dict(block_size=8), "block_size is 8, and the drafter .* has 4"),
+        (dict(target_layer_ids="0 3"), "target_layer_ids is"),
+        (dict(mask_token_id=3), "mask_token_id is 3"),
+    ],
+)
+def test_a_released_drafter_keeps_its_shape(command, base, keys, said):
+    with pytest.raises(SystemExit, match=said):
+        main(command(drafter_name_or_path=base, **keys))
+
+
+def test_warm_start_trains_the_released_drafter_in_full(command, base, tmp_path):
+    main(command(drafter_name_or_path=base, max_steps=1))
+    before, after = load_drafter(base).state_dict(), load_drafter(tmp_path / "out").state_dict()
+    assert before.keys() == after.keys() and not torch.equal(before["fc.weight"], after["fc.weight"])
+    assert not (tmp_path / "out/adapter").exists()
+    torch.testing.assert_close(before["fc.weight"], after["fc.weight"], atol=2e-3, rtol=0)  # one step away
