@@ -266,7 +266,7 @@ def train_drafter(target: Path, recipe: Path, out: Path, *overrides: str) -> dic
         provenance = json.loads(record.read_text())
         wanted = {key: value for part in arguments[:3] for key, value in asdict(part).items()}
         wanted |= {key: getattr(arguments[3], key) for key in ("objective", "normalisation", "max_steps", "seed")}
-        if all(provenance["recipe"][k] == v for k, v in wanted.items() if v is not None):
+        if all(provenance["recipe"].get(k, v) == v for k, v in wanted.items() if v is not None):
             print(f"{out}: already trained")
             return provenance
         raise SystemExit(f"{out} holds a drafter of another recipe: give another --out, or remove that folder")

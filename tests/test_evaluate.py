@@ -13,7 +13,7 @@ from transformers import set_seed
 
 from hf_specauf.acceptance import TAU_DEFINITION
 from hf_specauf.drafters.modeling_dflash import DFlashDraftModel
-from hf_specauf.evaluate import compare, first_difference, main, near_tie_bound, repetition
+from hf_specauf.evaluate import compare, first_difference, main, near_tie_bound, repetition, transfer_verdict
 from hf_specauf.generate import attach
 from hf_specauf.target import drafter_config
 
@@ -243,3 +243,21 @@ def test_what_cannot_be_evaluated_is_one_line_of_advice(folders, tmp_path, more,
     message = str(error.value)
     assert message.startswith("error: ") and "\n" not in message
     assert not (tmp_path / "out").exists()
+
+
+# ---- measure first, then adapt
+
+
+def test_a_drafter_on_another_target_is_told_whether_adapting_is_worth_it(tmp_path):
+    config = make_drafter(make_target()).config
+    config.target_model_name_or_path = "own/target"
+    assert transfer_verdict({"acceptance": {"tau": 1.5}}, config, "own/target", tmp_path) == ""
+    said = transfer_verdict({"acceptance": {"tau": 1.5}}, config, "a/fine-tune", tmp_path)
+    assert "nothing beside it says what it reached there" in said and "--target_model_name_or_path a/fine-tune" in said
+    measured = {"acceptance": {"tau": 3.0}, "conditions": {"prompts": "p"}, "target": {"name_or_path": "own/target"}}
+    (tmp_path / "eval.json").write_text(json.dumps(measured))
+    said = transfer_verdict({"acceptance": {"tau": 1.5}}, config, "a/fine-tune", tmp_path)
+    assert "reached tau 3.00 there (p). Here it reaches 1.50, so 25% of the accepted tokens are kept" in said
+    assert "worth a try: accelerate launch -m hf_specauf.train" in said and str(tmp_path) in said
+    said = transfer_verdict({"acceptance": {"tau": 2.95}}, config, "a/fine-tune", tmp_path)
+    assert "98% of the accepted tokens" in said and said.endswith("Adapting it has little to win.")

@@ -7,7 +7,8 @@ import pytest
 import torch
 from conftest import BASE, MASK, SHAPE, make_drafter, make_target, overfit, random_prompts
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from test_convert import z_lab
 from transformers import AutoModel, AutoModelForCausalLM
 
 from hf_specauf import DFlashDraftModel, add_adapter, attach, from_target, load_drafter
@@ -74,6 +75,24 @@ def test_adapt_trains_an_adapter_and_leaves_the_merged_drafter_beside_it(command
     record = json.loads((out / "provenance.json").read_text())
     assert record["base"]["name_or_path"] == str(base) and record["tau_before"] >= 1
     assert record["trainable_parameters"] == sum(t.numel() for t in tensors.values())
+
+
+def test_a_z_lab_drafter_is_adapted_and_its_adapter_attaches_to_nothing_by_itself(command, base, tmp_path):
+    folder = tmp_path / "z-lab"
+    folder.mkdir()
+    drafter = load_drafter(base)
+    (folder / "config.json").write_text(json.dumps(z_lab(drafter)))
+    save_file(drafter.state_dict(), folder / "model.safetensors")
+    main(command(drafter_name_or_path=folder, **LORA))
+    out = tmp_path / "out"
+    config = json.loads((out / "config.json").read_text())
+    assert config["model_type"] == "specauf_dflash" and config["target_model_name_or_path"].endswith("target")
+    assert config["tokenizer_hash"] and config["mask_token_id"] == drafter.config.mask_token_id
+    assert json.loads((out / "adapter/adapter_config.json").read_text())["base_model_name_or_path"] is None
+    with pytest.raises(OSError):
+        AutoModel.from_pretrained(out / "adapter")  # AutoModel would take the base for a plain Qwen3
+    found, merged = load_drafter(out / "adapter").state_dict(), load_drafter(out).state_dict()
+    assert all(torch.equal(found[name], merged[name]) for name in merged)
 
 
 def test_unmerged_and_merged_give_the_same_drafts(base, tmp_path):
