@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -40,8 +41,12 @@ def launch(folder: Path, out: Path, processes: int, rows_each: int, accumulation
     """Run the worker for real -> its logs.json."""
     keys |= dict(per_device_train_batch_size=rows_each, gradient_accumulation_steps=accumulation)
     words = [str(WORKER), str(folder), str(out), *(f"{key}={json.dumps(value)}" for key, value in keys.items())]
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] * (processes > 1)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
+    many = processes > 1 or "deepspeed" in keys
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] * many
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "GLOO_SOCKET_IFNAME": "lo"}
+    if not torch.cuda.is_available():
+        environment["DS_ACCELERATOR"] = "cpu"
     done = subprocess.run(
         [sys.executable, *launcher, *words], env=environment, capture_output=True, text=True, timeout=400
     )
@@ -100,3 +105,17 @@ def test_lora_gives_the_same_loss_in_two_processes(folder, tmp_path):
         found.append([log["loss"] for log in record["logs"] if "loss" in log])
         assert all("lora_" in name for name in weights(tmp_path / str(number)))
     assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs `pip install deepspeed`")
+def test_deepspeed_zero2_gives_the_loss_gradient_and_weights_of_plain_training(folder, tmp_path):
+    """One process: on CPU accelerate runs each DeepSpeed process as if it were alone."""
+    zero2 = {"zero_optimization": {"stage": 2}, "train_micro_batch_size_per_gpu": "auto", "gradient_clipping": "auto",
+             "gradient_accumulation_steps": 1, "zero_allow_untested_optimizer": True}  # fmt: skip
+    found = []
+    for number, keys in enumerate(({}, dict(use_cpu=False, deepspeed=zero2))):
+        record = launch(folder, tmp_path / str(number), 1, 2, max_grad_norm=0.5, **keys)
+        found.append([(log["loss"], log["grad_norm"]) for log in record["logs"] if "loss" in log])
+    assert len(found[0]) == 4 and found[0] == [pytest.approx(pair, rel=1e-5) for pair in found[1]]
+    for name, value in weights(tmp_path / "0").items():
+        torch.testing.assert_close(weights(tmp_path / "1")[name], value, rtol=1e-5, atol=1e-7)
