@@ -18,24 +18,20 @@ from .drafters.modeling_dflash import DFlashDraftModel
 from .lora import AdapterBase, add_adapter, borrow, borrowed_tensors, fingerprint
 from .records import HUB_ID, errors_in_one_line
 
-# What other trainers write into config.json beside the drafter's shape, and the value under which a drafter computes
-# what theirs does (`None`: says nothing about the computation)
-HARMLESS = {
-    "architectures": None, "auto_map": None, "model_type": None, "torch_dtype": None, "dtype": None,
-    "transformers_version": None, "use_cache": None, "_name_or_path": None, "initializer_range": None,
-    "attention_dropout": None, "max_window_layers": None, "tie_word_embeddings": None, "sliding_window": None,
-    "num_draft_layers": None, "id2label": None, "label2id": None, "torchscript": None, "pretraining_tp": None,
+# What other trainers write into config.json that says nothing about the computation
+IGNORED = {
+    "architectures", "auto_map", "model_type", "torch_dtype", "dtype", "transformers_version", "use_cache",
+    "_name_or_path", "initializer_range", "attention_dropout", "max_window_layers", "tie_word_embeddings",
+    "sliding_window", "num_draft_layers", "id2label", "label2id", "torchscript", "pretraining_tp",
+}  # fmt: skip
+# and what does, with the only value under which our drafter computes the same
+MUST_BE = {
     "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False,
     "rope_scaling": None, "is_causal": False,
 }  # fmt: skip
-MUST_BE = ("hidden_act", "attention_bias", "mlp_bias", "use_sliding_window", "rope_scaling", "is_causal")
-NESTED = {
-    "causal": False,
-    "is_causal": False,
-    "attention_mode": "gqa",
-    "projector_type": "dflash",
-    "shift_label": False,
-}
+MUST_BE_NESTED = {
+    "causal": False, "is_causal": False, "attention_mode": "gqa", "projector_type": "dflash", "shift_label": False,
+}  # fmt: skip
 RENAMED = {"encoder.fc.weight": "fc.weight", "encoder.output_norm_enc.weight": "hidden_norm.weight"}
 
 
@@ -195,11 +191,14 @@ def foreign_config(config: dict, folder: str | Path = "config.json") -> DFlashCo
         raise ValueError(f"{folder} says nothing about rope_theta, which is never guessed")
     special = {key: config.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     layers = config.get("layer_types")
-    known = keys | set(HARMLESS) | set(special) | {"dflash_config", "rope_parameters", "rope_theta", "layer_types"}
-    odd = [key for key in MUST_BE if config.get(key) not in (None, HARMLESS[key])]
-    odd += [f"dflash_config.{key}" for key, value in nested.items()
-            if key not in keys and (key not in NESTED or value not in (None, NESTED[key]))]  # fmt: skip
-    odd += sorted(set(config) - known)
+    known = keys | IGNORED | set(special) | {"dflash_config", "rope_parameters", "rope_theta", "layer_types"}
+    places = (("", config, known, MUST_BE), ("dflash_config.", nested, keys, MUST_BE_NESTED))
+    odd = [
+        place + key
+        for place, part, read, must_be in places
+        for key, value in sorted(part.items())
+        if key not in read and (key not in must_be or value not in (None, must_be[key]))
+    ]
     if odd:
         raise ValueError(
             f"{folder} asks for what a DFlash drafter of this package does not compute, or nobody here knows: "
