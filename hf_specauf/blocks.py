@@ -46,6 +46,15 @@ def document_positions(document_ids: torch.Tensor) -> torch.Tensor:
     return index - torch.where(starts, index, 0).cummax(dim=1).values
 
 
+def row_inputs(document_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What the target needs beside token ids so that packed documents do not see each other, nor anything padding:
+    positions that start afresh in each (transformers' masks take that for a boundary), or, where every row is one
+    document, an attention mask. (B, S), -1 on padding -> one (B, S) tensor by its name"""
+    if not bool((document_ids > 0).any()):
+        return {"attention_mask": (document_ids >= 0).long()}
+    return {"position_ids": document_positions(document_ids)}
+
+
 def anchor_candidates(supervised: torch.Tensor, document_ids: torch.Tensor) -> torch.Tensor:
     """Positions that may be anchors: supervised, with a supervised token of the same document right after (a label)
     and at least one token of it before (context; decoding always has some). (B, S) bool -> (B, S) bool"""

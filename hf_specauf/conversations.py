@@ -1,127 +1,57 @@
-"""Datasets -> the target's chat template -> token ids and the supervised mask -> batches."""
+"""Raw rows -> the target's chat template -> token ids and the supervised mask -> batches."""
 
-import os
+from collections import Counter
 from itertools import groupby
 
 import numpy as np
 import torch
-from datasets import Dataset, concatenate_datasets, load_dataset
+from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
-from trl import maybe_convert_to_chatml
-from trl.chat_template_utils import get_training_chat_template
+from trl import pack_dataset
 
-READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
+from .chat_template import RowEncoder
+from .sources import row_format
+
 FEWEST_FULL_BLOCKS = 0.1  # share of rows that must hold a whole supervised block
+MOST_UNUSABLE = 0.5  # share of rows that the template may refuse
 
 
-def load_rows(name: str, config: str | None = None, split: str = "train", revision: str | None = None) -> Dataset:
-    """Rows of a local file (`.jsonl`, `.json`, `.parquet`, `.csv`, `.txt`) or of a dataset on the Hub.
+def encode_rows(
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    chat_template_kwargs: dict | None = None,
+    num_proc: int | None = None,
+) -> Dataset:
+    """Token rows of one source, unusable ones among them: the columns of [`RowEncoder`].
 
     Raises:
-        FileNotFoundError: the name looks like a file and there is none.
+        ValueError: no row; unknown columns; conversations for a target without a chat template.
     """
-    reader = READERS.get(os.path.splitext(name)[1])
-    if reader is None:
-        return load_dataset(name, config, split=split, revision=revision)
-    if not os.path.isfile(name):
-        raise FileNotFoundError(
-            f"dataset_name {name!r} looks like a local file, but there is none at {os.path.abspath(name)}"
+    if not len(dataset):
+        raise ValueError("the dataset has no rows: check dataset_name, dataset_split and max_train_rows")
+    if row_format(dataset.column_names) != "tokens":
+        encoder = RowEncoder(tokenizer, dataset.column_names, max_length, chat_template_kwargs)
+        return dataset.map(
+            encoder, batched=True, with_indices=True, remove_columns=dataset.column_names, num_proc=num_proc,
+            desc=f"Tokenizing {encoder.kind} rows",
+        )  # fmt: skip
+    if "supervised" not in dataset.column_names:
+        raise ValueError(
+            "token rows need a `supervised` column beside `input_ids`: 1 where the target's words are, else 0"
         )
-    return load_dataset(reader, data_files=name, split="train")
 
+    def number(batch: dict, indices: list[int]) -> dict:
+        return {
+            "input_ids": [ids[:max_length] for ids in batch["input_ids"]],
+            "supervised": [flags[:max_length] for flags in batch["supervised"]],
+            "reason": [""] * len(indices),
+            "source": indices,
+            "cut": [len(ids) > max_length for ids in batch["input_ids"]],
+        }
 
-def row_format(columns: list[str]) -> str:
-    """`tokens`, `messages`, `conversations` or `text`, from the column names."""
-    for column in ("input_ids", "messages", "conversations", "text"):
-        if column in columns:
-            return "tokens" if column == "input_ids" else column
-    raise ValueError(
-        f"the dataset's columns are {columns}: none of `messages`, `conversations` (ShareGPT) or `text` is there. "
-        "Rename the column that holds the conversation or the text."
-    )
-
-
-# ShareGPT's names; trl renames the keys of a turn, not its roles
-ROLES = {"human": "user", "gpt": "assistant", "bing": "assistant", "chatgpt": "assistant", "bard": "assistant"}
-
-
-def chat_messages(row: dict) -> list[dict]:
-    """The turns of a `messages` or ShareGPT `conversations` row, with the roles chat templates know."""
-    turns = maybe_convert_to_chatml(row)["messages"]
-    return [turn | {"role": ROLES.get(turn["role"], turn["role"])} for turn in turns]
-
-
-def _chat_ids(messages: list[dict], tokenizer: PreTrainedTokenizerBase, template: str | None, kwargs: dict):
-    """Token ids of a conversation and which of them the assistant wrote, by the template's generation markers."""
-    out = tokenizer.apply_chat_template(
-        messages, chat_template=template, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **kwargs
-    )
-    return out["input_ids"], out["assistant_masks"]
-
-
-def _chat_ids_by_prefix(messages: list[dict], tokenizer: PreTrainedTokenizerBase, kwargs: dict):
-    """The same for templates without markers: the assistant wrote what each of its turns adds to the rendering."""
-
-    def render(turns: list[dict], prompt: bool) -> str:
-        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompt, **kwargs)
-
-    text, spans = render(messages, False), []
-    for i, message in enumerate(messages):
-        if message["role"] == "assistant":
-            before = render(messages[:i], True) if i else ""  # templates refuse an empty conversation
-            through = render(messages[: i + 1], False)
-            if not (text.startswith(through) and through.startswith(before)):
-                raise ValueError(
-                    "the chat template renders a conversation's beginning differently once it goes on, so the "
-                    "assistant's tokens cannot be told apart: use a template with {% generation %} markers"
-                )
-            spans.append((len(before), len(through)))
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    mask = [int(any(a <= start < b for a, b in spans)) for start, _ in encoded["offset_mapping"]]
-    return encoded["input_ids"], mask
-
-
-class RowEncoder:
-    """Turns raw rows into token rows; a picklable callable for `Dataset.map(batched=True, with_indices=True)`."""
-
-    def __init__(self, tokenizer, kind: str, max_length: int, chat_template_kwargs: dict | None):
-        self.tokenizer, self.kind, self.max_length = tokenizer, kind, max_length
-        self.kwargs = chat_template_kwargs or {}
-        self.template, self.by_prefix = None, False
-        if kind in ("messages", "conversations"):
-            if tokenizer.chat_template is None:
-                raise ValueError(
-                    "the rows are conversations, but the target's tokenizer has no chat template: give `text` rows"
-                )
-            try:
-                self.template = get_training_chat_template(tokenizer) or tokenizer.get_chat_template()
-            except ValueError:  # trl knows no training version of it; markers may still be in it
-                self.template = tokenizer.get_chat_template()
-            # without markers transformers returns an all-zero mask, silently (marin#7237)
-            self.by_prefix = "{% generation" not in self.template.replace("{%-", "{%")
-
-    def __call__(self, batch: dict, indices: list[int]) -> dict:
-        rows = {"input_ids": [], "supervised": []}
-        for i in range(len(indices)):
-            if self.kind == "text":
-                ids = self.tokenizer(batch["text"][i])["input_ids"]
-                if self.tokenizer.eos_token_id is not None and ids[-1:] != [self.tokenizer.eos_token_id]:
-                    ids = ids + [self.tokenizer.eos_token_id]
-                for start in range(0, len(ids), self.max_length):
-                    rows["input_ids"].append(ids[start : start + self.max_length])
-                    rows["supervised"].append([1] * len(rows["input_ids"][-1]))
-                continue
-            try:
-                messages = chat_messages({self.kind: batch[self.kind][i]})
-                if self.by_prefix:
-                    ids, mask = _chat_ids_by_prefix(messages, self.tokenizer, self.kwargs)
-                else:
-                    ids, mask = _chat_ids(messages, self.tokenizer, self.template, self.kwargs)
-            except Exception as error:
-                raise ValueError(f"row {indices[i]}: the chat template failed: {error}") from error
-            rows["input_ids"].append(list(ids)[: self.max_length])
-            rows["supervised"].append(list(mask)[: self.max_length])
-        return rows
+    return dataset.select_columns(["input_ids", "supervised"]).map(number, batched=True, with_indices=True)
 
 
 def longest_run(supervised: list[int]) -> int:
@@ -131,7 +61,7 @@ def longest_run(supervised: list[int]) -> int:
 
 
 def prepare_rows(
-    dataset: Dataset,
+    datasets: Dataset | list[Dataset],
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int,
@@ -139,32 +69,31 @@ def prepare_rows(
     mask_token_id: int,
     chat_template_kwargs: dict | None = None,
     num_proc: int | None = None,
+    packing: bool = False,
+    verbose: bool = True,
 ) -> Dataset:
-    """Token rows ready for training: `input_ids`, `supervised`, `length`, `row` (a number anchors are drawn from).
+    """Token rows ready for training: `input_ids`, `supervised`, `length`, `row` (a number anchors are drawn from),
+    and `document_ids` where rows are packed.
 
     Text is cut into rows of `max_length` tokens, every token supervised; conversations are rendered by the target's
-    own template, only the assistant's tokens supervised, and truncated. Rows with fewer than two supervised tokens in
-    a row hold no block and are dropped, with a count.
+    own template, only what the assistant wrote supervised, and cut at `max_length`. Rows of no use (no assistant
+    turn, refused by the template, a prompt as long as the row, fewer than two supervised tokens in a row) are left
+    out and counted by reason, with the first row of each.
+
+    Args:
+        datasets (`Dataset` or `list[Dataset]`): one source or several, each in a format of its own.
+        num_proc (`int`, *optional*): processes that tokenize; the result is cached by `datasets` either way.
+        packing (`bool`, *optional*, defaults to `False`): put several short rows into one of up to `max_length`.
+        verbose (`bool`, *optional*, defaults to `True`): print what was recognised and left out.
 
     Raises:
-        ValueError: unknown columns; no supervised token anywhere; hardly a row with a whole block; the mask token
-            occurs in the data.
+        ValueError: unknown columns; no supervised token anywhere; the template refuses most rows; hardly a row with a
+            whole block; the mask token occurs in the data.
     """
-    if not len(dataset):
-        raise ValueError("the dataset has no rows: check dataset_name, dataset_split and max_train_rows")
-    kind = row_format(dataset.column_names)
-    if kind == "tokens" and "supervised" not in dataset.column_names:
-        raise ValueError(
-            "token rows need a `supervised` column beside `input_ids`: 1 where the target's words are, else 0"
-        )
-    if kind != "tokens":
-        encoder = RowEncoder(tokenizer, kind, max_length, chat_template_kwargs)
-        dataset = dataset.map(
-            encoder, batched=True, with_indices=True, remove_columns=dataset.column_names, num_proc=num_proc,
-            desc=f"Tokenizing {kind} rows",
-        )  # fmt: skip
-    else:
-        dataset = dataset.select_columns(["input_ids", "supervised"])
+    datasets = datasets if isinstance(datasets, list) else [datasets]
+    options = dict(max_length=max_length, chat_template_kwargs=chat_template_kwargs, num_proc=num_proc)
+    encoded = [encode_rows(dataset, tokenizer, **options) for dataset in datasets]
+    raw, rows = sum(map(len, datasets)), concatenate_datasets(encoded)
 
     def measure(batch: dict) -> dict:
         return {
@@ -173,32 +102,71 @@ def prepare_rows(
             "has_mask": [mask_token_id in ids for ids in batch["input_ids"]],
         }
 
-    measures = dataset.map(
-        measure, batched=True, remove_columns=dataset.column_names, num_proc=num_proc, desc="Checking rows"
+    columns = ["input_ids", "supervised"]
+    measures = rows.map(
+        measure, batched=True, remove_columns=columns, num_proc=num_proc, desc="Checking rows"
     ).with_format("numpy")[:]
     if measures["has_mask"].any():
+        found = measures["source"][measures["has_mask"].argmax()]
         raise ValueError(
-            f"row {measures['has_mask'].argmax()} contains the mask token (id {mask_token_id}): a real token would "
+            f"row {found} contains the mask token (id {mask_token_id}): a real token would "
             "look like a slot to fill. Choose another mask_token_id, or remove the token from the data."
         )
-    full = int((measures["run"] >= block_size).sum())
     # context, anchor, label
-    keep = np.flatnonzero((measures["run"] >= 2) & (measures["tokens"] >= 3))
+    usable = (measures["run"] >= 2) & (measures["tokens"] >= 3)
+    reasons = measures["reason"].astype(object)
+    reasons[~usable & (reasons == "")] = "fewer than 2 supervised tokens in a row"
+    left_out = reasons_in_words(reasons, measures["source"])
+    refused = sum(measures["reason"] != "")
     if not measures["run"].any():
         raise ValueError(
-            f"not one token of {len(dataset)} rows is supervised: the drafter would learn nothing. For conversations, "
-            "check that there are assistant turns and that the target's chat template marks them."
+            f"not one token of {raw} rows is supervised: the drafter would learn nothing ({left_out}). For "
+            "conversations, check that there are assistant turns and that the target's chat template marks them."
         )
-    if not len(keep) or full < FEWEST_FULL_BLOCKS * len(dataset):
+    if refused > MOST_UNUSABLE * len(rows):
         raise ValueError(
-            f"rows are too short: only {full} of {len(dataset)} hold a whole block of {block_size} "
-            f"supervised tokens. Lower block_size, raise max_length (now {max_length}), or use longer answers."
+            f"{refused} of {raw} rows cannot be used ({left_out}): this is not the data the target's template is "
+            "for. Mend the rows or the template, or choose another dataset."
         )
-    if len(keep) < len(dataset):
-        print(f"dropped {len(dataset) - len(keep)} of {len(dataset)} rows: fewer than 2 supervised tokens in a row")
-        dataset = dataset.select(keep)
-    dataset = dataset.add_column("length", [int(tokens) for tokens in measures["tokens"][keep]])
-    return dataset.add_column("row", list(range(len(dataset))))
+    keep, full = np.flatnonzero(usable), int((measures["run"] >= block_size).sum())
+    if not len(keep) or full < FEWEST_FULL_BLOCKS * len(rows):
+        raise ValueError(
+            f"rows are too short: only {full} of {len(rows)} hold a whole block of {block_size} supervised tokens "
+            f"({left_out or 'none was left out'}). Lower block_size, raise max_length (now {max_length}), or use "
+            "longer answers."
+        )
+    if verbose:
+        kinds = Counter(row_format(dataset.column_names) for dataset in datasets)
+        print(f"{raw} rows of {', '.join(kinds)} -> {len(keep)} token rows")
+        if len(keep) < len(rows):
+            print(f"dropped {len(rows) - len(keep)} of {len(rows)} rows: {left_out}")
+        if measures["cut"][keep].any():
+            print(f"cut {measures['cut'][keep].sum()} rows at max_length, {max_length} tokens")
+    rows = rows.select(keep).select_columns(columns)
+    lengths = measures["tokens"][keep]
+    if packing:
+        rows, lengths = pack(rows, max_length)
+        if verbose:
+            print(f"packed them into {len(rows)} rows of up to {max_length} tokens")
+    rows = rows.add_column("length", [int(tokens) for tokens in lengths])
+    return rows.add_column("row", list(range(len(rows))))
+
+
+def reasons_in_words(reasons: np.ndarray, sources: np.ndarray, most: int = 5) -> str:
+    """`it has no assistant turn (3, first: row 7), ...`, the most frequent first."""
+    found = Counter(reason for reason in reasons if reason).most_common(most + 1)
+    words = [
+        f"{reason} ({count}, first: row {sources[list(reasons).index(reason)]})" for reason, count in found[:most]
+    ]
+    return ", ".join(words + ["and other reasons"] * (len(found) > most))
+
+
+def pack(rows: Dataset, max_length: int) -> tuple[Dataset, list[int]]:
+    """Rows of several documents each, whole and best fit first, with `document_ids` 0, 1, ... -> rows, lengths."""
+    packed = pack_dataset(rows, max_length, "bfd")
+    lengths = packed["seq_lengths"][:]
+    documents = [np.repeat(np.arange(len(sizes)), sizes).tolist() for sizes in lengths]
+    return packed.remove_columns("seq_lengths").add_column("document_ids", documents), [sum(s) for s in lengths]
 
 
 def show_row(row: dict, tokenizer: PreTrainedTokenizerBase, most: int = 160) -> str:

@@ -15,10 +15,11 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from trl import TrlParser
 
 from .acceptance import TAU_DEFINITION
-from .conversations import chat_messages, load_rows, prompt_length, row_format
+from .conversations import prompt_length
 from .convert import fetch, load_drafter
 from .generate import attach
 from .records import environment, errors_in_one_line, write_record
+from .sources import UnusableRow, chat_messages, load_rows, row_format, row_tools
 from .target import innermost, load_target
 
 NEAR_TIE = 1e-3  # fp32: a first difference is a tie of rounding if the target's two best logits are closer than this
@@ -169,12 +170,17 @@ def encode_prompts(rows, tokenizer: PreTrainedTokenizerBase, count: int, longest
             ids = row["input_ids"][: prompt_length(row["supervised"])]
         elif kind == "text":
             ids = tokenizer(row["text"])["input_ids"][:longest]
+        elif kind == "prompt_completion" and tokenizer.chat_template is None:
+            ids = tokenizer(row["prompt"])["input_ids"]
         else:
-            turns = list(takewhile(lambda turn: turn["role"] != "assistant", chat_messages({kind: row[kind]})))
+            try:
+                turns = list(takewhile(lambda turn: turn["role"] != "assistant", chat_messages(row)))
+            except UnusableRow:
+                continue
             if not turns:
                 continue
             ids = tokenizer.apply_chat_template(
-                turns, add_generation_prompt=True, return_dict=True, **(template_kwargs or {})
+                turns, tools=row_tools(row), add_generation_prompt=True, return_dict=True, **(template_kwargs or {})
             )["input_ids"]
         if ids:
             prompts.append(torch.tensor([ids]))

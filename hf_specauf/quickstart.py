@@ -37,11 +37,11 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from .acceptance import TAU_DEFINITION
 from .callbacks import InterruptCallback
-from .conversations import load_rows
 from .evaluate import compare, evaluation_record, plot_alpha
 from .optimizer import MuonWithAdamW
 from .recipe import parse
 from .records import errors_in_one_line, write_record
+from .sources import load_rows
 from .train import train
 
 EOS, PAD, MASK = "<|endoftext|>", "<|pad|>", "<|mask|>"

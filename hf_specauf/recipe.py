@@ -3,10 +3,30 @@
 import json
 from dataclasses import dataclass, field, fields
 
+import torch
 from peft import PeftConfig
+from transformers import BitsAndBytesConfig
+from transformers.utils import is_bitsandbytes_available
 from trl import ModelConfig, TrlParser, get_peft_config
 
 from .trainer import AUFConfig
+
+
+def json_mapping(key: str, value: str | dict | None) -> dict | None:
+    """A mapping as YAML gives it, or as JSON text from the command line.
+
+    Raises:
+        ValueError: the text is no JSON object.
+    """
+    try:
+        found = json.loads(value) if isinstance(value, str) else value
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f'{key} is {value!r}, which is no JSON object ({error}): write it like {{"enable_thinking": false}}'
+        ) from error
+    if found is not None and not isinstance(found, dict):
+        raise ValueError(f'{key} is {value!r}, which is no JSON object: write it like {{"enable_thinking": false}}')
+    return found
 
 
 @dataclass
@@ -22,13 +42,41 @@ class TargetArguments:
     target_device_map: str | None = field(
         default=None, metadata={"help": "e.g. auto: spread a target too large for one GPU; it is then never moved."}
     )
+    target_quantization: str | None = field(
+        default=None, metadata={"help": "bnb-4bit or bnb-8bit: load the target in so many bits (bitsandbytes)."}
+    )
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Run the target repository's own code; give target_revision with it."}
     )
 
+    def loading(self) -> dict:
+        """What `from_pretrained` is told, beside name and revision.
+
+        Raises:
+            ValueError: quantisation is asked for and bitsandbytes is not installed.
+        """
+        found = dict(
+            dtype=self.target_dtype, attn_implementation=self.target_attn_implementation,
+            device_map=self.target_device_map, trust_remote_code=self.trust_remote_code,
+        )  # fmt: skip
+        if self.target_quantization is None:
+            return found
+        if not is_bitsandbytes_available():
+            raise ValueError(
+                f"target_quantization: {self.target_quantization} needs bitsandbytes: `pip install bitsandbytes`, or "
+                "remove the key"
+            )
+        four = self.target_quantization == "bnb-4bit"
+        # the usual 4-bit format; scales in 8 bits save another 0.4 bits a weight
+        bits = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+        bits |= dict(bnb_4bit_compute_dtype=torch.bfloat16)
+        return found | {"quantization_config": BitsAndBytesConfig(**bits if four else dict(load_in_8bit=True))}
+
     def __post_init__(self):
         if self.target_dtype not in ("auto", "bfloat16", "float32"):
             raise ValueError(f"target_dtype is {self.target_dtype!r}; it must be auto, bfloat16 or float32")
+        if self.target_quantization not in (None, "bnb-4bit", "bnb-8bit"):
+            raise ValueError(f"target_quantization is {self.target_quantization!r}; it must be bnb-4bit or bnb-8bit")
         if self.trust_remote_code and self.target_revision is None:
             raise ValueError("trust_remote_code: true needs target_revision, so that the code cannot change under you")
 
@@ -87,14 +135,7 @@ class DrafterArguments:
     use_dora: bool = field(default=False, metadata={"help": "Weight-decomposed LoRA (DoRA)."})
 
     def __post_init__(self):
-        if isinstance(self.chat_template_kwargs, str):
-            try:
-                self.chat_template_kwargs = json.loads(self.chat_template_kwargs)
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"chat_template_kwargs is {self.chat_template_kwargs!r}, which is no JSON object ({error}): write "
-                    'it like {"enable_thinking": false}'
-                ) from error
+        self.chat_template_kwargs = json_mapping("chat_template_kwargs", self.chat_template_kwargs)
         if self.draft_attn_implementation not in ("sdpa", "eager", "flex_attention"):
             raise ValueError(
                 f"draft_attn_implementation is {self.draft_attn_implementation!r}; it must be sdpa, eager or "
@@ -141,12 +182,31 @@ class DrafterArguments:
 
 @dataclass
 class DataArguments:
-    """The training text: Hub datasets or local files with `messages`, `conversations` or `text`."""
+    """The training text: Hub datasets or local files with `messages`, ShareGPT `conversations`, Alpaca's
+    `instruction`, `input` and `output`, `prompt` and `completion`, `text`, or token rows."""
 
-    dataset_name: str = field(metadata={"help": "Hub id, or a local .jsonl, .json, .parquet, .csv or .txt file."})
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Hub id, or a local .jsonl, .json, .parquet, .csv or .txt file."}
+    )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
     dataset_split: str = field(default="train", metadata={"help": "Split of a Hub dataset."})
     dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub dataset."})
+    dataset_mixture: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Several sources instead of dataset_name: a list of {name, weight, config, split, revision}. Rows "
+            "stand in the ratio of the weights, none is taken twice."
+        },
+    )
+    dataset_streaming: bool = field(
+        default=False,
+        metadata={"help": "Read only the first max_train_rows (and held-out) rows, without downloading the rest."},
+    )
+    dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenize; one by default."})
+    packing: bool = field(
+        default=False,
+        metadata={"help": "Put short rows together into rows of up to max_length tokens; they do not see each other."},
+    )
     eval_dataset_name: str | None = field(
         default=None, metadata={"help": "Held-out rows; by default the last eval_rows of the training rows."}
     )
@@ -157,6 +217,50 @@ class DataArguments:
     def __post_init__(self):
         if self.eval_rows < 0:
             raise ValueError(f"eval_rows is {self.eval_rows}; it must be 0 (no held-out rows) or more")
+        if (self.dataset_name is None) == (self.dataset_mixture is None):
+            raise ValueError(
+                "give the training text as dataset_name (one source) or as dataset_mixture (several), and not both"
+            )
+        if self.dataset_mixture is not None:
+            self.dataset_mixture = [mixture_source(source) for source in self.dataset_mixture]
+            alone = (self.dataset_config, self.dataset_revision, None if self.dataset_split == "train" else 1)
+            if any(value is not None for value in alone):
+                raise ValueError(
+                    "dataset_config, dataset_split and dataset_revision belong to dataset_name: with dataset_mixture "
+                    "write config, split and revision into its entries"
+                )
+        if self.dataset_streaming and not self.max_train_rows:
+            raise ValueError("dataset_streaming: true needs max_train_rows, how many rows to read")
+
+    def sources(self) -> list[dict]:
+        """The training sources as mappings with name, weight, config, split, revision."""
+        alone = dict(config=self.dataset_config, split=self.dataset_split, revision=self.dataset_revision)
+        return self.dataset_mixture or [dict(name=self.dataset_name, weight=1.0) | alone]
+
+    def __str__(self) -> str:
+        return " + ".join(source["name"] for source in self.sources())
+
+
+def mixture_source(source: str | dict) -> dict:
+    """One entry of `dataset_mixture`, JSON on the command line, with its defaults.
+
+    Raises:
+        ValueError: it is no mapping, has no name, an unknown key, or a weight that is not above 0.
+    """
+    try:
+        found = json.loads(source) if isinstance(source, str) else source
+    except json.JSONDecodeError:
+        found = source
+    known = {"name": None, "weight": 1.0, "config": None, "split": "train", "revision": None}
+    if not isinstance(found, dict) or not found.get("name") or set(found) - set(known):
+        raise ValueError(
+            f"dataset_mixture has the entry {found!r}: it must be a mapping with name and, if need be, "
+            f"{', '.join(list(known)[1:])}"
+        )
+    found = known | found
+    if not found["weight"] > 0:
+        raise ValueError(f"dataset_mixture: the weight of {found['name']} is {found['weight']}; it must be above 0")
+    return found
 
 
 def parse(argv: list[str]) -> tuple[TargetArguments, DrafterArguments, DataArguments, AUFConfig]:

@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from .blocks import row_inputs
 from .drafters.configuration_dflash import DFlashConfig, check_target_layer_ids
 from .drafters.generation_block import apply_head, embed_noise
 
@@ -276,12 +277,18 @@ class FrozenTarget:
         self.model.to(device)
 
     @torch.no_grad()
-    def context(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+    def context(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Tapped hidden states, concatenated. (B, S) -> (B, S, L * H). The backbone is called, never the head, and
-        it keeps the taps alone."""
+        it keeps the taps alone. `attention_mask` or `position_ids` as from `blocks.row_inputs`."""
         states = self.backbone(
             input_ids=input_ids.to(self.embedding.weight.device),
             attention_mask=attention_mask,
+            **({} if position_ids is None else {"position_ids": position_ids}),
             use_cache=False,
             output_hidden_states=[i + 1 for i in self.target_layer_ids],
         ).hidden_states
@@ -290,6 +297,26 @@ class FrozenTarget:
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """The target's head, in the target's dtype. (..., H) -> (..., V)"""
         return apply_head(self.head, hidden_states)
+
+    def check_packing(self, input_ids: torch.Tensor, document_ids: torch.Tensor) -> None:
+        """Compare the taps of one packed row with those of its documents apart.
+
+        Args:
+            input_ids, document_ids (`torch.LongTensor` of shape `(1, S)`).
+
+        Raises:
+            ValueError: this target lets packed documents see each other.
+        """
+        together = self.context(input_ids, **row_inputs(document_ids)).float()
+        sizes = document_ids[0].unique_consecutive(return_counts=True)[1].tolist()
+        apart = torch.cat([self.context(part) for part in input_ids.split(sizes, dim=1)], dim=1).float()
+        difference = ((together - apart).norm(dim=-1) / apart.norm(dim=-1)).mean().item()
+        if not difference < 0.05:  # rounding of bf16 stays below, a leak changes every document but the first
+            raise ValueError(
+                f"packing: true does not work with {type(self.model).__name__}: its hidden states of packed documents "
+                f"differ from those of the documents apart (by {difference:.0%}), so they see each other. Set "
+                "packing: false, or another target_attn_implementation."
+            )
 
     @torch.no_grad()
     def check(self, probe_ids: torch.Tensor) -> None:

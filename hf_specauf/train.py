@@ -5,42 +5,57 @@ import os
 import sys
 from dataclasses import asdict
 from datetime import UTC, datetime
+from math import ceil
 from pathlib import Path
 
 import torch
+from datasets import Dataset
 from rich.console import Console
 from transformers import AutoModel, PreTrainedModel, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from .conversations import load_rows, show_row
+from .conversations import prepare_rows, show_row
 from .convert import fetch, is_plain, load_drafter
 from .drafters.modeling_dflash import DFlashDraftModel
 from .evaluate import compare, evaluation_record, plot_alpha, show
 from .lora import AdapterBase, borrow, fingerprint, finish_adapter
+from .on_policy import on_policy_score, on_policy_words
 from .recipe import DataArguments, DrafterArguments, TargetArguments, parse
 from .records import environment, errors_in_one_line, write_record
+from .sources import load_rows, take_shares
 from .target import default_mask_token_id, drafter_config, load_target, tokenizer_hashes
 from .trainer import AUFConfig, AUFTrainer
 
 
-def load_data(data: DataArguments):
-    """(training rows, held-out rows or `None`)."""
-    train = load_rows(data.dataset_name, data.dataset_config, data.dataset_split, data.dataset_revision)
-    heldout = None
+def load_data(data: DataArguments) -> tuple[list[Dataset], list[Dataset] | None]:
+    """(training rows, held-out rows or `None`), raw, a dataset for each source."""
+    sources = data.sources()
+    weights = [source["weight"] for source in sources]
+    shares = [weight / sum(weights) for weight in weights]
+    own_heldout = data.eval_rows if data.eval_dataset_name is None else 0
+    train, heldout = [], []
+    for source, share in zip(sources, shares):
+        needed = None
+        if data.dataset_streaming:
+            needed = ceil(share * data.max_train_rows) + ceil(share * own_heldout)
+        rows = load_rows(source["name"], source["config"], source["split"], source["revision"], stream_rows=needed)
+        if own_heldout:
+            if len(rows) < 2:
+                raise ValueError(
+                    f"{source['name']} has {len(rows)} rows, too few to hold one out: give more, or eval_dataset_name"
+                )
+            # the last rows, at most a tenth
+            size = min(ceil(share * own_heldout), max(len(rows) // 10, 1))
+            heldout.append(rows.select(range(len(rows) - size, len(rows))))
+            rows = rows.select(range(len(rows) - size))
+        train.append(rows)
+    train = take_shares(train, weights, data.max_train_rows)
+    if len(sources) > 1:
+        print("mixture: " + ", ".join(f"{len(rows)} rows of {s['name']}" for rows, s in zip(train, sources)))
     if data.eval_rows and data.eval_dataset_name is not None:
-        heldout = load_rows(data.eval_dataset_name, None, data.eval_dataset_split)
-        heldout = heldout.select(range(min(data.eval_rows, len(heldout))))
-    elif data.eval_rows:
-        if len(train) < 2:
-            raise ValueError(
-                f"{data.dataset_name} has {len(train)} rows, too few to hold one out: give more, or eval_dataset_name"
-            )
-        size = min(data.eval_rows, max(len(train) // 10, 1))
-        heldout = train.select(range(len(train) - size, len(train)))
-        train = train.select(range(len(train) - size))
-    if data.max_train_rows is not None:
-        train = train.select(range(min(data.max_train_rows, len(train))))
-    return train, heldout
+        rows = load_rows(data.eval_dataset_name, None, data.eval_dataset_split)
+        heldout = [rows.select(range(min(data.eval_rows, len(rows))))]
+    return train, heldout or None
 
 
 def resolved_recipe(trainer: AUFTrainer, *arguments) -> dict:
@@ -199,13 +214,19 @@ def train(
     target, tokenizer = load_target(
         target_args.target_model_name_or_path,
         target_args.target_revision,
-        dtype=target_args.target_dtype,
-        attn_implementation=target_args.target_attn_implementation,
-        device_map=target_args.target_device_map,
-        trust_remote_code=target_args.trust_remote_code,
+        **target_args.loading(),
     )
     revision = target.loaded_commit or target_args.target_revision
     drafter, base = start_drafter(draft, target, tokenizer, revision, args.seed)
+    config = drafter.config
+    options = dict(
+        max_length=args.max_length, block_size=config.block_size, mask_token_id=config.mask_token_id,
+        chat_template_kwargs=config.chat_template_kwargs, num_proc=data.dataset_num_proc,
+        verbose=args.process_index == 0,
+    )  # fmt: skip
+    with args.main_process_first(desc="tokenizing"):
+        train_rows = prepare_rows(train_rows, tokenizer, packing=data.packing, **options)
+        heldout = None if heldout is None else prepare_rows(heldout, tokenizer, **options | {"verbose": False})
     drafter.set_attn_implementation(draft.draft_attn_implementation)
     trainer = AUFTrainer(
         model=drafter,
@@ -224,6 +245,9 @@ def train(
         tau_before = trainer.decoded_tau(trainer.eval_dataset)
         if trainer.is_world_process_zero():
             print(f"tau of {draft.drafter_name_or_path} as it is: {tau_before:.2f}")
+    score = on_policy_score(trainer.target, trainer.train_dataset)  # on all ranks: the target may be sharded
+    if trainer.is_world_process_zero():
+        print(on_policy_words(score, target_args.target_model_name_or_path, data) + "\n")
     trainer.train(resume_from_checkpoint=resume)
     if trainer.state.global_step < trainer.state.max_steps:
         print(
@@ -235,7 +259,8 @@ def train(
     if heldout is not None and trainer.state.global_step not in evaluated:
         trainer.evaluate()
     recipe = resolved_recipe(trainer, target_args, draft, data)
-    save_final(trainer, target, draft.save_dtype, provenance(recipe, trainer, started, tau_before))
+    record = provenance(recipe, trainer, started, tau_before) | {"on_policy": score}
+    save_final(trainer, target, draft.save_dtype, record)
     if compare_decoding and heldout is not None and args.eval_prompts:
         measure(trainer, data)
     if args.push_to_hub:
@@ -253,7 +278,7 @@ def measure(trainer: AUFTrainer, data: DataArguments) -> None:
         show_progress=trainer.is_world_process_zero() and not args.disable_tqdm,
     )  # fmt: skip
     if trainer.is_world_process_zero():
-        name = data.eval_dataset_name or data.dataset_name
+        name = data.eval_dataset_name or str(data)
         record = evaluation_record(
             results, trainer.target.model, prompts=name, temperature=0.0, max_new_tokens=args.eval_new_tokens,
             chat_template_kwargs=drafter.config.chat_template_kwargs,

@@ -26,7 +26,7 @@ from transformers.trainer_utils import HubStrategy, IntervalStrategy
 from transformers.utils import is_torch_bf16_gpu_available
 
 from .acceptance import accepted_prefix, summarize
-from .blocks import EVALUATION_STEP, Blocks, make_blocks, sample_anchors
+from .blocks import EVALUATION_STEP, Blocks, make_blocks, row_inputs, sample_anchors
 from .callbacks import InterruptCallback, TauProgressCallback
 from .checkpoints import CompleteCheckpoints
 from .conversations import RowCollator, fill_up, prepare_rows, prompt_length
@@ -259,6 +259,9 @@ class AUFTrainer(CompleteCheckpoints, Trainer):
         rows = next(iter(rows.values())) if isinstance(rows, dict) else rows
         sample = rows[0]["input_ids"][:64]
         self.target.check(torch.tensor([sample], device=args.device))
+        if "document_ids" in rows.column_names:
+            packed = [torch.tensor([rows[0][key]], device=args.device) for key in ("input_ids", "document_ids")]
+            self.target.check_packing(*packed)
         self._step_sums = torch.zeros(3, dtype=torch.float64, device=args.device)
         self._log_sums = torch.zeros(len(COUNTERS), dtype=torch.float64, device=args.device)
 
@@ -312,7 +315,7 @@ class AUFTrainer(CompleteCheckpoints, Trainer):
         blocks = make_blocks(
             ids, inputs["supervised"], documents, anchors, real, self.block_size, mask_token_id, flex=flex
         )
-        context = self.target.context(ids, (documents >= 0).long())
+        context = self.target.context(ids, **row_inputs(documents))
         hidden = model(
             noise_embeds=self.target.noise_embeds(blocks.noise_ids),
             context_hidden_states=context,

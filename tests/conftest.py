@@ -108,9 +108,8 @@ def overfit(drafter, target, texts: torch.Tensor, prompt_length: int, steps: int
     return drafter.to(dtype).eval()
 
 
-@pytest.fixture(scope="session")
-def tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of 360 tokens with eos, pad, mask and a chat template with generation markers."""
+def byte_level_tokenizer(chat_template: str | None = None) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of 360 tokens with eos, pad and mask."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
@@ -127,8 +126,14 @@ def tokenizer() -> PreTrainedTokenizerFast:
         eos_token="<|eos|>",
         pad_token="<|pad|>",
         mask_token="<|mask|>",
-        chat_template=CHAT_TEMPLATE,
+        chat_template=chat_template,
     )
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """The tokenizer with a chat template that has generation markers."""
+    return byte_level_tokenizer(CHAT_TEMPLATE)
 
 
 @pytest.fixture(scope="session")

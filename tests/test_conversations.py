@@ -3,15 +3,16 @@
 import copy
 import json
 
-import pyarrow as pa
-import pyarrow.parquet
+import datasets
 import pytest
 from conftest import CHAT_TEMPLATE, TEXT
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_specauf.conversations import load_rows, longest_run, prepare_rows, prompt_length, row_format, show_row
+from hf_specauf.chat_template import RowEncoder
+from hf_specauf.conversations import longest_run, prepare_rows, prompt_length, show_row
+from hf_specauf.sources import load_rows
 
 UNMARKED = CHAT_TEMPLATE.replace("{% generation %}", "").replace("{% endgeneration %}", "")
 TURNS = [
@@ -33,16 +34,21 @@ MARKED_ROW = (
 def prepare(tokenizer):
     """prepare(messages=[...]) -> token rows; other keywords go to `prepare_rows`, `template` replaces the template."""
 
-    def call(template=CHAT_TEMPLATE, max_length=128, block_size=4, mask_token_id=None, kwargs=None, **columns):
+    def call(
+        template=CHAT_TEMPLATE, max_length=128, block_size=4, mask_token_id=None, kwargs=None, several=None,
+        packing=False, num_proc=None, **columns,
+    ):  # fmt: skip
         own = copy.deepcopy(tokenizer)
         own.chat_template = template
         return prepare_rows(
-            Dataset.from_dict(columns),
+            several or Dataset.from_dict(columns),
             own,
             max_length=max_length,
             block_size=block_size,
             mask_token_id=tokenizer.mask_token_id if mask_token_id is None else mask_token_id,
             chat_template_kwargs=kwargs,
+            packing=packing,
+            num_proc=num_proc,
         )
 
     return call
@@ -104,7 +110,7 @@ def test_a_template_without_markers_gives_the_mask_of_the_one_with_them(prepare)
 )
 def test_a_template_that_renders_beginnings_differently_is_refused(prepare, changed):
     assert changed != UNMARKED
-    with pytest.raises(ValueError, match="row 1: .*renders a conversation's beginning differently.*generation"):
+    with pytest.raises(ValueError, match="renders a conversation's beginning differently.*generation.*row 1"):
         prepare(changed, messages=[MESSAGES[:2], MESSAGES])
 
 
@@ -118,14 +124,41 @@ def test_chat_template_kwargs_reach_the_template(prepare, tokenizer, template):
     assert thinking["supervised"] == [0] * len(prefix) + plain["supervised"]
 
 
-def test_a_failing_template_names_the_row(prepare):
-    template = "{{ raise_exception('no system turn') if messages[0]['role'] == 'system' }}" + CHAT_TEMPLATE
-    with pytest.raises(ValueError, match="row 2: the chat template failed: no system turn"):
-        prepare(template, messages=[MESSAGES[1:], MESSAGES[1:3], MESSAGES])
+NO_SYSTEM = "{{ raise_exception('no system turn') if messages[0]['role'] == 'system' }}" + CHAT_TEMPLATE
 
 
-def test_conversations_are_truncated_to_max_length(prepare):
+def test_rows_of_no_use_are_left_out_counted_by_reason_and_named(prepare, capsys):
+    good, only_system = MESSAGES[1:], MESSAGES[:1]
+    rows = prepare(NO_SYSTEM, messages=[good, good, MESSAGES, [], good, only_system, MESSAGES, None, good, good])
+    assert rows["input_ids"] == prepare(messages=[good] * 5)["input_ids"]
+    assert (
+        "10 rows of messages -> 5 token rows\ndropped 5 of 10 rows: the chat template failed: no system turn (2, "
+        "first: row 2), it has no turns (1, first: row 3), it has no assistant turn (1, first: row 5), its columns "
+        "are empty (1, first: row 7)\n"
+    ) in capsys.readouterr().out
+
+
+def test_a_template_that_refuses_most_rows_stops_with_the_reasons(prepare):
+    with pytest.raises(
+        ValueError, match=r"3 of 4 rows cannot be used \(the chat template failed: no system turn \(3, "
+    ):
+        prepare(NO_SYSTEM, messages=[MESSAGES[1:], MESSAGES, MESSAGES, MESSAGES])
+
+
+def test_rows_of_several_schemas_are_read_each_in_its_own(prepare, capsys):
+    sharegpt = [{"from": "human", "value": "What does the fox do?"}, {"from": "gpt", "value": "It jumps."}]
+    messages = [{"role": "user", "content": "What does the fox do?"}, {"role": "assistant", "content": "It jumps."}]
+    rows = prepare(messages=[messages, None, None], conversations=[None, sharegpt, None], text=[None, None, "the fox"])
+    assert rows[0]["input_ids"] == rows[1]["input_ids"] and rows[2]["supervised"] == [1] * len(rows[2]["input_ids"])
+    sources = {"messages": [messages]}, {"conversations": [sharegpt]}, {"text": ["the fox"]}
+    several = prepare(several=[Dataset.from_dict(columns) for columns in sources])
+    assert several.remove_columns("row").to_list() == rows.remove_columns("row").to_list()
+    assert "3 rows of messages, conversations, text -> 3 token rows" in capsys.readouterr().out
+
+
+def test_conversations_are_cut_at_max_length_and_counted(prepare, capsys):
     [whole], [cut] = prepare(messages=[MESSAGES]), prepare(messages=[MESSAGES], max_length=48)
+    assert "cut 1 rows at max_length, 48 tokens" in capsys.readouterr().out
     assert len(whole["input_ids"]) > 48
     assert cut["input_ids"] == whole["input_ids"][:48] and cut["supervised"] == whole["supervised"][:48]
 
@@ -153,9 +186,60 @@ def test_rows_without_two_supervised_tokens_in_a_row_are_dropped_and_counted(pre
     assert "dropped 3 of 5 rows: fewer than 2 supervised tokens" in capsys.readouterr().out
 
 
-def test_nothing_is_printed_when_no_row_is_dropped(prepare, capsys):
+def test_only_the_count_is_printed_when_no_row_is_dropped(prepare, capsys):
     prepare(messages=[MESSAGES])
-    assert "dropped" not in capsys.readouterr().out
+    assert capsys.readouterr().out == "1 rows of messages -> 1 token rows\n"
+
+
+def test_token_rows_longer_than_max_length_are_cut(prepare):
+    [row] = prepare(input_ids=[list(range(10, 40))], supervised=[[0] * 4 + [1] * 26], max_length=16)
+    assert row["input_ids"] == list(range(10, 26)) and row["supervised"] == [0] * 4 + [1] * 12
+
+
+# ---- packing
+
+
+def test_packing_keeps_every_document_whole_and_numbers_them(prepare, tokenizer):
+    batch = [MESSAGES, MESSAGES[:3], MESSAGES[1:], MESSAGES[1:3]] * 3
+    apart, packed = prepare(messages=batch), prepare(messages=batch, packing=True, max_length=200)
+    assert len(packed) < len(apart) and max(packed["length"]) <= 200
+    assert packed["row"] == list(range(len(packed))) and packed["length"] == [len(ids) for ids in packed["input_ids"]]
+    documents = []
+    for row in packed:
+        assert row["document_ids"] == sorted(row["document_ids"]) and row["document_ids"][0] == 0
+        for number in range(row["document_ids"][-1] + 1):
+            at = [i for i, document in enumerate(row["document_ids"]) if document == number]
+            documents.append(([row["input_ids"][i] for i in at], [row["supervised"][i] for i in at]))
+    assert sorted(documents) == sorted(zip(apart["input_ids"], apart["supervised"]))
+
+
+# ---- processes and the cache
+
+
+def test_two_processes_give_the_rows_of_one(prepare):
+    batch = [MESSAGES, MESSAGES[:3], [], MESSAGES[1:]] * 5
+    assert prepare(messages=batch, num_proc=2).to_list() == prepare(messages=batch).to_list()
+
+
+def test_tokenized_rows_are_cached_until_the_template_or_its_arguments_change(prepare, tmp_path, monkeypatch):
+    """Renderings are counted where templates run, in the tokenizer's own class."""
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": MESSAGES}) + "\n")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    encoded = []
+    whole = RowEncoder.__call__
+    monkeypatch.setattr(RowEncoder, "__call__", lambda self, *args: encoded.append(self) or whole(self, *args))
+
+    def run(**changes) -> int:
+        before = len(encoded)
+        rows = prepare(several=[load_rows(str(tmp_path / "rows.jsonl"))], **changes)
+        assert len(rows) == 1
+        return len(encoded) - before
+
+    assert run() == 1
+    assert run() == 0
+    assert run(kwargs={"enable_thinking": False}) == 1
+    assert run(template=UNMARKED) == 1
+    assert run(max_length=64) == 1
 
 
 REFUSED = {
@@ -212,36 +296,7 @@ def test_a_tenth_of_the_rows_with_a_whole_block_is_enough(prepare):
                 prepare(**columns, block_size=8)
 
 
-@pytest.mark.parametrize(
-    ("columns", "kind"),
-    [
-        (["id", "text"], "text"),
-        (["text", "messages"], "messages"),
-        (["id", "conversations"], "conversations"),
-        (["messages", "input_ids"], "tokens"),
-    ],
-)
-def test_row_format_prefers_tokens_then_conversations_then_text(columns, kind):
-    assert row_format(columns) == kind
-
-
-# ---- files and looking at rows
-
-
-def test_local_files_are_read_by_their_ending(tmp_path):
-    rows = [{"text": "the fox"}, {"text": "the lazy dog"}]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (tmp_path / "rows.txt").write_text("the fox\nthe lazy dog\n")
-    (tmp_path / "rows.csv").write_text("text\nthe fox\nthe lazy dog\n")
-    pa.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
-    for ending in ("jsonl", "txt", "csv", "parquet"):
-        assert load_rows(str(tmp_path / f"rows.{ending}")).to_list() == rows, ending
-
-
-def test_a_missing_file_is_named_with_its_full_path(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match=f"'rows.jsonl' looks like a local file.*{tmp_path}/rows.jsonl"):
-        load_rows("rows.jsonl")
+# ---- looking at rows
 
 
 def test_show_row_marks_supervised_spans_and_says_where_it_stops(tokenizer):

@@ -115,12 +115,42 @@ def test_chat_template_kwargs_may_be_a_mapping(recipe):
     assert recipe(text)["chat_template_kwargs"] == {"enable_thinking": False}
 
 
-@pytest.mark.parametrize("missing", ["target_model_name_or_path", "dataset_name"])
-def test_required_keys_are_named(recipe, missing, capsys):
-    keys = {key: value for key, value in NAMED.items() if key != missing}
+def test_required_keys_are_named(recipe, capsys):
+    keys = {key: value for key, value in NAMED.items() if key != "target_model_name_or_path"}
     with pytest.raises(SystemExit):
         recipe(yaml.safe_dump(keys))
-    assert f"the following arguments are required: --{missing}" in capsys.readouterr().err
+    assert "the following arguments are required: --target_model_name_or_path" in capsys.readouterr().err
+
+
+def test_one_source_or_a_mixture_and_not_both(recipe):
+    alone = {key: value for key, value in NAMED.items() if key != "dataset_name"}
+    sources = "dataset_mixture: [{name: a.jsonl, weight: 3}, {name: b/c, split: train_sft, revision: abc}]\n"
+    parsed = recipe(yaml.safe_dump(alone) + sources)["dataset_mixture"]
+    assert parsed[0] == dict(name="a.jsonl", weight=3, config=None, split="train", revision=None)
+    assert parsed[1] == dict(name="b/c", weight=1.0, config=None, split="train_sft", revision="abc")
+    on_line = ["--dataset_mixture", '{"name": "a.jsonl", "weight": 3}', '{"name": "b/c"}']
+    assert [source["weight"] for source in recipe(yaml.safe_dump(alone), *on_line)["dataset_mixture"]] == [3, 1.0]
+    for text in (yaml.safe_dump(alone), yaml.safe_dump(NAMED) + sources):
+        with pytest.raises(
+            ValueError, match="dataset_name .one source. or as dataset_mixture .several., and not both"
+        ):
+            recipe(text)
+
+
+@pytest.mark.parametrize(
+    "keys, message",
+    [
+        ("dataset_mixture: [{weight: 1}]", "the entry {'weight': 1}: it must be a mapping with name"),
+        ("dataset_mixture: [{name: a, wieght: 1}]", "the entry {'name': 'a', 'wieght': 1}"),
+        ("dataset_mixture: [a.jsonl]", "the entry 'a.jsonl'"),
+        ("dataset_mixture: [{name: a, weight: 0}]", "the weight of a is 0; it must be above 0"),
+        ("dataset_mixture: [{name: a}]\ndataset_split: test", "belong to dataset_name: with dataset_mixture"),
+    ],
+)
+def test_a_mixture_says_which_entry_is_wrong(recipe, keys, message):
+    alone = {key: value for key, value in NAMED.items() if key != "dataset_name"}
+    with pytest.raises(ValueError, match=message):
+        recipe(yaml.safe_dump(alone) + keys + "\n")
 
 
 def test_help_explains_the_objective():

@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 from conftest import BASE, final, same, start
+from datasets import Dataset
 from transformers import AutoModel
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -59,6 +60,60 @@ def test_command_leaves_a_drafter_and_its_provenance(command, data, first_row, t
     written = {path.name: path.read_text() for path in out.rglob("*.json")}
     assert {"config.json", "provenance.json", "trainer_state.json"} <= set(written)
     assert not [name for name, text in written.items() if "hf_PLANTED" in text]
+
+
+def rows_in_every_format(count: int = 24) -> dict[str, list[dict]]:
+    """The same conversations in every format, and their answers as text."""
+    pairs = [(f"What is {i}?", "It is " + " ".join("the quick brown fox".split()[: 1 + i % 4])) for i in range(count)]
+    return {
+        "messages": [
+            {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]} for q, a in pairs
+        ],
+        "sharegpt": [
+            {"conversations": [{"from": "human", "value": q}, {"from": "gpt", "value": a}]} for q, a in pairs
+        ],
+        "alpaca": [{"instruction": q, "input": "", "output": a} for q, a in pairs],
+        "prompt_completion": [{"prompt": q, "completion": a} for q, a in pairs],
+        "text": [{"text": a} for _, a in pairs],
+    }
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+@pytest.mark.parametrize("form", ["messages", "sharegpt", "alpaca", "prompt_completion", "text"])
+def test_every_format_as_a_file_becomes_a_drafter(command, tmp_path, capsys, form, ending):
+    path, rows = tmp_path / f"rows.{ending}", rows_in_every_format()[form]
+    if ending == "parquet":
+        Dataset.from_list(rows).to_parquet(path)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    main(command(dataset_name=path))
+    printed = capsys.readouterr().out
+    kind = {"sharegpt": "conversations"}.get(form, form)
+    assert f"22 rows of {kind} -> 22 token rows" in printed and "⟦It is the" in printed
+    assert form == "text" or "<|user|>What is 0?<|end|><|assistant|>⟦It is the<|end|>⟧" in printed
+    assert "the target's own first choice on" in printed
+    assert strict((tmp_path / "out" / "provenance.json").read_text())["rows"] == 22
+
+
+@pytest.mark.parametrize("streaming", ["true", "false"])
+def test_a_weighted_mixture_of_formats_packed_and_streamed(command, tmp_path, capsys, streaming):
+    every = rows_in_every_format()
+    sources = []
+    for form, weight in (("messages", 3), ("alpaca", 1), ("text", 1)):
+        (tmp_path / f"{form}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in every[form]))
+        sources.append({"name": str(tmp_path / f"{form}.jsonl"), "weight": weight})
+    words = command(dataset_streaming=streaming, packing="true", max_train_rows=20, max_length=96, eval_rows=5)
+    at = words.index("--dataset_name")
+    words[at : at + 2] = ["--dataset_mixture", *map(json.dumps, sources)]
+    main(words)
+    printed = capsys.readouterr().out
+    assert f"mixture: 12 rows of {sources[0]['name']}, 4 rows of {sources[1]['name']}, 4 rows of" in printed
+    assert "20 rows of messages, alpaca, text -> 20 token rows" in printed and "packed them into" in printed
+    record = strict((tmp_path / "out" / "provenance.json").read_text())
+    assert record["rows"] < 20 and record["recipe"]["dataset_name"] is None
+    assert [source["weight"] for source in record["recipe"]["dataset_mixture"]] == [3, 1, 1]
+    evaluation = strict((tmp_path / "out" / "eval.json").read_text())
+    assert evaluation["conditions"]["prompts"] == " + ".join(source["name"] for source in sources)
 
 
 def test_same_seed_same_weights_and_bfloat16_on_request(command, tmp_path):
@@ -127,7 +182,10 @@ def test_accelerate_launch_runs_a_recipe(command, files, tmp_path):
         (dict(gamma=7), "objective 'auf' has no decay and would ignore it"),
         (dict(objectve="auf"), "--objectve"),
         (dict(target_model_name_or_path="nowhere"), "target_model_name_or_path: 'nowhere' cannot be loaded"),
-        (dict(data="broken"), "the dataset cannot be read"),
+        (dict(data="broken"), "broken.jsonl: line 2 is not whole JSON, cut off perhaps"),
+        (dict(dataset_streaming="true"), "dataset_streaming: true needs max_train_rows"),
+        (dict(dataset_mixture='{"name":"a","wieght":2}'), "give the training text as dataset_name"),
+        (dict(target_quantization="bnb-3bit"), "target_quantization is 'bnb-3bit'; it must be bnb-4bit or bnb-8bit"),
         (dict(data="single"), "has 1 rows, too few to hold one out"),
         (dict(config="broken.yaml"), "while parsing"),
         (dict(config=""), "--config needs the path of a recipe"),

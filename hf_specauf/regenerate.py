@@ -1,0 +1,328 @@
+"""`python -m hf_specauf.regenerate`: the target answers a dataset's prompts -> a .jsonl file to train a drafter on.
+
+Rows are answered in chunks, each written whole or not at all, so the same command goes on after any kind of end. A
+chunk's random numbers depend on the seed and its number alone. Several processes (`torchrun`, `accelerate launch`,
+Slurm) share the chunks; whoever finishes last puts the file together.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers.trainer_utils import set_seed
+from trl import TrlParser
+
+from .answers import endpoint_writer, target_writer
+from .recipe import json_mapping
+from .records import errors_in_one_line
+from .sources import UnusableRow, chat_messages, load_rows, row_format, row_tools
+from .target import load_target, tokenizer_hashes
+
+# they decide speed, not words; what answers is compared as `engine`
+NOT_COMPARED = ("device", "concurrency", "out", "continuous_batching")
+
+
+@dataclass
+class RegenerateArguments:
+    """Arguments of `python -m hf_specauf.regenerate`."""
+
+    target: str = field(metadata={"help": "Hub id or folder of the target; with endpoint, the name it goes by there."})
+    dataset_name: str = field(metadata={"help": "Hub id or local file with the prompts: any format of a recipe."})
+    out: str = field(metadata={"help": "The .jsonl file to write."})
+    target_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the target."})
+    target_dtype: str = field(default="auto", metadata={"help": "auto (as stored), bfloat16 or float32."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run the target repository's own code."})
+    device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "cuda or cpu."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
+    dataset_split: str = field(default="train", metadata={"help": "Split of a Hub dataset."})
+    dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub dataset."})
+    max_rows: int | None = field(default=None, metadata={"help": "Answer only the first rows."})
+    chat_template_kwargs: str | None = field(
+        default=None, metadata={"help": 'As in the recipe, e.g. {"enable_thinking": false}.'}
+    )
+    max_new_tokens: int = field(default=1024, metadata={"help": "Most tokens of an answer."})
+    prompt_tokens: int = field(default=64, metadata={"help": "Rows of plain text are continued after so many tokens."})
+    temperature: float = field(default=0.7, metadata={"help": "0 is greedy."})
+    top_p: float = field(default=1.0, metadata={"help": "Nucleus sampling; 1 is off."})
+    top_k: int = field(default=0, metadata={"help": "Sample among the k best tokens; 0 is off."})
+    seed: int = field(default=0, metadata={"help": "Of sampling."})
+    continuous_batching: bool = field(
+        default=True, metadata={"help": "false: plain batches; on CPUs they are some three times as fast."}
+    )
+    rows_per_chunk: int = field(default=256, metadata={"help": "Rows answered together; a kill loses at most these."})
+    endpoint: str | None = field(
+        default=None,
+        metadata={
+            "help": "An OpenAI-compatible server of the target (vLLM, SGLang, TGI, transformers serve), e.g. "
+            "http://localhost:8000/v1, instead of loading it here. Its key is read from OPENAI_API_KEY."
+        },
+    )
+    concurrency: int = field(default=32, metadata={"help": "Requests at a time to the endpoint."})
+
+    def __post_init__(self):
+        self.chat_template_kwargs = json_mapping("chat_template_kwargs", self.chat_template_kwargs)
+        if not self.out.endswith(".jsonl"):
+            raise ValueError(f"out is {self.out!r}; it must end in .jsonl, so that a recipe can read it")
+        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
+            raise ValueError(
+                f"temperature {self.temperature}, top_p {self.top_p}, top_k {self.top_k}: they must be 0 or more, "
+                "in (0, 1], and 0 or more"
+            )
+        if self.temperature == 0 and (self.top_p < 1 or self.top_k):
+            raise ValueError("temperature: 0 is greedy and would ignore top_p and top_k: remove them")
+        for key in ("max_new_tokens", "prompt_tokens", "rows_per_chunk", "concurrency"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key} is {getattr(self, key)}; it must be at least 1")
+
+
+class Conversation:
+    """One row on its way: the turns so far, the questions still to come, and what the target answered."""
+
+    def __init__(self, source_row: int, row: dict):
+        self.record = {"source_row": source_row}
+        self.history: list[dict] = []
+        self.coming: list[dict] = []
+        self.tools, self.text, self.skipped = None, None, None
+        self.pieces: list[tuple[list[int], list[int]]] = []  # prompt and answer ids of each turn
+        self.answers = 0
+        try:
+            row = {key: value for key, value in row.items() if value is not None}
+            kind = row_format(list(row))
+            if kind == "tokens":
+                raise UnusableRow("it has tokens and no text")
+            if kind == "text":
+                self.text = row["text"]
+            else:
+                self.coming, self.tools = chat_messages(row), row_tools(row)
+        except ValueError as error:
+            self.skipped = str(error)
+
+    def wants_answer(self) -> bool:
+        """Go on to the next question. A conversation ends at its first tool turn: what tools answered, they answered
+        to another model."""
+        if self.text is not None:
+            return not self.answers and self.skipped is None
+        while self.skipped is None and self.coming:
+            turn = self.coming.pop(0)
+            if turn["role"] == "tool" or "tool_calls" in (self.history[-1] if self.history else {}):
+                self.coming = []
+            elif turn["role"] != "assistant":
+                self.history.append(turn)
+                if turn["role"] == "user" and (not self.coming or self.coming[0]["role"] == "assistant"):
+                    return True
+        return False
+
+    def take(self, answer: dict) -> None:
+        """Keep an answer: `turn`, or why there is none (`skipped`), and the ids where they are known."""
+        if "skipped" in answer:
+            self.coming, self.skipped = [], self.skipped if self.answers else answer["skipped"]
+            return
+        self.answers += 1
+        self.record["truncated"] = answer["truncated"]
+        if "ids" in answer:
+            self.pieces.append((answer["prompt_ids"], answer["ids"]))
+        if self.text is None:
+            self.history.append(answer["turn"])
+
+    def finished(self) -> dict:
+        """The row as it is written: `messages`, and `input_ids` with `supervised` exactly as the target wrote them."""
+        if not self.answers:
+            return self.record | {"skipped": self.skipped or "it asks nothing"}
+        if self.text is None:
+            # a question that found no answer is no use
+            turns = self.history if self.history[-1]["role"] == "assistant" else self.history[:-1]
+            self.record |= {"messages": turns} | ({"tools": self.tools} if self.tools else {})
+        if self.pieces:
+            prompt, answer = self.pieces[-1]
+            ids, supervised = prompt + answer, [0] * len(prompt) + [1] * len(answer)
+            for before, words in self.pieces[:-1]:
+                # templates may write earlier turns differently, without their thoughts for instance
+                if ids[: len(before) + len(words)] == before + words:
+                    supervised[len(before) : len(before) + len(words)] = [1] * len(words)
+            self.record |= {"input_ids": ids, "supervised": supervised}
+        return self.record
+
+
+def answer_rows(rows: list[dict], first: int, write: Callable[[list[Conversation], int], list[dict]], seed: int):
+    """Let the target answer every question of some rows, turn by turn -> finished records, in order."""
+    conversations = [Conversation(first + i, row) for i, row in enumerate(rows)]
+    turn = 0
+    while waiting := [conversation for conversation in conversations if conversation.wants_answer()]:
+        for conversation, answer in zip(waiting, write(waiting, seed + turn)):
+            conversation.take(answer)
+        turn += 1
+    return [conversation.finished() for conversation in conversations]
+
+
+# ---- files
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file whole or not at all, though several processes may write the same one."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    with open(part, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def refuse_other_settings(path: Path, settings: dict) -> None:
+    """Raise where answers of other settings lie.
+
+    Raises:
+        ValueError: names each setting that differs, with both values.
+    """
+    if not path.is_file():
+        return
+    before = json.loads(path.read_text())
+    keys = [key for key in settings if key not in NOT_COMPARED and before.get(key) != settings[key]]
+    if keys:
+        differing = ", ".join(f"{key} was {before.get(key)!r} and is {settings[key]!r}" for key in keys)
+        raise ValueError(
+            f"{path} belongs to answers of other settings ({differing}), and a file must not mix them: give another "
+            "--out, or the settings it was begun with. What is there was left as it is."
+        )
+
+
+def put_together(out: Path, parts: Path, settings: dict) -> dict | None:
+    """Join all chunks into `out`; rows without an answer go to `*.skipped.jsonl`.
+
+    Returns:
+        counts; `None` where another process does it.
+    """
+    joining = out.with_suffix(".joining")
+    if parts.is_dir():
+        try:
+            parts.rename(joining)  # one process wins
+        except OSError:
+            return None
+    counts, files = Counter(), {}
+    try:
+        for kind, path in (("answered", out), ("skipped", out.with_suffix(".skipped.jsonl"))):
+            files[kind] = open(f"{path}.{os.getpid()}.part", "w", encoding="utf-8")
+        for chunk in sorted(joining.glob("chunk-*.jsonl")):
+            for line in chunk.read_text(encoding="utf-8").splitlines():
+                row = json.loads(line)
+                kind = "skipped" if "skipped" in row else "answered"
+                files[kind].write(line + "\n")
+                counts[kind] += 1
+                counts["truncated"] += row.get("truncated", False)
+                counts["tokens"] += sum(row.get("supervised", []))
+    finally:
+        for file in files.values():
+            file.close()
+    if counts["answered"] + counts["skipped"] != settings["rows"]:
+        raise ValueError(
+            f"{joining} holds {counts} of {settings['rows']} rows: another process is putting them together"
+        )
+    write_whole(out.with_suffix(".settings.json"), json.dumps(settings | {"counts": counts}, indent=2) + "\n")
+    for kind, file in files.items():
+        if counts[kind]:
+            os.replace(file.name, file.name.removesuffix(f".{os.getpid()}.part"))
+        else:
+            os.remove(file.name)
+    shutil.rmtree(joining)
+    return counts
+
+
+def regenerate(args: RegenerateArguments) -> dict | None:
+    """Answer a dataset's prompts; goes on where an earlier call with the same settings stopped.
+
+    Several processes (`RANK` and `WORLD_SIZE` in the environment) share the work.
+
+    Returns:
+        counts of `answered`, `skipped` and `truncated` rows and of `tokens` written; `None` where another process is
+        still at work.
+
+    Raises:
+        ValueError: `out` holds answers of other settings.
+    """
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    out = Path(args.out)
+    parts, joining = out.with_suffix(".parts"), out.with_suffix(".joining")
+    rows = load_rows(args.dataset_name, args.dataset_config, args.dataset_split, args.dataset_revision)
+    rows = rows if args.max_rows is None else rows.select(range(min(args.max_rows, len(rows))))
+    write, found = writer(args)
+    settings = asdict(args) | found | {"rows": len(rows), "rows_hash": rows_hash(rows)}
+    for path in (out.with_suffix(".settings.json"), parts / "settings.json", joining / "settings.json"):
+        refuse_other_settings(path, settings)
+    if joining.is_dir():  # killed while putting together
+        return put_together(out, parts, settings)
+    if out.is_file() and not out.with_suffix(".settings.json").is_file():
+        raise ValueError(f"{out} is there already and was not written by this command: give another --out")
+    if out.with_suffix(".settings.json").is_file():
+        print(f"{out} is finished")
+        return json.loads(out.with_suffix(".settings.json").read_text())["counts"]
+    parts.mkdir(parents=True, exist_ok=True)
+    write_whole(parts / "settings.json", json.dumps(settings, indent=2) + "\n")
+    size = args.rows_per_chunk
+    chunks = range(-(-len(rows) // size))
+    path = {chunk: parts / f"chunk-{chunk:06d}.jsonl" for chunk in chunks}
+    mine = [chunk for chunk in chunks if chunk % world == rank]
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}")
+    with Progress(*columns, TimeRemainingColumn(), disable=rank > 0) as progress:
+        bar = progress.add_task("rows answered", total=len(mine) * size, rate="")
+        todo = [chunk for chunk in mine if not path[chunk].is_file()]
+        progress.advance(bar, (len(mine) - len(todo)) * size)
+        start = progress.get_time()
+        for done, chunk in enumerate(todo, start=1):
+            seed = int.from_bytes(hashlib.sha256(f"{args.seed} {chunk}".encode()).digest()[:4]) % 2**31
+            batch = rows.select(range(chunk * size, min((chunk + 1) * size, len(rows)))).to_list()
+            records = answer_rows(batch, chunk * size, write, seed)
+            write_whole(path[chunk], "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+            rate = done * size / (progress.get_time() - start)
+            progress.update(bar, advance=size, rate=f"{rate:.2f} rows/s")
+    if not all(file.is_file() for file in path.values()):
+        return None
+    return put_together(out, parts, settings)
+
+
+def rows_hash(rows: Dataset) -> str:
+    """Short SHA-256 of all rows."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, default=str).encode())
+    return digest.hexdigest()[:16]
+
+
+def writer(args: RegenerateArguments) -> tuple[Callable, dict]:
+    """What answers (see `answers.py`), and what of it belongs to the settings."""
+    if args.endpoint is not None:
+        return endpoint_writer(args), {"engine": "endpoint"}
+    set_seed(args.seed)
+    target, tokenizer = load_target(
+        args.target, args.target_revision, key="--target", dtype=args.target_dtype,
+        trust_remote_code=args.trust_remote_code,
+    )  # fmt: skip
+    local = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if args.device == "cuda" else args.device
+    write, engine = target_writer(args, target.to(local), tokenizer)
+    weights = target.get_output_embeddings().weight[:8].detach().float().cpu().numpy().tobytes()
+    found = {"engine": engine, "target_commit": target.loaded_commit, "target_dtype": str(target.dtype)}
+    return write, found | tokenizer_hashes(tokenizer) | {"head_hash": hashlib.sha256(weights).hexdigest()[:16]}
+
+
+@errors_in_one_line()
+def main(argv: list[str] | None = None) -> None:
+    """Command line of `python -m hf_specauf.regenerate`."""
+    (args,) = TrlParser(RegenerateArguments, prog="python -m hf_specauf.regenerate").parse_args_and_config(argv)
+    counts = regenerate(args)
+    if counts is None:
+        print("this process is done; the file is put together when the last one is")
+        return
+    words = [f"{counts.get('answered', 0)} rows answered", f"{counts.get('truncated', 0)} cut at max_new_tokens"]
+    words += [f"{counts['skipped']} without an answer, see *.skipped.jsonl"] if counts.get("skipped") else []
+    print(f"{args.out}: {', '.join(words)}. Train on it with dataset_name: {args.out}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,197 @@
+"""Files and Hub datasets -> raw rows of a recognised format, one source or several by weight."""
+
+import json
+import os
+
+from datasets import Dataset, load_dataset
+from datasets.exceptions import DatasetNotFoundError, DatasetsError
+
+READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
+
+# Row formats, the first that fits wins, and the columns that must be filled.
+FORMATS = {
+    "tokens": ("input_ids",),
+    "messages": ("messages",),
+    "conversations": ("conversations",),  # ShareGPT
+    "alpaca": ("instruction", "output"),
+    "prompt_completion": ("prompt", "completion"),
+    "text": ("text",),
+}
+
+
+def row_format(columns: list[str]) -> str:
+    """A key of `FORMATS`, from column names.
+
+    Raises:
+        ValueError: none fits.
+    """
+    for name, needed in FORMATS.items():
+        if set(needed) <= set(columns):
+            return name
+    raise ValueError(
+        f"the dataset's columns are {columns}: none of `messages`, `conversations` (ShareGPT), `instruction` and "
+        "`output` (Alpaca), `prompt` and `completion`, or `text` is there. Rename the column that holds the "
+        "conversation or the text."
+    )
+
+
+def load_rows(
+    name: str,
+    config: str | None = None,
+    split: str = "train",
+    revision: str | None = None,
+    stream_rows: int | None = None,
+) -> Dataset:
+    """Rows of a local file (`.jsonl`, `.json`, `.parquet`, `.csv`, `.txt`) or of a dataset on the Hub.
+
+    Args:
+        stream_rows (`int`, *optional*): read only the first so many rows, without downloading the rest.
+
+    Raises:
+        FileNotFoundError: the name looks like a file and there is none.
+        ValueError: a line of a `.jsonl` file cannot be read; names the file and the line.
+        OSError: the Hub has no such dataset, or it needs a login.
+    """
+    reader = READERS.get(os.path.splitext(name)[1])
+    if reader is not None and not os.path.isfile(name):
+        raise FileNotFoundError(
+            f"dataset_name {name!r} looks like a local file, but there is none at {os.path.abspath(name)}"
+        )
+    arguments = dict(path=name, name=config, split=split, revision=revision)
+    if reader is not None:
+        arguments = dict(path=reader, data_files=name, split="train")
+    try:
+        if stream_rows is None:
+            return load_dataset(**arguments)
+        return Dataset.from_list(list(load_dataset(**arguments, streaming=True).take(stream_rows)))
+    except DatasetNotFoundError as error:
+        raise OSError(
+            f"dataset_name: {name!r} is not on the Hub, or you may not see it (gated and private ones need access and "
+            f"`hf auth login`). {error}"
+        ) from error
+    except (DatasetsError, ValueError) as error:  # says neither the line nor what is wrong with it
+        found = bad_line(name) if name.endswith(".jsonl") else None
+        if found is None:
+            raise
+        raise ValueError(
+            f"{name}: {found}. Nothing was trained; mend or remove that line and start the same command again"
+        ) from error
+
+
+def bad_line(path: str) -> str | None:
+    """What is wrong with the first line of a `.jsonl` file that cannot be read, or `None`."""
+    kinds: dict[str, tuple[str, int]] = {}
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                return f"line {number} is not UTF-8 ({error.reason} at byte {error.start})"
+            except json.JSONDecodeError as error:
+                return f"line {number} is not whole JSON, cut off perhaps ({error.msg} at column {error.colno})"
+            if not isinstance(row, dict):
+                return f"line {number} is a {type(row).__name__}, not an object"
+            for key, value in row.items():
+                kind = type(value).__name__
+                first, at = kinds.setdefault(key, (kind, number))
+                if value is not None and first != "NoneType" and kind != first:
+                    return f"`{key}` is a {kind} on line {number} and a {first} on line {at}"
+    return None
+
+
+def take_shares(sources: list[Dataset], weights: list[float], most: int | None = None) -> list[Dataset]:
+    """The first rows of each source so that rows stand in the ratio of the weights; no row is taken twice, so the
+    source that runs out first bounds the mixture.
+
+    Args:
+        most (`int`, *optional*): at most so many rows together.
+    """
+    if len(sources) == 1:
+        return [sources[0].select(range(min(len(sources[0]), most or len(sources[0]))))]
+    shares = [weight / sum(weights) for weight in weights]
+    total = min(len(source) / share for source, share in zip(sources, shares))
+    total = total if most is None else min(total, most)
+    return [source.select(range(min(round(share * total), len(source)))) for source, share in zip(sources, shares)]
+
+
+# ShareGPT's names; trl renames the keys of a turn, not its roles
+ROLES = {"human": "user", "gpt": "assistant", "bing": "assistant", "chatgpt": "assistant", "bard": "assistant"}
+
+
+class UnusableRow(ValueError):
+    """A row that holds nothing to train on; its text is the reason, the same for all rows of a kind."""
+
+
+def without_nulls(value):
+    """Arrow fills the keys that other rows have with nulls, and templates ask which keys are there."""
+    if isinstance(value, dict):
+        return {key: without_nulls(part) for key, part in value.items() if part is not None}
+    return [without_nulls(part) for part in value] if isinstance(value, list) else value
+
+
+def chat_messages(row: dict) -> list[dict]:
+    """The turns of a row in any conversational format, with the roles chat templates know. System and tool turns are
+    kept; a `system` column becomes the first turn; content in parts is joined where all of it is text.
+
+    Raises:
+        UnusableRow: there is no turn, or one is not text.
+    """
+    kind = row_format([column for column, value in row.items() if value is not None])
+    if kind == "alpaca":
+        asked = "\n\n".join(part for part in (row["instruction"], row.get("input")) if part)
+        turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": row["output"]}]
+    elif kind == "prompt_completion":
+        turns = []
+        for role, part in (("user", row["prompt"]), ("assistant", row["completion"])):
+            turns += part if isinstance(part, list) else [{"role": role, "content": part}]
+    else:
+        turns = row[kind]
+    turns = [_turn(turn) for turn in turns]
+    if not turns:
+        raise UnusableRow("it has no turns")
+    if row.get("system") and turns[0]["role"] != "system":
+        turns = [{"role": "system", "content": row["system"]}, *turns]
+    return turns
+
+
+def _turn(turn: dict) -> dict:
+    turn = without_nulls(turn)
+    role = turn.pop("role", None) or turn.pop("from", None)
+    content = turn.pop("content", turn.pop("value", None))
+    if role is None or (content is None and "tool_calls" not in turn):
+        raise UnusableRow("a turn lacks its role or content")
+    if isinstance(content, list):
+        if any(part.get("type") != "text" for part in content):
+            raise UnusableRow("a turn holds more than text")
+        content = "".join(part["text"] for part in content)
+    turn = {"role": ROLES.get(role, role), "content": content or ""} | turn
+    if "tool_calls" in turn:
+        turn["tool_calls"] = [_tool_call(call) for call in turn["tool_calls"]]
+    return turn
+
+
+def _tool_call(call: dict) -> dict:
+    # OpenAI writes arguments as JSON text; templates want the object
+    function = call.get("function", call)
+    if isinstance(function.get("arguments"), str):
+        try:
+            function = function | {"arguments": json.loads(function["arguments"])}
+        except json.JSONDecodeError as error:
+            raise UnusableRow("a tool call's arguments are not JSON") from error
+    return call | {"function": function} if "function" in call else function
+
+
+def row_tools(row: dict) -> list[dict] | None:
+    """The `tools` of a row, a list or its JSON text; `None` where there are none.
+
+    Raises:
+        UnusableRow: the text is not JSON.
+    """
+    tools = row.get("tools")
+    try:
+        tools = json.loads(tools) if isinstance(tools, str) and tools.strip() else tools
+    except json.JSONDecodeError as error:
+        raise UnusableRow("its tools are not JSON") from error
+    return without_nulls(tools) or None

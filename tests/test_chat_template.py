@@ -1,0 +1,221 @@
+"""Golden tokens and masks: published chat templates on small tokenizers, every format of rows, rows of no use."""
+
+import copy
+import json
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+import trl
+from conftest import byte_level_tokenizer
+from transformers import AddedToken
+
+from hf_specauf.chat_template import RowEncoder
+from hf_specauf.conversations import show_row
+from hf_specauf.sources import UnusableRow
+
+SHIPPED = Path(trl.__file__).parent / "chat_templates"
+# In the form Mistral-7B-Instruct published: system text before the first question, roles must alternate.
+MISTRAL = (
+    "{%- set asked = messages[1:] if messages[0].role == 'system' else messages -%}{{ bos_token }}"
+    "{%- for m in asked -%}"
+    "{%- if (m.role == 'user') != (loop.index0 % 2 == 0) -%}"
+    "{{ raise_exception('roles must alternate user and assistant') }}{%- endif -%}"
+    "{%- if m.role == 'user' -%}{{ '[INST] ' }}"
+    "{%- if loop.first and messages[0].role == 'system' -%}{{ messages[0].content + '\n\n' }}{%- endif -%}"
+    "{{ m.content + ' [/INST]' }}{%- else -%}{{ ' ' + m.content + eos_token }}{%- endif -%}{%- endfor -%}"
+)
+CHATML = (
+    "{%- for m in messages -%}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"
+)
+TURNS = [
+    ("system", "Be brief."),
+    ("user", "What does the fox do?"),
+    ("assistant", "It jumps."),
+    ("user", "And the sheep?"),
+    ("assistant", "They sleep."),
+]
+MESSAGES = [{"role": role, "content": content} for role, content in TURNS]
+THOUGHTFUL = copy.deepcopy(MESSAGES)
+THOUGHTFUL[2]["reasoning_content"], THOUGHTFUL[4]["reasoning_content"] = "Foxes.", "Sheep."
+
+QWEN3 = (
+    "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWhat does the fox do?<|im_end|>\n"
+    "<|im_start|>assistant\n{0}It jumps.<|im_end|>\n⟧<|im_start|>user\nAnd the sheep?<|im_end|>\n"
+    "<|im_start|>assistant\n{1}They sleep.<|im_end|>\n⟧"
+)
+# template, special tokens (bos and eos first), template arguments, messages, the rendering with supervised spans
+GOLDEN = {
+    "qwen3, thinking off": (
+        "qwen3.jinja", ["<|endoftext|>", "<|im_end|>", "<|im_start|>", "<think>", "</think>"],
+        {"enable_thinking": False}, MESSAGES,
+        QWEN3.format("<think>\n\n</think>\n\n⟦", "<think>\n\n</think>\n\n⟦"),
+    ),
+    "qwen3, thinking on": (
+        "qwen3.jinja", ["<|endoftext|>", "<|im_end|>", "<|im_start|>", "<think>", "</think>"],
+        {"enable_thinking": True}, THOUGHTFUL,
+        QWEN3.format("⟦<think>\nFoxes.\n</think>\n\n", "⟦<think>\nSheep.\n</think>\n\n"),
+    ),
+    "llama-3.1": (
+        "llama3_1.jinja", ["<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"],
+        {}, MESSAGES,
+        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n"
+        "Today Date: 26 Jul 2024\n\nBe brief.<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n"
+        "What does the fox do?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n⟦It jumps.<|eot_id|>⟧"
+        "<|start_header_id|>user<|end_header_id|>\n\nAnd the sheep?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n⟦They sleep.<|eot_id|>⟧",
+    ),
+    "gemma-3": (
+        "gemma3.jinja", ["<bos>", "<end_of_turn>", "<start_of_turn>"], {}, MESSAGES,
+        "<bos><start_of_turn>user\nBe brief.\n\nWhat does the fox do?<end_of_turn>\n<start_of_turn>model\n"
+        "⟦It jumps.<end_of_turn>\n⟧<start_of_turn>user\nAnd the sheep?<end_of_turn>\n<start_of_turn>model\n"
+        "⟦They sleep.<end_of_turn>\n⟧",
+    ),
+    "mistral": (
+        MISTRAL, ["<s>", "</s>", "[INST]", "[/INST]"], {}, MESSAGES,
+        "<s>[INST] Be brief.\n\nWhat does the fox do? [/INST]⟦ It jumps.</s>⟧[INST] And the sheep? [/INST]"
+        "⟦ They sleep.</s>⟧",
+    ),
+    "gpt-oss": (
+        "gptoss.jinja", ["<|startoftext|>", "<|return|>", "<|start|>", "<|message|>", "<|channel|>", "<|end|>"],
+        {"reasoning_effort": "low"}, [*MESSAGES[:4], MESSAGES[4] | {"thinking": "Sheep."}],
+        "<|start|>system<|message|>You are ChatGPT, a large language model trained by OpenAI.\nKnowledge cutoff: "
+        "2024-06\nCurrent date: TODAY\n\nReasoning: low\n\n# Valid channels: analysis, commentary, final. Channel "
+        "must be included for every message.<|end|><|start|>developer<|message|># Instructions\n\nBe brief.\n\n<|end|>"
+        "<|start|>user<|message|>What does the fox do?<|end|><|start|>assistant⟦<|channel|>final<|message|>It jumps."
+        "<|end|>⟧<|start|>user<|message|>And the sheep?<|end|><|start|>assistant⟦<|channel|>analysis<|message|>Sheep."
+        "<|end|><|start|>assistant<|channel|>final<|message|>They sleep.<|return|>⟧",
+    ),
+    "chatml": (
+        CHATML, ["<|endoftext|>", "<|im_end|>", "<|im_start|>"], {}, MESSAGES,
+        QWEN3.format("⟦", "⟦"),
+    ),
+}  # fmt: skip
+
+
+def model_tokenizer(template: str, special: list[str]):
+    """A small tokenizer with the special tokens of a model family, and its template."""
+    tokenizer = byte_level_tokenizer()
+    tokenizer.add_tokens([AddedToken(token, special=True) for token in special])
+    tokenizer.bos_token, tokenizer.eos_token = special[:2]
+    tokenizer.chat_template = (SHIPPED / template).read_text() if template.endswith(".jinja") else template
+    return tokenizer
+
+
+def encoded(tokenizer, row: dict, kwargs: dict | None = None, max_length: int = 1000) -> dict:
+    encoder = RowEncoder(tokenizer, list(row), max_length, kwargs)
+    out = encoder({key: [value] for key, value in row.items()}, [0])
+    return {key: values[0] for key, values in out.items()}
+
+
+@pytest.mark.parametrize("case", GOLDEN)
+def test_golden_tokens_and_supervised_spans(case):
+    template, special, kwargs, messages, golden = GOLDEN[case]
+    golden = golden.replace("TODAY", datetime.now().strftime("%Y-%m-%d"))
+    tokenizer = model_tokenizer(template, special)
+    row = encoded(tokenizer, {"messages": messages}, kwargs)
+    assert row["reason"] == ""
+    assert show_row(row, tokenizer, most=1000) == golden
+    text = golden.replace("⟦", "").replace("⟧", "")
+    assert row["input_ids"] == tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert all(tokenizer.convert_tokens_to_ids(token) in row["input_ids"] for token in special[1:])
+
+
+@pytest.mark.parametrize("case", GOLDEN)
+def test_supervision_starts_where_serving_hands_over_to_the_target(case):
+    """What the template itself writes at an answer's start is never supervised, what comes first after it is."""
+    template, special, kwargs, messages, _ = GOLDEN[case]
+    tokenizer = model_tokenizer(template, special)
+    row = encoded(tokenizer, {"messages": messages[:3]}, kwargs)
+    prompt = tokenizer.apply_chat_template(messages[:2], add_generation_prompt=True, return_dict=True, **kwargs)
+    size = len(prompt["input_ids"])
+    assert row["input_ids"][:size] == prompt["input_ids"]
+    assert row["supervised"][:size] == [0] * size and row["supervised"][size] == 1
+
+
+def test_tools_calls_and_results_are_kept_and_only_the_assistant_is_supervised():
+    tokenizer = model_tokenizer(*GOLDEN["qwen3, thinking off"][:2])
+    call = {"type": "function", "function": {"name": "weather", "arguments": '{"city": "Rome"}'}}
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
+    messages = [
+        {"role": "user", "content": "Rome?", "tool_calls": None},  # as Arrow fills what other turns have
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "sunny", "tool_calls": None},
+        {"role": "assistant", "content": "Sunny.", "tool_calls": None},
+    ]
+    shown = []
+    for given in (tools, json.dumps(tools)):
+        row = encoded(tokenizer, {"messages": messages, "tools": given}, {"enable_thinking": False})
+        shown.append(show_row(row, tokenizer, most=2000))
+    assert shown[0] == shown[1]
+    assert '<tools>\n{"type": "function", "function": {"name": "weather"' in shown[0]
+    assert shown[0].endswith(
+        "<|im_start|>user\nRome?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+        '⟦<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call><|im_end|>\n⟧'
+        "<|im_start|>user\n<tool_response>\nsunny\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
+        "<think>\n\n</think>\n\n⟦Sunny.<|im_end|>\n⟧"
+    )
+
+
+Q, A = {"role": "user", "content": "What does the fox do?"}, {"role": "assistant", "content": "It jumps."}
+SAME = {
+    "messages": {"messages": [Q, A]},
+    "parts": {"messages": [Q, A | {"content": [{"type": "text", "text": "It "}, {"type": "text", "text": "jumps."}]}]},
+    "sharegpt": {"conversations": [{"from": "human", "value": Q["content"]}, {"from": "gpt", "value": A["content"]}]},
+    "alpaca": {"instruction": Q["content"], "input": "", "output": A["content"]},
+    "prompt and completion": {"prompt": Q["content"], "completion": A["content"]},
+    "prompt and completion as turns": {"prompt": [Q], "completion": [A]},
+}
+
+
+@pytest.mark.parametrize("case", SAME)
+def test_every_conversational_format_gives_the_same_tokens(case):
+    tokenizer = model_tokenizer(*GOLDEN["chatml"][:2])
+    assert show_row(encoded(tokenizer, SAME[case]), tokenizer) == (
+        "<|im_start|>user\nWhat does the fox do?<|im_end|>\n<|im_start|>assistant\n⟦It jumps.<|im_end|>\n⟧"
+    )
+
+
+def test_alpacas_input_and_a_system_column_are_kept():
+    tokenizer = model_tokenizer(*GOLDEN["chatml"][:2])
+    row = {"system": "Be brief.", "instruction": "Translate.", "input": "fox", "output": "Fuchs"}
+    assert show_row(encoded(tokenizer, row), tokenizer) == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nTranslate.\n\nfox<|im_end|>\n"
+        "<|im_start|>assistant\n⟦Fuchs<|im_end|>\n⟧"
+    )
+
+
+def test_prompt_and_completion_of_a_target_without_a_template_are_joined_and_the_prompt_is_not_supervised():
+    tokenizer = byte_level_tokenizer()
+    row = encoded(tokenizer, {"prompt": "the quick", "completion": " brown fox"})
+    assert show_row(row, tokenizer) == "the quick⟦ brown fox<|eos|>⟧"
+
+
+UNUSABLE = {
+    "it has no turns": {"messages": []},
+    "it has no assistant turn": {"messages": [{"role": "system", "content": "Be brief."}]},
+    "a turn lacks its role or content": {"messages": [{"role": "user"}, A]},
+    "a turn holds more than text": {"messages": [{"role": "user", "content": [{"type": "image"}]}, A]},
+    "its columns are empty": {"messages": None},
+    "its tools are not JSON": {"messages": [Q, A], "tools": "[{"},
+    "a tool call's arguments are not JSON": {
+        "messages": [Q, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]
+    },
+    "the chat template failed: roles must alternate user and assistant": {"messages": [Q, Q, A]},
+    "its prompt alone fills the 12 tokens of a row": {"messages": [Q, A]},
+}
+
+
+@pytest.mark.parametrize("reason", UNUSABLE)
+def test_a_row_of_no_use_says_why_and_gives_no_tokens(reason):
+    tokenizer = model_tokenizer(*GOLDEN["mistral"][:2])
+    row = encoded(tokenizer, UNUSABLE[reason], max_length=12 if "fills" in reason else 1000)
+    assert (row["reason"], row["input_ids"], row["supervised"]) == (reason, [], [])
+
+
+def test_a_template_whose_beginnings_change_makes_its_rows_unusable():
+    tokenizer = model_tokenizer(*GOLDEN["chatml"][:2])
+    tokenizer.chat_template = CHATML.replace("m.content", "(m.content if loop.last else 'gone')")
+    with pytest.raises(UnusableRow, match="renders a conversation's beginning differently.*generation"):
+        RowEncoder(tokenizer, ["messages"], 1000, None).encode({"messages": MESSAGES})

@@ -1,0 +1,95 @@
+"""Packed documents do not see each other: not in the target, not in the drafter, not in the loss."""
+
+import pytest
+import torch
+from conftest import MASK, PAD, make_drafter, make_target
+from datasets import Dataset
+
+from hf_specauf.blocks import row_inputs
+from hf_specauf.conversations import RowCollator, pack
+from hf_specauf.target import FrozenTarget
+from hf_specauf.trainer import AUFConfig, AUFTrainer
+
+SIZES = [9, 14, 6, 11, 8, 20, 7]
+
+
+@pytest.fixture(scope="module")
+def rows() -> Dataset:
+    """Token rows of several sizes, supervised from the fourth token on."""
+    draw = torch.Generator().manual_seed(3)
+    ids = [torch.randint(3, MASK, (size,), generator=draw).tolist() for size in SIZES]
+    rows = Dataset.from_dict({"input_ids": ids, "supervised": [[0] * 3 + [1] * (size - 3) for size in SIZES]})
+    return rows.add_column("length", SIZES).add_column("row", list(range(len(SIZES))))
+
+
+@pytest.fixture(scope="module")
+def packed(rows) -> Dataset:
+    found, lengths = pack(rows.select_columns(["input_ids", "supervised"]), 32)
+    assert len(found) < len(rows) and max(max(ids) for ids in found["document_ids"]) > 0
+    return found.add_column("length", lengths).add_column("row", list(range(len(found))))
+
+
+def gradients(target, rows: Dataset, tmp_path, tokenizer, objective: str) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss numerator and its gradients over every possible anchor of all rows, in float64."""
+    drafter = make_drafter(target, dtype=torch.float64)
+    args = AUFConfig(
+        output_dir=str(tmp_path), use_cpu=True, anchors_per_row=64, objective=objective,
+        per_device_train_batch_size=len(rows), report_to="none", gamma=2.0 if objective == "decay" else None,
+    )  # fmt: skip
+    trainer = AUFTrainer(drafter, target, args, rows, processing_class=tokenizer)
+    inputs = RowCollator(PAD, MASK)(list(rows))
+    numerator, counters = trainer._counters(trainer.model, inputs, 0, every_prediction=True)
+    numerator.backward()
+    counted = counters.sum(0)
+    assert counted[4] > 50  # valid slots
+    found = {name: parameter.grad for name, parameter in trainer.model.named_parameters()}
+    return numerator.item(), found | {"counters": counted[[0, 1, 2, 3, 4, 5, 6, 8, 9]]}
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "llama", "gemma3_text", "gpt2", "mixtral"])
+@pytest.mark.parametrize("objective", ["auf", "decay"])
+def test_packed_rows_give_the_gradient_of_the_same_blocks_unpacked(
+    architecture, objective, rows, packed, tmp_path, tokenizer
+):
+    target = make_target(architecture)
+    loss, apart = gradients(target, rows, tmp_path, tokenizer, objective)
+    packed_loss, together = gradients(target, packed, tmp_path, tokenizer, objective)
+    assert packed_loss == pytest.approx(loss, rel=1e-10)
+    for name, gradient in apart.items():
+        torch.testing.assert_close(together[name], gradient, rtol=1e-8, atol=1e-10, msg=name)
+
+
+def test_one_wrong_mask_would_show(rows, packed, tmp_path, tokenizer, monkeypatch):
+    """The comparison above fails where the target sees a whole row."""
+    target = make_target("qwen3")
+    loss, _ = gradients(target, rows, tmp_path, tokenizer, "decay")
+    monkeypatch.setattr("hf_specauf.trainer.row_inputs", lambda documents: {"attention_mask": (documents >= 0).long()})
+    leaky, _ = gradients(target, packed, tmp_path, tokenizer, "decay")
+    assert leaky != pytest.approx(loss, rel=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "llama", "gemma3_text", "gpt2", "mixtral"])
+def test_the_targets_taps_of_packed_documents_are_those_of_the_documents_apart(architecture, packed):
+    target = make_target(architecture)
+    frozen = FrozenTarget(target, make_drafter(target).config)
+    ids, documents = (torch.tensor([packed[0][key]]) for key in ("input_ids", "document_ids"))
+    frozen.check_packing(ids, documents)
+    together = frozen.context(ids, **row_inputs(documents))
+    apart = [frozen.context(ids[:, documents[0] == number]) for number in range(documents.max() + 1)]
+    torch.testing.assert_close(together, torch.cat(apart, dim=1), rtol=1e-10, atol=1e-10)
+
+
+def test_a_target_that_lets_packed_documents_see_each_other_is_refused(packed):
+    """gpt-oss in transformers 5.23 makes its masks without the positions."""
+    target = make_target("gpt_oss")
+    frozen = FrozenTarget(target, make_drafter(target).config)
+    ids, documents = (torch.tensor([packed[0][key]]) for key in ("input_ids", "document_ids"))
+    with pytest.raises(ValueError, match="packing: true does not work with GptOssForCausalLM.*packing: false"):
+        frozen.check_packing(ids, documents)
+
+
+def test_rows_of_one_document_keep_the_plain_attention_mask():
+    documents = torch.tensor([[0, 0, 0, -1], [0, 0, 0, 0]])
+    assert row_inputs(documents)["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
+    packed = torch.tensor([[0, 0, 1, -1], [0, 0, 0, 0]])
+    assert row_inputs(packed)["position_ids"].tolist() == [[0, 1, 0, 0], [0, 1, 2, 3]]

@@ -1,0 +1,137 @@
+"""Files and Hub datasets -> raw rows: every ending, every format, bad files, mixtures, streaming."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+from conftest import ROOT
+from datasets import Dataset
+
+from hf_specauf.sources import load_rows, row_format, take_shares
+
+
+@pytest.mark.parametrize(
+    ("columns", "kind"),
+    [
+        (["id", "text"], "text"),
+        (["text", "messages"], "messages"),
+        (["id", "conversations"], "conversations"),
+        (["messages", "input_ids"], "tokens"),
+        (["instruction", "input", "output"], "alpaca"),
+        (["instruction", "text"], "text"),
+        (["prompt", "completion", "text"], "prompt_completion"),
+        (["prompt", "messages"], "messages"),
+    ],
+)
+def test_row_format_prefers_tokens_then_conversations_then_text(columns, kind):
+    assert row_format(columns) == kind
+
+
+# ---- files
+
+
+def test_local_files_are_read_by_their_ending(tmp_path):
+    rows = [{"text": "the fox"}, {"text": "the lazy dog"}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "rows.txt").write_text("the fox\nthe lazy dog\n")
+    (tmp_path / "rows.csv").write_text("text\nthe fox\nthe lazy dog\n")
+    pa.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    for ending in ("jsonl", "txt", "csv", "parquet"):
+        assert load_rows(str(tmp_path / f"rows.{ending}")).to_list() == rows, ending
+
+
+def test_a_missing_file_is_named_with_its_full_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=f"'rows.jsonl' looks like a local file.*{tmp_path}/rows.jsonl"):
+        load_rows("rows.jsonl")
+
+
+GOOD = json.dumps({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]})
+BAD = {
+    "not UTF-8": (b'{"messages": "\xff\xfe"}', "line 3 is not UTF-8"),
+    "cut off": (GOOD[:40].encode(), "line 3 is not whole JSON, cut off perhaps"),
+    "no object": (b"[1, 2]", "line 3 is a list, not an object"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_line_that_cannot_be_read_is_named_and_the_file_left_alone(case, tmp_path):
+    line, message = BAD[case]
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(f"{GOOD}\n{GOOD}\n".encode() + line + b"\n" + GOOD.encode() + b"\n")
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=f"rows.jsonl: {message}.*mend or remove that line"):
+        load_rows(str(path))
+    assert path.read_bytes() == before
+
+
+def test_streaming_reads_the_first_rows_of_each_ending(tmp_path):
+    rows = [{"text": f"row {i}"} for i in range(10)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    pa.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    for ending in ("jsonl", "parquet"):
+        assert load_rows(str(tmp_path / f"rows.{ending}"), stream_rows=4).to_list() == rows[:4]
+
+
+def numbered(size: int) -> Dataset:
+    return Dataset.from_dict({"text": [str(i) for i in range(size)]})
+
+
+@pytest.mark.parametrize(
+    ("sizes", "weights", "most", "taken"),
+    [
+        ([100, 100], [1, 1], None, [100, 100]),
+        ([100, 100], [3, 1], None, [100, 33]),
+        ([100, 10], [1, 1], None, [10, 10]),
+        ([100, 100], [0.7, 0.3], 50, [35, 15]),
+        ([100, 10], [1, 1], 1000, [10, 10]),
+        ([100], [2.5], None, [100]),
+        ([100], [1], 7, [7]),
+    ],
+)
+def test_shares_follow_the_weights_and_no_row_is_taken_twice(sizes, weights, most, taken):
+    parts = take_shares([numbered(size) for size in sizes], weights, most)
+    assert [part["text"][:] for part in parts] == [[str(i) for i in range(size)] for size in taken]
+
+
+class ClosedHub(BaseHTTPRequestHandler):
+    """Answers as the Hub does about datasets one may not see: 401, with its error codes."""
+
+    def _refuse(self):
+        gated = "someone/gated" in self.path
+        self.send_response(403 if gated else 401)
+        self.send_header("X-Error-Code", "GatedRepo" if gated else "RepoNotFound")
+        self.send_header("X-Error-Message", "Access to this dataset is restricted." if gated else "Not found.")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_GET = do_HEAD = do_POST = _refuse
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.mark.parametrize("name", ["someone/gated", "someone/private"])
+def test_a_dataset_that_needs_a_login_says_so_in_one_line(name, tmp_path):
+    served = ThreadingHTTPServer(("127.0.0.1", 0), ClosedHub)
+    threading.Thread(target=served.serve_forever, daemon=True).start()
+    hub = dict(HF_ENDPOINT=f"http://127.0.0.1:{served.server_port}", HF_HOME=str(tmp_path), HF_HUB_OFFLINE="0")
+    hub |= dict(HF_HUB_DISABLE_TELEMETRY="1", NO_PROXY="127.0.0.1")
+    code = "import sys, hf_specauf.train; hf_specauf.train.main(sys.argv[1:])"
+    words = ["--dataset_name", name, "--target_model_name_or_path", "t", "--output_dir", str(tmp_path / "out")]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words, "--use_cpu", "true"], cwd=ROOT, env=os.environ | hub,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    served.shutdown()
+    served.server_close()
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"error: dataset_name: '{name}' is not on the Hub, or you may not see it")
+    assert "`hf auth login`" in last and "Traceback" not in done.stderr
