@@ -9,15 +9,18 @@ says which slots count, and the Trainer (`trainer`, `train`) learns them. `gener
 from transformers import AutoConfig, AutoModel
 
 from .drafters.configuration_dflash import DFlashConfig
+from .drafters.configuration_domino import DominoConfig
 from .drafters.modeling_dflash import DFlashDraftModel
+from .drafters.modeling_domino import DominoDraftModel
 
 __version__ = "0.1.0"
 
-AutoConfig.register(DFlashConfig.model_type, DFlashConfig)
-AutoModel.register(DFlashConfig, DFlashDraftModel)
-# save_pretrained then copies the modelling files, so that the folder loads where this package is absent
-DFlashConfig.register_for_auto_class()
-DFlashDraftModel.register_for_auto_class("AutoModel")
+for _config, _model in ((DFlashConfig, DFlashDraftModel), (DominoConfig, DominoDraftModel)):
+    AutoConfig.register(_config.model_type, _config)
+    AutoModel.register(_config, _model)
+    # save_pretrained then copies the modelling files, so that the folder loads where this package is absent
+    _config.register_for_auto_class()
+    _model.register_for_auto_class("AutoModel")
 
 _LAZY = {
     "AUFConfig": "trainer", "AUFTrainer": "trainer", "attach": "generate", "slot_weights": "objectives",
@@ -26,11 +29,13 @@ _LAZY = {
 
 
 def __getattr__(name: str):
-    if name in _LAZY:
-        from importlib import import_module
+    from importlib import import_module
 
+    if name == "generate":  # the module, which can be called
+        return import_module(".generate", __name__)
+    if name in _LAZY:
         return getattr(import_module(f".{_LAZY[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-__all__ = ["DFlashConfig", "DFlashDraftModel", *_LAZY]
+__all__ = ["DFlashConfig", "DFlashDraftModel", "DominoConfig", "DominoDraftModel", "generate", *_LAZY]

@@ -25,7 +25,8 @@ class Blocks:
 
     anchors: torch.Tensor  # (B, N) long, index into the row
     noise_ids: torch.Tensor  # (B, N * K) long, anchor and mask tokens
-    labels: torch.Tensor  # (B, N, K-1) long, token at anchor + k
+    previous_ids: torch.Tensor  # (B, N, K-1) long, the token before each label: what a causal head is told
+    labels: torch.Tensor  # (B, N, K-1) long, token at anchor + k; K labels where slot k predicts the one after
     valid: torch.Tensor  # (B, N, K-1) bool, contiguous from slot 1
     position_ids: torch.Tensor  # (B, S + N * K) long, true positions in the document: context, then slots
     attention_mask: tuple[torch.Tensor, ...] | BlockMask  # groups of blocks: (B, 1, G * K, C_g + G * K) bool each
@@ -113,6 +114,7 @@ def make_blocks(
     block_size: int,
     mask_token_id: int,
     flex: bool = False,
+    predictions: int | None = None,
 ) -> Blocks:
     """Blocks at given anchors; a block ends where supervision, its document or the row ends.
 
@@ -123,17 +125,20 @@ def make_blocks(
         block_size (`int`): K.
         mask_token_id (`int`).
         flex (`bool`, *optional*): make FlexAttention's sparse mask instead of dense ones.
+        predictions (`int`, *optional*): P, labels of a block, the tokens after its anchor; K - 1 by default, K for a
+            Domino drafter with `shift_label`.
     """
     rows, length = input_ids.shape
     count = anchors.shape[1]
     device = input_ids.device
-    slots = anchors[:, :, None] + torch.arange(block_size, device=device)  # (B, N, K), index into the row
+    tokens = block_size if predictions is None else predictions + 1  # of a block, the anchor's among them
+    slots = anchors[:, :, None] + torch.arange(tokens, device=device)  # (B, N, tokens), index into the row
     inside = slots < length
     index = slots.clamp(max=length - 1).reshape(rows, -1)
     anchor_document = document_ids.gather(1, anchors)  # (B, N)
 
-    def take(values: torch.Tensor) -> torch.Tensor:  # (B, S) -> (B, N, K)
-        return values.gather(1, index).view(rows, count, block_size)
+    def take(values: torch.Tensor) -> torch.Tensor:  # (B, S) -> (B, N, tokens)
+        return values.gather(1, index).view(rows, count, tokens)
 
     usable = inside & take(supervised) & (take(document_ids) == anchor_document[:, :, None]) & real[:, :, None]
     valid = usable[:, :, 1:].long().cumprod(-1).bool()
@@ -144,10 +149,12 @@ def make_blocks(
     slot_positions = positions.gather(1, anchors)[:, :, None] + torch.arange(block_size, device=device)
     position_ids = torch.cat([positions, slot_positions.flatten(1)], dim=1)
 
+    block_ids = take(input_ids)
     return Blocks(
         anchors=anchors,
         noise_ids=noise_ids.flatten(1),
-        labels=take(input_ids)[:, :, 1:],
+        previous_ids=block_ids[:, :, :-1],
+        labels=block_ids[:, :, 1:],
         valid=valid,
         position_ids=position_ids,
         attention_mask=(flex_mask if flex else group_masks)(anchors, anchor_document, real, document_ids, block_size),

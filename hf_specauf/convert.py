@@ -13,8 +13,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModel, PreTrainedModel
 
-from .drafters.configuration_dflash import REQUIRED_KEYS, DFlashConfig
-from .drafters.modeling_dflash import DFlashDraftModel
+from .drafters.configuration_dflash import DFlashConfig
+from .drafters.configuration_domino import DominoConfig
 from .lora import AdapterBase, add_adapter, borrow, borrowed_tensors, fingerprint
 from .records import HUB_ID, errors_in_one_line
 
@@ -137,15 +137,16 @@ def from_target(
             f"{folder_or_repo} borrows layers {base.borrowed_layers} of {base.name_or_path}{at}, and this target's "
             "layers are other weights: load that target, at that revision"
         )
-    config = DFlashConfig.from_dict(json.loads((folder / "config.json").read_text()) | {"borrowed_layers": None})
+    given = json.loads((folder / "config.json").read_text()) | {"borrowed_layers": None}
+    config = (DominoConfig if given["model_type"] == DominoConfig.model_type else DFlashConfig).from_dict(given)
     drafter = borrow(target, config, base.borrowed_layers, frozen=True)
     drafter = PeftModel.from_pretrained(drafter, str(adapter)).merge_and_unload()
     return drafter.to(target.dtype if dtype == "auto" else dtype).eval()
 
 
-def _foreign(folder: Path, config: dict, dtype: str | torch.dtype) -> DFlashDraftModel:
-    """A DFlash folder of z-lab or SpecForge: same tensors, another config."""
-    drafter = DFlashDraftModel(foreign_config(config, folder))
+def _foreign(folder: Path, config: dict, dtype: str | torch.dtype) -> PreTrainedModel:
+    """A DFlash or Domino folder of z-lab or SpecForge: same tensors, another config."""
+    drafter = AutoModel.from_config(foreign_config(config, folder), dtype=torch.float32)
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ValueError(f"{folder} holds no .safetensors file: pickled weights are not loaded")
@@ -166,16 +167,17 @@ def _foreign(folder: Path, config: dict, dtype: str | torch.dtype) -> DFlashDraf
 
 
 def foreign_config(config: dict, folder: str | Path = "config.json") -> DFlashConfig:
-    """Our config from one of z-lab or SpecForge, taking nothing for granted that decides acceptance.
+    """Our config (Domino's where its head is named) from one of z-lab or SpecForge, with nothing taken for granted.
 
     Raises:
         ValueError: a key is missing, contradicts itself, or asks for a computation that a DFlash drafter has not.
     """
     nested = dict(config.get("dflash_config") or {})
-    if nested.get("projector_type") == "domino" or "DominoDraftModel" in (config.get("architectures") or []):
-        raise ValueError(f"{folder} is a Domino drafter: its causal head is not that of a DFlash drafter")
-    keys = set(REQUIRED_KEYS) - {"shift_label", "rope_parameters"}
-    found = {}
+    domino = nested.get("projector_type") == "domino"
+    kind = DominoConfig if domino else DFlashConfig
+    keys = set(kind.required_keys) - {"rope_parameters"} - (set() if domino else {"shift_label"})
+    must_be_nested = MUST_BE_NESTED | ({"projector_type": "domino"} if domino else {})
+    found = {} if domino else {"shift_label": False}
     for name in sorted(keys):
         values = [part[name] for part in (config, nested) if part.get(name) is not None]
         if not values:
@@ -192,7 +194,7 @@ def foreign_config(config: dict, folder: str | Path = "config.json") -> DFlashCo
     special = {key: config.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     layers = config.get("layer_types")
     known = keys | IGNORED | set(special) | {"dflash_config", "rope_parameters", "rope_theta", "layer_types"}
-    places = (("", config, known, MUST_BE), ("dflash_config.", nested, keys, MUST_BE_NESTED))
+    places = (("", config, known, MUST_BE), ("dflash_config.", nested, keys, must_be_nested))
     odd = [
         place + key
         for place, part, read, must_be in places
@@ -204,7 +206,7 @@ def foreign_config(config: dict, folder: str | Path = "config.json") -> DFlashCo
             f"{folder} asks for what a DFlash drafter of this package does not compute, or nobody here knows: "
             f"{', '.join(odd)}. Converted without it, the drafter would silently accept little."
         )
-    return DFlashConfig(**found, rope_parameters=rope, layer_types=layers, shift_label=False, **special)
+    return kind(**found, rope_parameters=rope, layer_types=layers, **special)
 
 
 @errors_in_one_line()

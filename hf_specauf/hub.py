@@ -26,6 +26,7 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from .convert import fetch, is_plain, load_drafter
+from .drafters.configuration_domino import DominoConfig
 from .lora import BASE_FILE, AdapterBase, fingerprint, finish_adapter
 from .model_card import render
 from .records import HUB_ID, errors_in_one_line, write_record
@@ -45,9 +46,15 @@ from transformers import AutoModel
 folder, inputs, outputs = sys.argv[1:]
 drafter = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype="auto").eval()
 given = load_file(inputs)
+more = {}
+if "prev_embeds" in given:
+    more = {"prev_embeds": given["prev_embeds"], "reduce": lambda hidden, rows, project: project(rows)}
 with torch.no_grad():
-    hidden = drafter(given["noise"], given["context"]).last_hidden_state
-save_file({"hidden": hidden.contiguous()}, outputs)
+    output = drafter(given["noise"], given["context"], **more)
+found = {"hidden": output.last_hidden_state}
+if more:
+    found["correction"] = output.reduced
+save_file({name: tensor.contiguous() for name, tensor in found.items()}, outputs)
 """
 
 
@@ -141,17 +148,32 @@ def public_base(
 def probe(config) -> dict[str, torch.Tensor]:
     """Inputs on which two drafters are compared."""
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(1, config.block_size, config.hidden_size, generator=generator)
-    context = torch.randn(1, 7, len(config.target_layer_ids) * config.hidden_size, generator=generator)
-    return {"noise": noise, "context": context}
+    width, taps = config.hidden_size, len(config.target_layer_ids)
+    given = {"noise": torch.randn(1, config.block_size, width, generator=generator)}
+    given["context"] = torch.randn(1, 7, taps * width, generator=generator)
+    if isinstance(config, DominoConfig):  # the causal head too
+        given["prev_embeds"] = torch.randn(1, 1, config.predictions, width, generator=generator)
+    return given
 
 
 @torch.no_grad()
-def check_same(drafter: PreTrainedModel, found: torch.Tensor, how: str) -> None:
-    """Raise unless `found`, the hidden states of [`probe`], are the drafter's own."""
-    given = probe(drafter.config)
-    expected = drafter.eval()(given["noise"], given["context"]).last_hidden_state
-    if found.dtype != expected.dtype or not torch.allclose(found, expected, rtol=1e-4, atol=1e-5):
+def outputs_of(drafter: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """What a drafter makes of [`probe`]; `RELOAD` does the same."""
+    given, more = probe(drafter.config), {}
+    if "prev_embeds" in given:
+        more = dict(prev_embeds=given["prev_embeds"], reduce=lambda hidden, rows, project: project(rows))
+    output = drafter.eval()(given["noise"], given["context"], **more)
+    return {"hidden": output.last_hidden_state} | ({"correction": output.reduced} if more else {})
+
+
+def check_same(drafter: PreTrainedModel, found: dict[str, torch.Tensor], how: str) -> None:
+    """Raise unless `found` are the drafter's own [`outputs_of`]."""
+    expected = outputs_of(drafter)
+    same = found.keys() == expected.keys() and all(
+        tensor.dtype == expected[name].dtype and torch.allclose(tensor, expected[name], rtol=1e-4, atol=1e-5)
+        for name, tensor in found.items()
+    )
+    if not same:
         raise ValueError(
             f"{how}, the folder's drafter gives other outputs than here: its files do not belong together. Save it "
             "again with save_pretrained."
@@ -173,7 +195,7 @@ def check_reload(drafter: PreTrainedModel, folder: Path) -> None:
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise ValueError(f"the folder does not load in a clean process with trust_remote_code=True: {last}")
-        check_same(drafter, load_file(outputs)["hidden"], "loaded in a clean process")
+        check_same(drafter, load_file(outputs), "loaded in a clean process")
 
 
 @torch.no_grad()
@@ -200,8 +222,7 @@ def make_small(drafter: PreTrainedModel, adapter: Path, base: AdapterBase, into:
     if base.borrowed_layers is not None and target_model is None:
         target_model, _ = load_target(base.name_or_path, base.revision, key="--target")
     found = load_drafter(into, target=target_model, dtype=drafter.dtype)
-    given = probe(drafter.config)
-    check_same(drafter, found(given["noise"], given["context"]).last_hidden_state, "rebuilt from the small form")
+    check_same(drafter, outputs_of(found), "rebuilt from the small form")
 
 
 def check_folder(drafter: Path, allow_unmeasured: bool) -> None:

@@ -12,10 +12,9 @@ from pathlib import Path
 
 import torch
 from peft import PeftConfig, PeftModel
-from transformers import PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 
 from .drafters.configuration_dflash import DFlashConfig
-from .drafters.modeling_dflash import DFlashDraftModel
 from .records import write_record
 from .target import decoder_layers, innermost
 
@@ -90,7 +89,7 @@ def borrowed_tensors(target: PreTrainedModel, layer_ids: list[int]) -> dict[str,
     }
 
 
-def borrow(target: PreTrainedModel, config: DFlashConfig, layer_ids: list[int], *, frozen: bool) -> DFlashDraftModel:
+def borrow(target: PreTrainedModel, config: DFlashConfig, layer_ids: list[int], *, frozen: bool) -> PreTrainedModel:
     """A drafter whose layers start as the target's own.
 
     Args:
@@ -104,7 +103,7 @@ def borrow(target: PreTrainedModel, config: DFlashConfig, layer_ids: list[int], 
         ValueError: the layers do not fit, or nothing of them does.
     """
     target = innermost(target)
-    drafter = DFlashDraftModel(config)
+    drafter = AutoModel.from_config(config, dtype=torch.float32)
     theirs = borrowed_tensors(target, layer_ids)
     ours = {name: tensor for name, tensor in drafter.state_dict().items() if name.startswith("layers.")}
     same = [name for name in ours if name in theirs and theirs[name].shape == ours[name].shape]

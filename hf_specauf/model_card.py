@@ -152,14 +152,20 @@ def render(
     first = records[0] if records else None
     target = config["target_model_name_or_path"] or "unnamed target"
     objective = recipe.get("objective")
+    domino = config["model_type"] == "specauf_domino"
     names = {"auf": "Accept-Until-Fail", "auf_decay": "Accept-Until-Fail and decay", "decay": "decay weights"}
+    names |= {
+        f"{letter}_auf{decay}": f"{letter.upper()}-AUF (Accept-Until-Fail){words}"
+        for letter in "bsf" for decay, words in (("", ""), ("_decay", " and decay"))
+    } | {"domino_decay": "decay weights"}  # fmt: skip
+    kind = ["domino", "arxiv:2605.29707"] if domino else ["dflash"]
     commit = config.get("target_revision")
     data = recipe.get("dataset_name")
     data_card = [data] if data and HUB_ID.fullmatch(data) else None
     base = provenance.get("base") or {}
     borrowed = base.get("borrowed_layers") is not None
     form = "plain" if not small else "borrowed" if borrowed else "adapter"
-    tags = ["speculative-decoding", "dflash", "spec-auf", "custom_code", "arxiv:2607.01893", "arxiv:2602.06036"]
+    tags = ["speculative-decoding", *kind, "spec-auf", "custom_code", "arxiv:2607.01893", "arxiv:2602.06036"]
     card_data = ModelCardData(
         base_model=base["name_or_path"] if form == "adapter" else target, base_model_relation="adapter",
         library_name="transformers", license=licence,
@@ -191,6 +197,7 @@ def render(
         data=rows, training=f"{steps} on {hardware}, seed {recipe['seed']}" if recipe else "not recorded",
         software=versions or "not recorded", recipe=changed_recipe(recipe) if recipe else "",
         form=form, adapted=adaptation(provenance), base=base.get("name_or_path"), base_revision=base.get("revision"),
+        domino=config if domino else None,
         method=names.get(objective, objective or "an objective that was not recorded"),
     )  # fmt: skip
 

@@ -7,6 +7,8 @@ The loss is then sum(weight * cross-entropy) / sum(weight), over everything an o
 import torch
 
 OBJECTIVES = ("uniform", "decay", "auf", "auf_decay")
+# Of Domino drafters (arXiv 2605.29707, 2607.01893); `domino_loss.py` says what each means for its two branches.
+DOMINO_OBJECTIVES = ("domino_decay", "b_auf", "s_auf", "f_auf", "b_auf_decay", "s_auf_decay", "f_auf_decay")
 NORMALISATIONS = ("pooled", "per_block")
 # DFlash (arXiv 2602.06036): gamma for K = 16, 10, 8.
 DECAY_GAMMA = {16: 7.0, 10: 5.0, 8: 4.0}
@@ -18,8 +20,11 @@ def resolve_gamma(objective: str, block_size: int, gamma: float | None) -> float
     Raises:
         ValueError: unknown objective; gamma with an objective that has no decay; no gamma for an unpublished K.
     """
-    if objective not in OBJECTIVES:
-        raise ValueError(f"objective is {objective!r}; it must be one of {', '.join(OBJECTIVES)}")
+    if objective not in OBJECTIVES + DOMINO_OBJECTIVES:
+        raise ValueError(
+            f"objective is {objective!r}; it must be one of {', '.join(OBJECTIVES)}, or for a Domino drafter one of "
+            f"{', '.join(DOMINO_OBJECTIVES)}"
+        )
     if not objective.endswith("decay"):
         if gamma is not None:
             raise ValueError(

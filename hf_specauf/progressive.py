@@ -6,12 +6,12 @@ in the same pass, so that no logits outlive their chunk. Loss and gradient are t
 Objectives that count all valid slots use the same chunks without stopping. Shape letters are those of `blocks.py`.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from .drafters.generation_block import apply_head
+from .drafters.generation_block import add_correction, apply_head
 from .objectives import loss_terms, weights_from_correct
 
 # A product with few rows costs as much as one with this many (the head's weights are read once either way), so the
@@ -19,8 +19,7 @@ from .objectives import loss_terms, weights_from_correct
 FEWEST_ROWS = 32
 
 
-@dataclass
-class HeadLoss:
+class HeadLoss(NamedTuple):
     """What a walk found; `numerator` alone has a graph."""
 
     numerator: torch.Tensor  # scalar
@@ -36,28 +35,28 @@ class _Walker:
     def __init__(self, hidden, head, labels, valid, weights, low_rank, want_gradient, rows_per_chunk):
         self.rows = hidden.detach().flatten(0, -2)  # (M (K-1), H)
         self.head, self.labels, self.weights = head, labels.flatten(), weights.flatten()
-        self.low_rank_rows, self.low_rank_weight = (None, None) if low_rank is None else low_rank
+        self.low_rank_rows, self.project = (None, None) if low_rank is None else low_rank
+        self.parameters = trainable(self.project)
         self.want_gradient, self.rows_per_chunk = want_gradient, rows_per_chunk
         self.blocks, self.slots = valid.flatten(0, 1).shape
         self.valid = valid.flatten(0, 1)
         self.losses = torch.zeros_like(self.weights)
         self.correct = torch.zeros_like(self.labels, dtype=torch.bool)
-        self.gradients: list[
-            tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
-        ] = []  # index, of rows, of low rank
-        self.weight_gradient = None
+        self.gradients: list[tuple[torch.Tensor, ...]] = []  # index, gradient of rows, of low-rank rows or None
+        self.parameter_gradients = [torch.zeros_like(p) for p in self.parameters] if want_gradient else []
 
     def logits(self, index: torch.Tensor):
         """Logits of some rows, and the leaves they depend on."""
         leaves = [self.rows[index]]
         if self.low_rank_rows is not None:
-            leaves += [self.low_rank_rows.detach().flatten(0, -2)[index], self.low_rank_weight.detach()]
+            leaves.append(self.low_rank_rows.detach().flatten(0, -2)[index])
         if self.want_gradient:
             leaves = [leaf.requires_grad_() for leaf in leaves]
         with torch.set_grad_enabled(self.want_gradient):
-            logits = apply_head(self.head, leaves[0])
+            with torch.autocast(self.rows.device.type, enabled=False):  # inside a drafter's forward it may be on
+                logits = apply_head(self.head, leaves[0])
             if self.low_rank_rows is not None:
-                logits = logits + nn.functional.linear(leaves[1], leaves[2]).to(logits.dtype)
+                logits = add_correction(logits, self.project(leaves[1]))
         return logits, leaves
 
     def learn(self, index: torch.Tensor, until_fail: bool) -> torch.Tensor:
@@ -66,7 +65,7 @@ class _Walker:
         flat = index.flatten()
         logits, leaves = self.logits(flat)
         # fp32 logits of a plain head are overwritten in place: its backward needs no output
-        copy = type(self.head) is not nn.Linear
+        copy = type(self.head) is not nn.Linear and self.project is None
         scores = logits.detach().to(torch.promote_types(logits.dtype, torch.float32), copy=copy)
         best, predicted = scores.max(-1)
         labels = self.labels[flat]
@@ -84,10 +83,10 @@ class _Walker:
             weights = torch.where(counted, self.weights[flat].to(scores.dtype), 0.0)
             scores.mul_((weights / total)[:, None])  # weight * softmax, then minus weight at the label
             scores.scatter_add_(1, labels[:, None], -weights[:, None])
-            found = torch.autograd.grad(logits, leaves, scores.to(logits.dtype))
-            self.gradients.append((flat, found[0], found[1] if len(found) > 1 else None))
-            if len(found) > 1:
-                self.weight_gradient = found[2] if self.weight_gradient is None else self.weight_gradient + found[2]
+            found = torch.autograd.grad(logits, [*leaves, *self.parameters], scores.to(logits.dtype))
+            self.gradients.append((flat, found[0], None if self.project is None else found[1]))
+            for total_gradient, gradient in zip(self.parameter_gradients, found[len(leaves) :]):
+                total_gradient += gradient
         return (right & counted).view(index.shape)
 
     def all_valid(self) -> None:
@@ -120,16 +119,21 @@ class _Walker:
 
 
 class _HeadLossFunction(torch.autograd.Function):
-    """Hands the gradient that a walk has formed to autograd."""
+    """Hands the gradients that a walk has formed to autograd: of hidden, low-rank rows and parameters."""
 
     @staticmethod
-    def forward(ctx, hidden, low_rank_rows, low_rank_weight, value, gradients):
+    def forward(ctx, value, gradients, *trained):
         ctx.save_for_backward(*gradients)
         return value
 
     @staticmethod
     def backward(ctx, scale):
-        return *(None if g is None else g * scale.to(g.dtype) for g in ctx.saved_tensors), None, None
+        return None, None, *(None if g is None else g * scale.to(g.dtype) for g in ctx.saved_tensors)
+
+
+def trainable(module: nn.Module | None) -> list[nn.Parameter]:
+    """Its parameters that are trained."""
+    return [] if module is None else [p for p in module.parameters() if p.requires_grad]
 
 
 def head_loss(
@@ -143,7 +147,8 @@ def head_loss(
     normalisation: str = "pooled",
     rows_per_chunk: int = 256,
     every_prediction: bool = False,
-    low_rank: tuple[torch.Tensor, torch.Tensor] | None = None,
+    support: torch.Tensor | None = None,
+    low_rank: tuple[torch.Tensor, nn.Module] | None = None,
 ) -> HeadLoss:
     """Numerator and denominator of an objective, from the drafter's hidden rows and the target's frozen head.
 
@@ -156,8 +161,11 @@ def head_loss(
         objective, gamma, normalisation: as in `objectives`.
         rows_per_chunk (`int`, *optional*, defaults to 256): slots whose logits (V each) are held at once.
         every_prediction (`bool`, *optional*): also predict valid slots that do not count, for diagnostics.
-        low_rank (`tuple`, *optional*): trainable rows (B, N, K-1, E) and weight (V, E) whose product is added to the
-            logits (Domino's head, arXiv 2605.29707); both receive their gradient.
+        support (`torch.BoolTensor` of shape `(B, N, K-1)`, *optional*): the valid slots that may count at all,
+            contiguous from slot 1; by default all.
+        low_rank (`tuple`, *optional*): trainable rows (B, N, K-1, E) and the module without biases that makes a
+            correction (..., V) of them, which is added to the logits (Domino's head, arXiv 2605.29707); rows and
+            the module's trained parameters receive their gradient.
 
     Raises:
         ValueError: `low_rank` with an AUF objective and `per_block`: its weights are known only after the walk.
@@ -170,33 +178,32 @@ def head_loss(
         )
     wide = torch.promote_types(hidden.dtype, torch.float32)
     # what each slot weighs if it is reached
-    weights = weights_from_correct(objective, torch.ones_like(valid), valid, gamma).to(wide)
+    counting = valid if support is None else support
+    weights = weights_from_correct(objective, torch.ones_like(valid), counting, gamma).to(wide)
     if normalisation == "per_block" and not until_fail:
         weights = weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(wide).tiny)
-    trained = (hidden, *(low_rank or (None, None)))
-    want_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in trained)
-    walker = _Walker(hidden, head, labels, valid, weights, low_rank, want_gradient, rows_per_chunk)
+    trained = [hidden] if low_rank is None else [hidden, low_rank[0], *trainable(low_rank[1])]
+    want_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in trained)
+    walker = _Walker(hidden, head, labels, counting, weights, low_rank, want_gradient, rows_per_chunk)
     walker.until_first_failure() if until_fail else walker.all_valid()
     losses, correct = walker.losses.view(valid.shape), walker.correct.view(valid.shape)
-    weights = weights_from_correct(objective, correct, valid, gamma).to(wide)
+    weights = weights_from_correct(objective, correct, counting, gamma).to(wide)
     numerator, denominator = loss_terms(losses, weights, normalisation)
     if want_gradient:
-        gradients = _gather(walker, hidden, low_rank)
+        gradients = _gather(walker, hidden)
         if normalisation == "per_block" and until_fail:
             gradients[0] /= weights.sum(-1)[:, :, None, None].clamp(min=1e-30)
-        numerator = _HeadLossFunction.apply(*trained, numerator, gradients)
-    if every_prediction and until_fail:
+        numerator = _HeadLossFunction.apply(numerator, gradients, *trained)
+    if every_prediction:
         walker.predict((valid & (weights == 0)).flatten().nonzero()[:, 0])
     return HeadLoss(numerator, denominator, losses, weights, walker.correct.view(valid.shape))
 
 
-def _gather(walker: _Walker, hidden, low_rank) -> list[torch.Tensor | None]:
-    """Gradients with respect to (hidden, low-rank rows, low-rank weight)."""
-    gradients = [hidden.new_zeros(hidden.shape), None, None]
-    if low_rank is not None:
-        gradients[1:] = low_rank[0].new_zeros(low_rank[0].shape), walker.weight_gradient
-        if gradients[2] is None:
-            gradients[2] = torch.zeros_like(low_rank[1])
+def _gather(walker: _Walker, hidden) -> list[torch.Tensor]:
+    """Gradients with respect to hidden and, with a low-rank head, its rows and its module's parameters."""
+    gradients = [torch.zeros_like(hidden)]
+    if walker.project is not None:
+        gradients += [torch.zeros_like(walker.low_rank_rows), *walker.parameter_gradients]
     for index, rows, low_rank_rows in walker.gradients:
         gradients[0].flatten(0, -2)[index] = rows
         if low_rank_rows is not None:

@@ -81,10 +81,14 @@ class TargetArguments:
             raise ValueError("trust_remote_code: true needs target_revision, so that the code cannot change under you")
 
 
+DOMINO_KEYS = ("gru_hidden_dim", "emb_dim", "pure_draft_prefix_len", "shift_label")
+
+
 @dataclass
 class DrafterArguments:
     """The drafter. What is left out is derived from the target once, printed, and stored in its config.json."""
 
+    drafter: str = field(default="dflash", metadata={"help": "dflash, or domino: the same with a causal head."})
     num_draft_layers: int = field(default=5, metadata={"help": "Layers of the drafter."})
     block_size: int = field(default=16, metadata={"help": "K, slots of a block, anchor included (2 or more)."})
     target_layer_ids: list[int] | None = field(
@@ -99,6 +103,18 @@ class DrafterArguments:
     )
     draft_attn_implementation: str = field(
         default="sdpa", metadata={"help": "sdpa, eager, or flex_attention (block-sparse training masks, for CUDA)."}
+    )
+    gru_hidden_dim: int | None = field(
+        default=None, metadata={"help": "Domino: size of the causal head's state (default 1024)."}
+    )
+    emb_dim: int | None = field(
+        default=None, metadata={"help": "Domino: rank of the correction of the logits (default 256)."}
+    )
+    pure_draft_prefix_len: int | None = field(
+        default=None, metadata={"help": "Domino: first predictions of a block left uncorrected (default 1)."}
+    )
+    shift_label: bool | None = field(
+        default=None, metadata={"help": "Domino: slot k predicts the token after its own (default true)."}
     )
     save_dtype: str = field(
         default="auto", metadata={"help": "Dtype of the final folder: auto (the target's), bfloat16 or float32."}
@@ -141,6 +157,14 @@ class DrafterArguments:
                 f"draft_attn_implementation is {self.draft_attn_implementation!r}; it must be sdpa, eager or "
                 "flex_attention"
             )
+        if self.drafter not in ("dflash", "domino"):
+            raise ValueError(f"drafter is {self.drafter!r}; it must be dflash or domino")
+        given = [key for key in DOMINO_KEYS if getattr(self, key) is not None]
+        if given and self.drafter != "domino":
+            raise ValueError(
+                f"{', '.join(given)}: of Domino's causal head, which drafter: {self.drafter} does not have and would "
+                "ignore. Set drafter: domino, or remove what is named"
+            )
         if self.save_dtype not in ("auto", "bfloat16", "float32"):
             raise ValueError(f"save_dtype is {self.save_dtype!r}; it must be auto, bfloat16 or float32")
         if self.block_size < 2:
@@ -178,6 +202,12 @@ class DrafterArguments:
                 lora_task_type=None,  # CAUSAL_LM asks for a model that generates by itself
             )
         )  # fmt: skip
+
+    @property
+    def domino(self) -> dict | None:
+        """The given keys of a Domino drafter's causal head, or `None` for a DFlash drafter."""
+        given = {key: getattr(self, key) for key in DOMINO_KEYS if getattr(self, key) is not None}
+        return given if self.drafter == "domino" else None
 
 
 @dataclass

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from .blocks import row_inputs
 from .drafters.configuration_dflash import DFlashConfig, check_target_layer_ids
+from .drafters.configuration_domino import DominoConfig
 from .drafters.generation_block import apply_head, embed_noise
 
 
@@ -133,6 +134,7 @@ def drafter_config(
     intermediate_size: int | None = None,
     target_revision: str | None = None,
     chat_template_kwargs: dict | None = None,
+    domino: dict | None = None,
 ) -> DFlashConfig:
     """A drafter config with the target's own widths, heads, rope base and special ids.
 
@@ -142,13 +144,16 @@ def drafter_config(
         num_hidden_layers, block_size, mask_token_id, target_layer_ids: as in [`DFlashConfig`]; taps default to
             `default_target_layer_ids`.
         intermediate_size (`int`, *optional*): defaults to the target's, or 4 H where it has none.
+        domino (`dict`, *optional*): keys of [`DominoConfig`]'s causal head, or `{}` for the published ones; gives a
+            `DominoConfig`.
     """
     target = innermost(target)
     text = target.config.get_text_config(decoder=True)
     heads = text.num_attention_heads
     rope = getattr(text, "rope_parameters", None) or {}
     rope = rope.get("full_attention", rope)  # Gemma-3 has one set per layer type
-    return DFlashConfig(
+    kind = DFlashConfig if domino is None else DominoConfig
+    return kind(
         hidden_size=text.hidden_size,
         intermediate_size=intermediate_size or getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
         num_hidden_layers=num_hidden_layers,
@@ -173,6 +178,7 @@ def drafter_config(
         eos_token_id=target.generation_config.eos_token_id,
         pad_token_id=target.generation_config.pad_token_id,
         **(tokenizer_hashes(tokenizer) if tokenizer is not None else {}),
+        **(domino or {}),
     )
 
 

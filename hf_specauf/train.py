@@ -16,11 +16,10 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from .conversations import prepare_rows, show_row
 from .convert import fetch, is_plain, load_drafter
-from .drafters.modeling_dflash import DFlashDraftModel
 from .evaluate import compare, evaluation_record, plot_alpha, show
 from .lora import AdapterBase, borrow, fingerprint, finish_adapter
 from .on_policy import on_policy_score, on_policy_words
-from .recipe import DataArguments, DrafterArguments, TargetArguments, parse
+from .recipe import DOMINO_KEYS, DataArguments, DrafterArguments, TargetArguments, parse
 from .records import environment, errors_in_one_line, write_record
 from .sources import load_rows, take_shares
 from .target import default_mask_token_id, drafter_config, load_target, tokenizer_hashes
@@ -67,6 +66,7 @@ def resolved_recipe(trainer: AUFTrainer, *arguments) -> dict:
         "mask_token_id": config.mask_token_id,
         "target_layer_ids": config.target_layer_ids,
         "gamma": trainer.gamma,
+        **{key: getattr(config, key) for key in DOMINO_KEYS if trainer.is_domino},
     }
 
 
@@ -137,10 +137,11 @@ def start_drafter(
         intermediate_size=draft.draft_intermediate_size,
         target_revision=revision,
         chat_template_kwargs=draft.chat_template_kwargs,
+        domino=draft.domino,
     )
     set_seed(seed)
     if not layer_ids:
-        return DFlashDraftModel(config), None
+        return AutoModel.from_config(config, dtype=torch.float32), None
     base = AdapterBase.of_layers(target, layer_ids) if draft.use_peft else None
     return borrow(target, config, layer_ids, frozen=draft.use_peft), base
 

@@ -3,6 +3,7 @@
 import copy
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from huggingface_hub import CommitInfo
 from peft import get_peft_model
 from torch.distributed.tensor import DTensor
 from transformers import (
+    AutoModel,
     EvalPrediction,
     GenerationConfig,
     PreTrainedTokenizerBase,
@@ -30,12 +32,13 @@ from .blocks import EVALUATION_STEP, Blocks, make_blocks, row_inputs, sample_anc
 from .callbacks import InterruptCallback, TauProgressCallback
 from .checkpoints import CompleteCheckpoints
 from .conversations import RowCollator, fill_up, prepare_rows, prompt_length
-from .drafters.modeling_dflash import DFlashDraftModel
+from .domino_loss import TwoBranches, check_domino_keys, domino_losses
+from .drafters.configuration_domino import DominoConfig
 from .generate import attach
 from .lora import AdapterBase, finish_adapter
-from .objectives import NORMALISATIONS, OBJECTIVES, loss_terms, resolve_gamma
+from .objectives import DOMINO_OBJECTIVES, NORMALISATIONS, OBJECTIVES, loss_terms, resolve_gamma
 from .optimizer import MuonWithAdamW
-from .progressive import head_loss
+from .progressive import HeadLoss, head_loss
 from .target import FrozenTarget
 
 
@@ -48,12 +51,21 @@ class AUFConfig(TrainingArguments):
 
     objective: str = field(
         default="auf",
-        metadata={"help": "Which slots count: uniform, decay (DFlash), auf (up to the first wrong slot), auf_decay."},
+        metadata={
+            "help": "Which slots count: uniform, decay (DFlash), auf (up to the first wrong slot), auf_decay; for a "
+            "Domino drafter domino_decay, b_auf, s_auf, f_auf, b_auf_decay, s_auf_decay, f_auf_decay."
+        },
     )
     gamma: float | None = field(
         default=None,
         metadata={
             "help": "Decay length in slots, for decay and auf_decay; by default 7, 5, 4 for block size 16, 10, 8."
+        },
+    )
+    lambda_decay_ratio: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of training over which a Domino drafter's base loss gives way to the final one (default 1)."
         },
     )
     normalisation: str = field(
@@ -93,8 +105,12 @@ class AUFConfig(TrainingArguments):
             raise ValueError("fp16: true would train a drafter that accepts nothing (vllm#55250): use bf16: true")
         if self.bf16 is None:
             self.bf16 = not self.use_cpu and torch.cuda.is_available() and is_torch_bf16_gpu_available()
-        if self.objective not in OBJECTIVES:
-            raise ValueError(f"objective is {self.objective!r}; it must be one of {', '.join(OBJECTIVES)}")
+        if self.objective not in OBJECTIVES + DOMINO_OBJECTIVES:
+            raise ValueError(
+                f"objective is {self.objective!r}; it must be one of {', '.join(OBJECTIVES)}, or for a Domino drafter "
+                f"one of {', '.join(DOMINO_OBJECTIVES)}"
+            )
+        check_domino_keys(self.objective, self.normalisation, self.lambda_decay_ratio)
         if self.normalisation not in NORMALISATIONS:
             raise ValueError(f"normalisation is {self.normalisation!r}; it must be one of {', '.join(NORMALISATIONS)}")
         for key, harmless in INAPPLICABLE.items():
@@ -139,16 +155,26 @@ COUNTERS = (
     "slots",
     "blocks",
     "prefix",
+    "base_supported",
 )
 
 
+@torch.no_grad()
+def row_terms(found: HeadLoss, normalisation: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Numerators and denominators of a loss row by row, (B,) each."""
+    terms = [loss_terms(losses, weights, normalisation) for losses, weights in zip(found.losses, found.weights)]
+    return tuple(torch.stack(part) for part in zip(*terms))
+
+
 def diagnostics(sums: dict[str, float]) -> dict[str, float]:
-    """The paper's diagnostics from summed counters (arXiv 2607.01893)."""
+    """The paper's diagnostics from summed counters (arXiv 2607.01893). A Domino drafter's are of its final logits;
+    `base_active_ratio` is its base branch's."""
 
     def ratio(a: str, b: str) -> float:
         return sums[a] / sums[b] if sums[b] else float("nan")
 
-    return {
+    base = {"base_active_ratio": ratio("base_supported", "valid")} if sums["base_supported"] else {}
+    return base | {
         "active_ratio": ratio("supported", "valid"),
         "active_ratio_all_slots": ratio("supported", "slots"),
         "support_accuracy": ratio("supported_correct", "supported"),
@@ -157,7 +183,7 @@ def diagnostics(sums: dict[str, float]) -> dict[str, float]:
     }
 
 
-class AUFTrainer(CompleteCheckpoints, Trainer):
+class AUFTrainer(TwoBranches, CompleteCheckpoints, Trainer):
     """Trains a block drafter on its target's own hidden states.
 
     Args:
@@ -218,6 +244,13 @@ class AUFTrainer(CompleteCheckpoints, Trainer):
         self.args = args
         self.drafter_config = config
         self.block_size = config.block_size
+        self.is_domino = isinstance(config, DominoConfig)
+        if self.is_domino != (args.objective in DOMINO_OBJECTIVES):
+            wanted = DOMINO_OBJECTIVES if self.is_domino else OBJECTIVES
+            raise ValueError(
+                f"objective {args.objective!r} is not for a {config.model_type} drafter: its objective is one of "
+                f"{', '.join(wanted)}. Change objective, or drafter (dflash, domino) in the recipe."
+            )
         self.gamma = resolve_gamma(args.objective, config.block_size, args.gamma)
         self.target = FrozenTarget(target_model, config)
         self.tokenizer = processing_class
@@ -281,6 +314,7 @@ class AUFTrainer(CompleteCheckpoints, Trainer):
         """Trainer's own; whatever ends it, Ctrl-C is given back and the next call starts with clean sums."""
         self._step_sums.zero_()
         self._log_sums.zero_()
+        self._step_balance = None
         self._untried_memory = self.args.device.type != "cpu"  # a CPU out of memory kills without an exception
         self._clear_unfinished()
         try:
@@ -303,8 +337,11 @@ class AUFTrainer(CompleteCheckpoints, Trainer):
 
     # ---- the loss
 
-    def _fill_blocks(self, model, inputs: dict, step: int, most_anchors: int) -> tuple[Blocks, torch.Tensor]:
-        """Draw anchors and fill their blocks -> the blocks, hidden rows of slots 1..K-1 (B, N, K-1, H)."""
+    def _fill_blocks(
+        self, model, inputs: dict, step: int, most_anchors: int, **loss_keys
+    ) -> tuple[Blocks, HeadLoss, HeadLoss | None]:
+        """Draw anchors and fill their blocks -> the blocks, the loss on the logits that decoding uses, and that of
+        Domino's base branch."""
         ids, documents = inputs["input_ids"], inputs["document_ids"]
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         anchors, real = sample_anchors(inputs["supervised"], documents, most_anchors, inputs["row_ids"], seed, step)
@@ -313,39 +350,57 @@ class AUFTrainer(CompleteCheckpoints, Trainer):
         mask_token_id = self.drafter_config.mask_token_id
         flex = self.drafter_config._attn_implementation == "flex_attention"
         blocks = make_blocks(
-            ids, inputs["supervised"], documents, anchors, real, self.block_size, mask_token_id, flex=flex
-        )
-        context = self.target.context(ids, **row_inputs(documents))
-        hidden = model(
+            ids, inputs["supervised"], documents, anchors, real, self.block_size, mask_token_id, flex=flex,
+            predictions=self.drafter_config.predictions if self.is_domino else None,
+        )  # fmt: skip
+        given = dict(
             noise_embeds=self.target.noise_embeds(blocks.noise_ids),
-            context_hidden_states=context,
+            context_hidden_states=self.target.context(ids, **row_inputs(documents)),
             attention_mask=blocks.attention_mask,
             position_ids=blocks.position_ids,
-        ).last_hidden_state
-        return blocks, hidden.view(*anchors.shape, self.block_size, -1)[:, :, 1:]
+        )
+        loss_keys |= dict(labels=blocks.labels, valid=blocks.valid, rows_per_chunk=self.args.head_rows_per_chunk)
+        if self.is_domino:
+            given["prev_embeds"] = self.target.noise_embeds(blocks.previous_ids)
+            given["reduce"] = partial(domino_losses, head=self.target.head, **loss_keys)
+            base, final = model(**given).reduced
+            return blocks, final, base
+        hidden = model(**given).last_hidden_state.view(*anchors.shape, self.block_size, -1)[:, :, 1:]
+        return blocks, head_loss(hidden, self.target.head, **loss_keys), None
 
     def _counters(self, model, inputs: dict, step: int, every_prediction: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """The loss numerator with its graph, and detached counters per row (B, len(COUNTERS))."""
-        blocks, hidden = self._fill_blocks(model, inputs, step, self.args.anchors_per_row)
-        valid, args = blocks.valid, self.args
-        found = head_loss(
-            hidden, self.target.head, blocks.labels, valid, objective=args.objective, gamma=self.gamma,
-            normalisation=args.normalisation, rows_per_chunk=args.head_rows_per_chunk,
-            every_prediction=every_prediction,
+        """The loss numerator with its graph, and detached counters per row (B, len(COUNTERS)). In evaluation a Domino
+        drafter's loss is its final branch's alone, so that it does not move with lambda."""
+        args = self.args
+        blocks, found, base = self._fill_blocks(
+            model, inputs, step, args.anchors_per_row, objective=args.objective, gamma=self.gamma,
+            normalisation=args.normalisation, every_prediction=every_prediction,
         )  # fmt: skip
+        valid, numerator = blocks.valid, found.numerator
+        numerators, denominators = row_terms(found, args.normalisation)
+        if base is not None and step != EVALUATION_STEP:
+            of_base = self.base_weight(step)
+            of_final = (1 - of_base) * self.balance(base, found)
+            numerator = of_base * base.numerator + of_final * found.numerator
+            base_numerators, denominators = row_terms(base, args.normalisation)
+            numerators = of_base * base_numerators + of_final * numerators
         with torch.no_grad():
-            rows = [loss_terms(found.losses[i], found.weights[i], args.normalisation) for i in range(len(valid))]
             supported, correct = found.weights > 0, found.correct
-            judged = valid if every_prediction or not args.objective.startswith("auf") else torch.zeros_like(valid)
-            slots = args.anchors_per_row * (self.block_size - 1)
+            everywhere = every_prediction or not args.objective.startswith(("auf", "s_auf", "f_auf"))
+            judged = valid if everywhere else torch.zeros_like(valid)
+            # a support that another branch cut hides how far the prefix goes
+            walked = valid if everywhere or not args.objective.startswith("s_auf") else torch.zeros_like(valid)
+            walked = walked[:, :, : self.block_size - 1]  # what decoding drafts
+            slots = args.anchors_per_row * valid.shape[2]
             columns = (
-                torch.stack([n for n, _ in rows]), torch.stack([d for _, d in rows]), supported.sum((1, 2)),
+                numerators, denominators, supported.sum((1, 2)),
                 (supported & correct).sum((1, 2)), valid.sum((1, 2)), judged.sum((1, 2)),
                 (judged & correct).sum((1, 2)), torch.full_like(supported[:, 0, 0], slots, dtype=torch.long),
-                valid.any(-1).sum(1), accepted_prefix(correct, valid).sum(1),
+                walked.any(-1).sum(1), accepted_prefix(correct[:, :, : self.block_size - 1], walked).sum(1),
+                (supported & False if base is None else base.weights > 0).sum((1, 2)),
             )  # fmt: skip
             counters = torch.stack([c.double() for c in columns], dim=1)
-        return found.numerator, counters
+        return numerator, counters
 
     @property
     def _nominal(self) -> float:
@@ -381,6 +436,7 @@ class AUFTrainer(CompleteCheckpoints, Trainer):
         if self._untried_memory:
             self._untried_memory = False
             self.try_worst_case(model)
+        self.begin_balance(model)
         super().training_step(model, inputs, num_items_in_batch)
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
@@ -389,6 +445,7 @@ class AUFTrainer(CompleteCheckpoints, Trainer):
         self._step_sums[2] = 0 if torch.isfinite(torch.nn.utils.get_total_norm(local)) else 1
         numerator, denominator, unsound = self.accelerator.reduce(self._step_sums, "sum").tolist()
         self._step_sums.zero_()
+        self._step_balance = None
         if unsound or not math.isfinite(numerator):  # every rank sees the sums and stops
             what = "gradient" if math.isfinite(numerator) else "loss"
             raise FloatingPointError(
@@ -429,17 +486,15 @@ class AUFTrainer(CompleteCheckpoints, Trainer):
                 failed = torch.tensor(0, device=args.device)
                 try:
                     with self.accelerator.no_sync(model), self.compute_loss_context_manager():
-                        blocks, hidden = self._fill_blocks(model, inputs, 0, anchors)
-                        found = head_loss(
-                            hidden, self.target.head, blocks.labels, blocks.valid, objective="uniform",
-                            rows_per_chunk=args.head_rows_per_chunk,
-                        )  # fmt: skip
-                        self.accelerator.backward(found.numerator)
+                        # every valid slot, in both branches of Domino
+                        objective = "domino_decay" if self.is_domino else "decay"
+                        _, found, base = self._fill_blocks(model, inputs, 0, anchors, objective=objective, gamma=1e6)
+                        self.accelerator.backward(found.numerator + (0 if base is None else base.numerator))
                 except RuntimeError as error:
                     if not should_reduce_batch_size(error):
                         raise
                     failed += 1
-                blocks = hidden = found = None
+                found = base = None
                 model.zero_grad()
                 if self.accelerator.reduce(failed, "sum").item():  # on any rank
                     clear_device_cache(garbage_collection=True)
@@ -461,6 +516,8 @@ class AUFTrainer(CompleteCheckpoints, Trainer):
             sums = self.accelerator.reduce(self._log_sums, "sum").tolist()
             self._log_sums.zero_()
             logs |= diagnostics(dict(zip(COUNTERS, sums)))
+            if self.is_domino:
+                logs["lambda"] = round(self.base_weight(max(self.state.global_step - 1, 0)), 4)
         super().log(logs, start_time)
 
     # ---- evaluation
@@ -490,7 +547,7 @@ class AUFTrainer(CompleteCheckpoints, Trainer):
         state = drafter.state_dict()
         if not any(isinstance(value, DTensor) for value in state.values()):
             return drafter
-        whole = DFlashDraftModel(self.drafter_config)
+        whole = AutoModel.from_config(self.drafter_config, dtype=torch.float32)
         if self._peft_config is not None:
             whole = get_peft_model(whole, self._peft_config)
         whole.load_state_dict({k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in state.items()})

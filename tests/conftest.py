@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 import hf_specauf  # noqa: F401  registers the drafter
 from hf_specauf.blocks import make_blocks, sample_anchors
 from hf_specauf.drafters.modeling_dflash import DFlashDraftModel
+from hf_specauf.drafters.modeling_domino import DominoDraftModel
 from hf_specauf.target import FrozenTarget, drafter_config
 
 ROOT = Path(__file__).parents[1]
@@ -77,6 +78,16 @@ def make_drafter(target, block_size: int = 4, layers: int = 1, taps=(0, 2), seed
     return DFlashDraftModel(config).to(dtype).eval()
 
 
+def make_domino(target, block_size: int = 4, layers: int = 1, taps=(0, 2), seed: int = 0, dtype=torch.float32, **head):
+    """A Domino drafter for it with random weights; `head`: keys of its causal head."""
+    config = drafter_config(
+        target, num_hidden_layers=layers, block_size=block_size, mask_token_id=MASK, target_layer_ids=list(taps),
+        domino=dict(gru_hidden_dim=12, emb_dim=8) | head,
+    )  # fmt: skip
+    set_seed(seed)
+    return DominoDraftModel(config).to(dtype).eval()
+
+
 def random_prompts(count: int, length: int = 12, seed: int = 0) -> torch.Tensor:
     """(count, length) ids, no special token among them."""
     return torch.randint(3, MASK, (count, length), generator=torch.Generator().manual_seed(seed))
@@ -92,16 +103,25 @@ def overfit(drafter, target, texts: torch.Tensor, prompt_length: int, steps: int
     drafter.float().train()
     optimizer = torch.optim.AdamW(drafter.parameters(), lr=lr)
     context = frozen.context(texts).float()
+    config, domino = drafter.config, isinstance(drafter, DominoDraftModel)
     for step in range(steps):
         anchors, real = sample_anchors(supervised, documents, 16, torch.arange(len(texts)), 0, step)
         blocks = make_blocks(
-            texts, supervised, documents, anchors, real, drafter.config.block_size, drafter.config.mask_token_id
-        )
-        hidden = drafter(
-            frozen.noise_embeds(blocks.noise_ids).float(), context, blocks.attention_mask, blocks.position_ids
-        ).last_hidden_state.view(*anchors.shape, drafter.config.block_size, -1)[:, :, 1:]
+            texts, supervised, documents, anchors, real, config.block_size, config.mask_token_id,
+            predictions=config.predictions if domino else None,
+        )  # fmt: skip
+        given = frozen.noise_embeds(blocks.noise_ids).float(), context, blocks.attention_mask, blocks.position_ids
+        correction = 0.0
+        if domino:
+            hidden, correction = drafter(
+                *given, prev_embeds=frozen.noise_embeds(blocks.previous_ids),
+                reduce=lambda hidden, rows, project: (hidden, project(rows)),
+            ).reduced  # fmt: skip
+            correction = correction[blocks.valid]
+        else:
+            hidden = drafter(*given).last_hidden_state.view(*anchors.shape, config.block_size, -1)[:, :, 1:]
         head = frozen.head.to(target.dtype)
-        logits = head(hidden[blocks.valid].to(target.dtype))
+        logits = head(hidden[blocks.valid].to(target.dtype)) + correction
         cross_entropy(logits, blocks.labels[blocks.valid]).backward()
         optimizer.step()
         optimizer.zero_grad()

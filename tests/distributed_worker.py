@@ -1,6 +1,7 @@
 """One rank of a real training run, started by torchrun: `distributed_worker.py FOLDER OUT key=value ...`.
 
-FOLDER holds target/, drafter/ and rows.jsonl. Writes OUT/logs.json: what was logged, evaluated, and how many ran.
+FOLDER holds target/, drafter/, domino/ and rows.jsonl. Writes OUT/logs.json: what was logged, evaluated, and how many
+ran.
 """
 
 import json
@@ -22,14 +23,14 @@ FIXED = dict(
 )  # fmt: skip
 
 
-def main(folder: Path, out: Path, lora: bool = False, sharded: bool = False, **keys) -> None:
+def main(folder: Path, out: Path, lora: bool = False, sharded: bool = False, drafter: str = "drafter", **keys) -> None:
     torch.set_num_threads(1)
     args = AUFConfig(output_dir=str(out), **FIXED | keys)
     target = AutoModelForCausalLM.from_pretrained(folder / "target")
     more = {}
     if sharded:
         more["distributed_config"] = DistributedConfig(fsdp_size=args.world_size)
-    drafter = AutoModel.from_pretrained(folder / "drafter", **more)
+    drafter = AutoModel.from_pretrained(folder / drafter, **more)
     rows = load_rows_file(folder / "rows.jsonl")
     trainer = AUFTrainer(
         model=drafter, target_model=target, args=args, train_dataset=rows, eval_dataset=rows.select(range(5)),

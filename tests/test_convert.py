@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
-from conftest import make_drafter, make_target
+from conftest import make_domino, make_drafter, make_target
 from safetensors.torch import load_file, save_file
 
-from hf_specauf import DFlashConfig, DFlashDraftModel, load_drafter
+from hf_specauf import DFlashConfig, DFlashDraftModel, DominoDraftModel, load_drafter
 from hf_specauf.convert import foreign_config, main
 
 RENAMED = {"fc.weight": "encoder.fc.weight", "hidden_norm.weight": "encoder.output_norm_enc.weight"}
@@ -81,7 +81,7 @@ def test_newer_files_may_keep_the_block_size_inside_and_name_two_tensors_as_tran
         (dict(dflash_config={"shift_label": True}), "dflash_config.shift_label"),
         (dict(dflash_config={"attention_mode": "mla"}), "dflash_config.attention_mode"),
         (dict(dflash_config={"selector_rank": 8}), "dflash_config.selector_rank"),
-        (dict(dflash_config={"projector_type": "domino"}), "Domino drafter"),
+        (dict(dflash_config={"projector_type": "domino"}), "says nothing about emb_dim"),
         (dict(dflash_config={"block_size": 8}), "gives block_size twice, as 4 and 8"),
         (dict(dflash_config={"mask_token_id": None}), "says nothing about mask_token_id"),
         (dict(num_target_layers="gone"), "says nothing about num_target_layers"),
@@ -96,6 +96,24 @@ def test_what_would_be_guessed_or_ignored_is_refused(folder, keys, said):
     change(folder, **keys)
     with pytest.raises(ValueError, match=said):
         load_drafter(folder)
+
+
+@pytest.mark.parametrize("shift", [True, False])
+def test_specforge_domino_folder_is_converted_with_its_alignment(tmp_path, shift):
+    head = dict(gru_hidden_dim=12, emb_dim=8, pure_draft_prefix_len=1, shift_label=shift)
+    drafter = make_domino(make_target(), layers=2, dtype=torch.bfloat16, **head)
+    nested = dict(mask_token_id=drafter.config.mask_token_id, target_layer_ids=[0, 2], projector_type="domino", **head)
+    config = z_lab(drafter) | dict(architectures=["DominoDraftModel"], emb_dim=8, dflash_config=nested)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(drafter.state_dict(), tmp_path / "model.safetensors")
+    found = load_drafter(tmp_path)
+    assert type(found) is DominoDraftModel and found.config.shift_label is shift
+    assert found.config.dflash_config == drafter.config.dflash_config
+    assert all(torch.equal(found.state_dict()[name], tensor) for name, tensor in drafter.state_dict().items())
+    del nested["shift_label"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="says nothing about shift_label"):
+        load_drafter(tmp_path)
 
 
 def test_unknown_missing_and_pickled_tensors_are_refused(folder, drafter):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_drafter, make_target, random_prompts
+from conftest import make_domino, make_drafter, make_target, random_prompts
 from safetensors.torch import load_file
 from transformers import AutoModel
 
@@ -19,12 +19,13 @@ WORKER = Path(__file__).with_name("distributed_worker.py")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tokenizer):
-    """target/, drafter/ and rows.jsonl: 13 rows, so that the last batches are uneven, one of them without a block."""
+    """target/, drafter/, domino/ and rows.jsonl: 13 rows, so that the last batches are uneven, one without a block."""
     folder = tmp_path_factory.mktemp("pair")
     target = make_target(dtype=torch.float32, vocab_size=len(tokenizer), bos_token_id=None)
     target.save_pretrained(folder / "target")
     tokenizer.save_pretrained(folder / "target")
     make_drafter(target).save_pretrained(folder / "drafter")
+    make_domino(target).save_pretrained(folder / "domino")
     texts = target.generate(
         random_prompts(13, 8), max_new_tokens=34, do_sample=False, suppress_tokens=[2, 95]
     ).tolist()
@@ -119,3 +120,35 @@ def test_deepspeed_zero2_gives_the_loss_gradient_and_weights_of_plain_training(f
     assert len(found[0]) == 4 and found[0] == [pytest.approx(pair, rel=1e-5) for pair in found[1]]
     for name, value in weights(tmp_path / "0").items():
         torch.testing.assert_close(weights(tmp_path / "1")[name], value, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("objective", ["b_auf", "f_auf"])
+def test_dominos_two_denominators_are_exact_and_its_head_may_be_sharded(folder, tmp_path, objective):
+    runs = {
+        "one process, 4 rows": dict(processes=1, rows_each=4),
+        "one process, 2 x 2 rows": dict(processes=1, rows_each=2, accumulation=2),
+        "two DDP processes, 2 rows": dict(processes=2, rows_each=2),
+        "two DDP processes, 2 x 1 row": dict(processes=2, rows_each=1, accumulation=2),
+        "two FSDP2 processes, 2 rows": dict(processes=2, rows_each=2, sharded=True),
+        "two FSDP2 processes, 2 x 1 row": dict(processes=2, rows_each=1, accumulation=2, sharded=True),
+    }
+    if objective == "b_auf":
+        runs = {name: keys for name, keys in runs.items() if "1 row" not in name}
+    reference = None
+    for number, (name, keys) in enumerate(runs.items()):
+        out = tmp_path / str(number)
+        record = launch(folder, out, max_grad_norm=0.5, drafter="domino", objective=objective, **keys)
+        assert record["drafter"] == (["DTensor"] if keys.get("sharded") else ["Parameter"]), name
+        logs = [entry for entry in record["logs"] if "loss" in entry]
+        assert [log["lambda"] for log in logs] == [1.0, 0.75, 0.5, 0.25]  # a head without gradient in the first step
+        found = {key: [log[key] for log in logs] for key in ("loss", "grad_norm", "active_ratio", "base_active_ratio")}
+        (evaluated,) = [entry for entry in record["logs"] if "eval_loss" in entry]
+        found |= {key: evaluated[key] for key in ("eval_loss", "eval_tau", "eval_common_accuracy")}
+        state = weights(out)
+        if reference is None:
+            reference = found, state
+            continue
+        assert found == {key: pytest.approx(value, rel=1e-4) for key, value in reference[0].items()}, name
+        for key, value in state.items():
+            torch.testing.assert_close(value, reference[1][key], rtol=1e-4, atol=2e-6)
+        AutoModel.from_pretrained(out / "checkpoint-4")

@@ -9,9 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import BASE, ROOT, make_drafter, make_target, random_prompts
+from conftest import BASE, ROOT, make_domino, make_drafter, make_target, random_prompts
 from loopback_hub import LoopbackHub
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from hf_specauf.hub import check, check_reload, find_secrets, stage, without_paths
 from hf_specauf.model_card import validate
@@ -21,6 +22,29 @@ PUBLISHED = {
     ".gitattributes", "README.md", "alpha.png", "config.json", "configuration_dflash.py", "eval.json",
     "generation_block.py", "model.safetensors", "modeling_dflash.py", "provenance.json",
 }  # fmt: skip
+DOMINO_PUBLISHED = PUBLISHED | {
+    "configuration_domino.py", "modeling_domino.py", "custom_generate/generate.py"
+}  # fmt: skip
+CUSTOM_GENERATE = """
+import json, sys, torch
+sys.modules["hf_specauf"] = None
+from transformers import AutoModel, AutoModelForCausalLM
+target = AutoModelForCausalLM.from_pretrained("alice/target", dtype=torch.float64)
+drafter = AutoModel.from_pretrained(
+    "alice/domino", revision="v1", dtype=torch.float64, trust_remote_code=True
+)
+prompt, passes = torch.tensor({prompt}), []
+keys = dict(max_new_tokens=24, do_sample=False)
+plain = target.generate(prompt, **keys)[0].tolist()
+target.register_forward_hook(lambda *_: passes.append(1))
+more = dict(assistant_model=drafter, custom_generate="alice/domino", trust_remote_code=True)
+assisted = [target.generate(prompt, **keys, **more, **at)[0].tolist() for at in (dict(revision="v1"), dict())]
+try:
+    target.generate(prompt, **keys, assistant_model=drafter, speculation_type="dflash")
+except ValueError as error:
+    refused = str(error)
+print(json.dumps([type(drafter).__module__, plain, *assisted, len(passes), refused]))
+"""
 PUSH_TARGET = """
 from transformers import AutoModelForCausalLM, AutoTokenizer
 AutoModelForCausalLM.from_pretrained({folder!r}).push_to_hub("alice/target")
@@ -260,6 +284,38 @@ def test_recipe_pushes_checkpoints_and_the_finished_drafter(files, run, hub, tra
     assert config["target_revision"] == hub.repository("alice/target").resolve("main")
 
 
+def test_domino_drafter_trained_published_and_used_by_custom_generate_without_the_package(files, run, hub, trained):
+    out = files / "domino"
+    target = AutoModelForCausalLM.from_pretrained(files / "target", dtype=torch.float64)
+    prompts = random_prompts(6, 9)
+    texts = target.generate(prompts, max_new_tokens=30, do_sample=False, eos_token_id=None, suppress_tokens=[2])
+    rows = [json.dumps({"input_ids": text, "supervised": [0] * 9 + [1] * 30}) + "\n" for text in texts.tolist()]
+    (files / "written.jsonl").write_text("".join(rows))
+    keys = dict(target_model_name_or_path=files / "target", dataset_name=files / "written.jsonl", output_dir=out)
+    keys |= BASE | dict(drafter="domino", objective="b_auf", gru_hidden_dim=12, emb_dim=8, eval_prompts=2, eval_rows=2)
+    keys |= dict(max_steps=150, learning_rate=5e-3, anchors_per_row=16, per_device_train_batch_size=4)
+    keys |= dict(logging_steps=50)
+    train([word for key, value in keys.items() for word in (f"--{key}", *str(value).split())])
+    words = ["--drafter", str(out), "--repo", "alice/domino", "--target", "alice/target", "--tag", "v1"]
+    code, printed = run("-m", "hf_specauf.hub", "push", *words)
+    assert code == 0, printed
+    found = contents(hub.repository("alice/domino"))
+    assert set(found) == DOMINO_PUBLISHED
+    card = found["README.md"].decode()
+    assert 'custom_generate="alice/domino",\n    revision="v1"' in card and "speculation_type" not in card
+    assert "arxiv:2605.29707" in card and "B-AUF (Accept-Until-Fail)" in card and "drafter: domino" in card
+    assert "| causal head | state 12, rank 8, 1 uncorrected, shift_label True |" in card
+    code, printed = run("-c", CUSTOM_GENERATE.format(prompt=prompts[:1].tolist()), user=None)
+    assert code == 0, printed
+    module, plain, *assisted, passes, refused = json.loads(
+        next(line for line in printed.splitlines() if line.startswith("["))
+    )
+    assert module.startswith("transformers_modules.")
+    assert plain == assisted[0] == assisted[1] and len(plain) > 9
+    assert "custom_generate=" in refused
+    assert passes < 2 * (len(plain) - 9)  # drafts were accepted
+
+
 # ---- LoRA drafters
 
 LOAD = """
@@ -408,6 +464,17 @@ def test_folder_whose_reload_gives_other_outputs_is_refused(folder, tmp_path):
     (tmp_path / "good" / "modeling_dflash.py").write_text("import a_package_nobody_has\n")
     with pytest.raises(ValueError, match="does not load in a clean process.*a_package_nobody_has"):
         check_reload(drafter, tmp_path / "good")
+
+
+def test_a_causal_head_that_reloads_otherwise_is_refused(tmp_path):
+    drafter = make_domino(make_target(dtype=torch.float32))
+    drafter.save_pretrained(tmp_path)
+    check_reload(drafter, tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["prefix_gru.weight_hh_l0"] += 0.1
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="gives other outputs than here"):
+        check_reload(drafter, tmp_path)
 
 
 def test_secrets_in_text_are_found_and_refused(folder, tmp_path, monkeypatch):

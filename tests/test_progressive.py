@@ -31,7 +31,7 @@ def plain(hidden, head, labels, valid, objective, gamma, normalisation, low_rank
     """All logits of all slots -> numerator, denominator."""
     logits = head(hidden)
     if low_rank is not None:
-        logits = logits + low_rank[0] @ low_rank[1].T
+        logits = logits + low_rank[1](low_rank[0])
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     weights = slot_weights(objective, logits, labels, valid, **({"gamma": gamma} if gamma else {}))
     losses = cross_entropy(wide.flatten(0, 2), labels.flatten(), reduction="none").view(labels.shape)
@@ -59,8 +59,9 @@ def test_equal_to_all_logits_in_float64(shape, objective, normalisation, chunk, 
     hidden, head, labels, valid = problem(**shape)
     extra = None
     if low_rank:
-        extra = torch.randn(*labels.shape, E, dtype=hidden.dtype), torch.randn(V, E, dtype=hidden.dtype) / 5
-        extra = tuple(part.requires_grad_() for part in extra)
+        project = nn.Sequential(nn.Linear(E, E, bias=False), nn.Linear(E, V, bias=False)).double()
+        project[0].requires_grad_(False)  # as part of an adapter may be
+        extra = torch.randn(*labels.shape, E, dtype=hidden.dtype, requires_grad=True), project
         if objective.startswith("auf") and normalisation == "per_block":
             with pytest.raises(ValueError, match="Use normalisation: pooled"):
                 head_loss(hidden, head, labels, valid, objective=objective, gamma=gamma_of(objective),
@@ -68,7 +69,7 @@ def test_equal_to_all_logits_in_float64(shape, objective, normalisation, chunk, 
             return
     keys = dict(objective=objective, gamma=gamma_of(objective), normalisation=normalisation)
     numerator, denominator, weights = plain(hidden, head, labels, valid, **keys, low_rank=extra)
-    leaves = (hidden, *(extra or ()))
+    leaves = (hidden, *((extra[0], extra[1][1].weight) if extra else ()))
     expected = torch.autograd.grad(2.5 * numerator, leaves)
     patch = pytest.MonkeyPatch()
     patch.setattr(progressive, "FEWEST_ROWS", fewest)

@@ -95,6 +95,9 @@ def test_unknown_keys_fail_and_are_named(recipe, key):
         (dict(save_dtype="float16"), "save_dtype is 'float16'; it must be auto, bfloat16 or float32"),
         (dict(block_size=1), "block_size is 1"),
         (dict(fp16=True), "use bf16: true"),
+        (dict(drafter="eagle"), "drafter is 'eagle'; it must be dflash or domino"),
+        (dict(emb_dim=64, shift_label=True), "emb_dim, shift_label: of Domino's causal head.*Set drafter: domino"),
+        (dict(lambda_decay_ratio=0.5), "has no base branch and would ignore it"),
         (dict(trust_remote_code=True), "trust_remote_code: true needs target_revision"),
     ],
 )

@@ -53,9 +53,9 @@ def test_recipe_fits_the_published_config_of_its_target(path):
         config = drafter_config(
             target, num_hidden_layers=draft.num_draft_layers, block_size=draft.block_size,
             mask_token_id=draft.mask_token_id, target_layer_ids=draft.target_layer_ids,
-            intermediate_size=draft.draft_intermediate_size,
+            intermediate_size=draft.draft_intermediate_size, domino=draft.domino,
         )  # fmt: skip
-        drafter = DFlashDraftModel(config)
+        drafter = AutoModel.from_config(config)
     text = published["config"].get("text_config", published["config"])
     assert (config.hidden_size, config.vocab_size) == (text["hidden_size"], text["vocab_size"])
     assert config.num_target_layers == text["num_hidden_layers"]

@@ -67,6 +67,7 @@ class DFlashConfig(PreTrainedConfig):
 
     model_type = "specauf_dflash"
     base_model_fsdp_plan = {"layers.*": "free_full_weight"}
+    required_keys = REQUIRED_KEYS
 
     hidden_size: int = 4096
     intermediate_size: int = 12288
@@ -118,7 +119,7 @@ class DFlashConfig(PreTrainedConfig):
             raise ValueError(
                 f"block_size is {self.block_size}: a block is an anchor and at least one drafted slot; use >= 2"
             )
-        if self.shift_label:
+        if self.shift_label and self.model_type == "specauf_dflash":
             raise ValueError(
                 "shift_label: true is Domino's alignment; a DFlash drafter predicts the token of its own slot"
             )
@@ -151,7 +152,7 @@ class DFlashConfig(PreTrainedConfig):
                 "dtype is float16, in which acceptance falls to zero (vllm#55250): use bfloat16 or float32"
             )
         for key, value in mirrored.items():
-            if key not in ("target_layer_ids", "mask_token_id", "block_size") or value != getattr(self, key):
+            if value != (self.dflash_config | {"block_size": self.block_size}).get(key):
                 raise ValueError(
                     f"dflash_config.{key} is {value!r} but the top level says {getattr(self, key, 'nothing')!r}: "
                     "engines read one or the other, so both must agree. Correct config.json."
@@ -170,7 +171,7 @@ class DFlashConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
-        missing = [key for key in REQUIRED_KEYS if config_dict.get(key) is None]
+        missing = [key for key in cls.required_keys if config_dict.get(key) is None]
         if missing:
             raise ValueError(
                 f"config.json lacks {missing}. They decide what the drafter sees and are never guessed: the folder is "

@@ -5,11 +5,13 @@ position ids, and adds as little as possible to the target's own pass.
 """
 
 from collections.abc import Callable
+from types import MethodType
 from typing import NamedTuple
 
 import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache
+from transformers.generation import GenerationMode
 from transformers.generation.candidate_generator import CandidateGenerator
 
 
@@ -51,6 +53,13 @@ def apply_head(head: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
     return head(hidden_states.to(weight.device, dtype)).to(hidden_states.device)
 
 
+def add_correction(logits: torch.Tensor, correction: torch.Tensor) -> torch.Tensor:
+    """Domino's final logits (arXiv 2605.29707), in training and decoding alike: base logits and correction (..., V)
+    in the wider of their dtypes, fp32 at least."""
+    wide = torch.promote_types(torch.promote_types(logits.dtype, correction.dtype), torch.float32)
+    return logits.to(wide) + correction.to(wide)
+
+
 class BlockCandidateGenerator(CandidateGenerator):
     """Draft a block with one drafter pass over the target's tapped hidden states (DFlash, arXiv 2602.06036).
 
@@ -86,6 +95,7 @@ class BlockCandidateGenerator(CandidateGenerator):
         # of all hidden states the target keeps just the taps
         self.model_kwargs_overrides = {"output_hidden_states": [i + 1 for i in self.taps]}
         self.block_size = config.block_size
+        self.first_slot = 0 if config.shift_label else 1  # the slot that predicts the token after the anchor
         self.max_draft_tokens = min(max_draft_tokens or self.block_size - 1, self.block_size - 1)
         self.skip_round = skip_round
         self.max_length = generation_config.max_length
@@ -114,9 +124,8 @@ class BlockCandidateGenerator(CandidateGenerator):
         drafted = min(self.max_draft_tokens, self.max_length - self.length - 1)
         if drafted <= 0 or (self.skip_round is not None and self.skip_round(self.rounds)):
             return input_ids, None
-        hidden_states = self._run_drafter(input_ids, model_kwargs)[:, 1 : drafted + 1]
-        logits = apply_head(self.head, hidden_states).to(input_ids.device)  # (1, drafted, V)
-        self.draft, logits = self._choose(input_ids, logits)
+        hidden_states = self._run_drafter(input_ids, model_kwargs)[:, self.first_slot : self.first_slot + drafted]
+        self.draft, logits = self._fill(input_ids, hidden_states)
         return torch.cat([input_ids, self.draft], dim=1), logits if self.returns_logits else None
 
     def _run_drafter(self, input_ids: torch.Tensor, model_kwargs: dict) -> torch.Tensor:  # (1, K, H)
@@ -141,6 +150,10 @@ class BlockCandidateGenerator(CandidateGenerator):
         )
         self.cache.crop(-self.block_size)  # the block's own keys and values never become context
         return output.last_hidden_state
+
+    def _fill(self, input_ids, hidden_states) -> tuple[torch.Tensor, torch.Tensor]:
+        """Draft (1, drafted) and its logits (1, drafted, V) from the hidden rows (1, drafted, H) that predict it."""
+        return self._choose(input_ids, apply_head(self.head, hidden_states).to(input_ids.device))
 
     def _choose(self, input_ids, logits) -> tuple[torch.Tensor, torch.Tensor]:
         if self.logits_processor is None:
@@ -168,3 +181,132 @@ class BlockCandidateGenerator(CandidateGenerator):
         if emitted <= drafted and bool(self.draft[0, emitted - 1] == input_ids[0, -1]):
             accepted = emitted
         self.rounds.append(Round(emitted, accepted, tested, drafted))
+
+
+class CausalCandidateGenerator(BlockCandidateGenerator):
+    """Draft a block with one pass of the backbone, then token by token through the causal head (Domino, arXiv
+    2605.29707): each token costs one step of a GRU and a low-rank product, O(K) a block. Logits processors look at the
+    tokens drafted before, so they run inside the chain, and the logits returned are those each token was drawn from.
+    """
+
+    def _fill(self, input_ids, hidden_states) -> tuple[torch.Tensor, torch.Tensor]:
+        base = apply_head(self.head, hidden_states).to(input_ids.device)  # (1, drafted, V)
+        hidden_states = hidden_states.to(self.device)
+        sequence, state, logits = input_ids, None, []
+        for j in range(base.shape[1]):
+            embed = embed_noise(self.embedding, sequence[:, -1:].to(self.masks.device)).to(self.device)
+            scores, state = self.drafter.correct(base[:, j], hidden_states[:, j], embed[:, 0], state, j)
+            if self.do_sample or self.logits_processor is not None:
+                scores = scores.float()
+            if self.logits_processor is not None:
+                scores = self.logits_processor(sequence, scores)
+            token = torch.multinomial(scores.softmax(-1), 1) if self.do_sample else scores.argmax(-1, keepdim=True)
+            sequence = torch.cat([sequence, token], dim=1)
+            logits.append(scores[:, None])
+        return sequence[:, input_ids.shape[1] :], torch.cat(logits, dim=1)
+
+
+class DraftingOverrides:
+    """Two instance overrides of internals of transformers' `generate`, until `undo()`: with `drafter` as assistant,
+    the target takes its candidates from `make_generator`, and what would go wrong silently is refused. The user's
+    generation config, which is saved with the target, stays untouched.
+
+    Args:
+        target (`PreTrainedModel`): the target, no wrapper.
+        drafter (`PreTrainedModel` or `PeftModel`): the very object given as `assistant_model`.
+        make_generator (`Callable`): (target, generation_config, logits_processor=...) -> candidate generator.
+    """
+
+    NAMES = ("_get_candidate_generator", "_validate_generation_mode")
+
+    def __init__(self, target, drafter, make_generator: Callable):
+        self.target, self.drafter, self.make_generator = target, drafter, make_generator
+        for name in self.NAMES:
+            setattr(target, name, MethodType(getattr(self, name), target))
+
+    def undo(self) -> None:
+        """Give the target its own `generate` back. Calling it twice is harmless."""
+        for name in self.NAMES:
+            vars(self.target).pop(name, None)
+
+    def _validate_generation_mode(self, target, generation_mode, generation_config, generation_mode_kwargs):
+        if generation_mode_kwargs.get("assistant_model") is self.drafter:
+            if generation_mode != GenerationMode.ASSISTED_GENERATION:
+                raise ValueError(
+                    f"generation mode {generation_mode.value!r} cannot be drafted for, and transformers would "
+                    "silently ignore the drafter: set num_beams=1, or leave assistant_model out"
+                )
+            if target._is_stateful:
+                raise ValueError(
+                    f"{type(target).__name__} keeps a recurrent state that cannot be rolled back to the accepted "
+                    "tokens; its output would be silently wrong. Generate without assistant_model."
+                )
+            if generation_config.output_hidden_states:
+                raise ValueError(
+                    "output_hidden_states=True and a block drafter cannot go together: the target keeps only the "
+                    "tapped layers. Run one more forward pass on the finished text for its hidden states."
+                )
+        type(target)._validate_generation_mode(target, generation_mode, generation_config, generation_mode_kwargs)
+
+    def _get_candidate_generator(
+        self,
+        target,
+        generation_config,
+        input_ids,
+        inputs_tensor,
+        logits_processor,
+        model_kwargs,
+        assistant_model=None,
+        **kwargs,
+    ):
+        if assistant_model is not self.drafter:
+            return type(target)._get_candidate_generator(
+                target, generation_config, input_ids, inputs_tensor, logits_processor, model_kwargs,
+                assistant_model=assistant_model, **kwargs,
+            )  # fmt: skip
+        if input_ids.shape[0] > 1:
+            raise ValueError(
+                f"the batch has {input_ids.shape[0]} rows; transformers' assisted generation takes one. Call generate "
+                "row by row, or leave assistant_model out (drafting gains little in batches)."
+            )
+        if input_ids.shape[1] == 0:
+            raise ValueError("a block drafter needs token ids: pass input_ids (inputs_embeds alone are not enough)")
+        if model_kwargs["past_key_values"].get_seq_length() > 0:
+            raise ValueError(
+                "past_key_values already holds tokens. transformers would feed the whole prompt again and the output "
+                "would be silently wrong: pass the full conversation as input_ids and no past_key_values."
+            )
+        if (positions := model_kwargs.get("position_ids")) is not None and positions.dim() != 2:
+            raise ValueError(
+                f"{type(target).__name__} uses {positions.dim()}-D position ids, which a block drafter cannot follow"
+            )
+        return self.make_generator(target, generation_config, logits_processor=logits_processor)
+
+
+def generate_with_drafter(target, drafter, *args, **kwargs):
+    """`target.generate(*args, **kwargs)` with `drafter` as its assistant; nothing is left on the target.
+
+    Args:
+        target (`PreTrainedModel`): the target, no wrapper.
+        drafter (`PreTrainedModel`): the drafter, no wrapper.
+
+    Returns:
+        What `target.generate` returns: the target's own output.
+
+    Raises:
+        ValueError: the drafter was trained for another model.
+    """
+    text, config = target.config.get_text_config(decoder=True), drafter.config
+    found, trained = (text.hidden_size, text.num_hidden_layers), (config.hidden_size, config.num_target_layers)
+    if found != trained:
+        raise ValueError(
+            f"the target has hidden size and layers {found}, and this drafter was trained for a target of {trained}, "
+            f"{config.target_model_name_or_path}: load that target or another drafter"
+        )
+    before = {name: vars(target)[name] for name in DraftingOverrides.NAMES if name in vars(target)}
+    overrides = DraftingOverrides(target, drafter, drafter.eval().get_candidate_generator)
+    try:
+        return target.generate(*args, **kwargs, assistant_model=drafter)
+    finally:
+        overrides.undo()
+        vars(target).update(before)
