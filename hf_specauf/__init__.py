@@ -23,7 +23,7 @@ for _config, _model in ((DFlashConfig, DFlashDraftModel), (DominoConfig, DominoD
     _model.register_for_auto_class("AutoModel")
 
 _LAZY = {
-    "AUFConfig": "trainer", "AUFTrainer": "trainer", "attach": "generate", "slot_weights": "objectives",
+    "AUFConfig": "auf_config", "AUFTrainer": "trainer", "attach": "generate", "slot_weights": "objectives",
     "load_drafter": "convert", "from_target": "convert", "add_adapter": "lora",
 }  # fmt: skip
 

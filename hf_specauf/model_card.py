@@ -96,8 +96,8 @@ def eval_results(records: list[dict]) -> list[EvalResult]:
 
 def changed_recipe(recipe: dict) -> str:
     """The keys of a resolved recipe that differ from their defaults, as YAML."""
+    from .auf_config import AUFConfig
     from .recipe import DataArguments, DrafterArguments, TargetArguments
-    from .trainer import AUFConfig
 
     kept = {}
     for part in (TargetArguments, DrafterArguments, DataArguments, AUFConfig):

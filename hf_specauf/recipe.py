@@ -9,7 +9,7 @@ from transformers import BitsAndBytesConfig
 from transformers.utils import is_bitsandbytes_available
 from trl import ModelConfig, TrlParser, get_peft_config
 
-from .trainer import AUFConfig
+from .auf_config import AUFConfig
 
 
 def json_mapping(key: str, value: str | dict | None) -> dict | None:

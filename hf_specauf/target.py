@@ -13,6 +13,7 @@ from peft import PeftModel
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .blocks import row_inputs
@@ -75,6 +76,22 @@ def decoder_layers(target: PreTrainedModel) -> nn.ModuleList:
         if isinstance(module, nn.ModuleList) and len(module) == depth:
             return module
     raise ValueError(f"{type(target).__name__} has no list of {depth} decoder layers: taps cannot be checked")
+
+
+def target_fingerprint(target: PreTrainedModel) -> str | None:
+    """Short SHA-256 of the first weights of every parameter, as bf16 so that the loading dtype does not matter.
+
+    transformers forgets the commit it loaded, and a folder has none; the weights themselves tell a fine-tune or
+    another commit from the model a drafter was trained for (z-lab#152). `None` where they cannot be read: quantised,
+    offloaded or sharded.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in innermost(target).named_parameters():
+        if parameter.is_meta or not parameter.is_floating_point() or isinstance(parameter, DTensor):
+            return None
+        digest.update(name.encode())
+        digest.update(parameter.detach().flatten()[:8].to("cpu", torch.bfloat16).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
 
 
 def default_target_layer_ids(num_target_layers: int, taps: int = 5) -> list[int]:
@@ -174,6 +191,7 @@ def drafter_config(
         chat_template_kwargs=chat_template_kwargs,
         target_model_name_or_path=target.config._name_or_path or None,
         target_revision=target_revision,
+        target_fingerprint=target_fingerprint(target),
         bos_token_id=target.generation_config.bos_token_id,
         eos_token_id=target.generation_config.eos_token_id,
         pad_token_id=target.generation_config.pad_token_id,
@@ -215,7 +233,12 @@ def check_pair(
     loaded, meant = str(target.config._name_or_path), str(config.target_model_name_or_path)
     commit = getattr(target, "loaded_commit", None)  # known of targets that `load_target` loaded
     on_hub = not any(Path(name).exists() or name in ("", "None") for name in (loaded, meant))
-    if on_hub and loaded != meant:
+    found = target_fingerprint(target) if config.target_fingerprint else None
+    if found is not None:
+        if found != config.target_fingerprint:
+            at = f" at {config.target_revision}" if config.target_revision else ""
+            warn(f"it was trained for {meant}{at}, and the target {loaded} has other weights")
+    elif on_hub and loaded != meant:
         warn(f"it was trained for {meant}, and the target is {loaded}")
     elif on_hub and commit and config.target_revision and commit != config.target_revision:
         warn(f"it was trained for {meant} at {config.target_revision}, and the target is at {commit}")

@@ -14,6 +14,7 @@ from rich.console import Console
 from transformers import AutoModel, PreTrainedModel, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
+from .auf_config import AUFConfig
 from .conversations import prepare_rows, show_row
 from .convert import fetch, is_plain, load_drafter
 from .evaluate import compare, evaluation_record, plot_alpha, show
@@ -22,8 +23,8 @@ from .on_policy import on_policy_score, on_policy_words
 from .recipe import DOMINO_KEYS, DataArguments, DrafterArguments, TargetArguments, parse
 from .records import environment, errors_in_one_line, write_record
 from .sources import load_rows, take_shares
-from .target import default_mask_token_id, drafter_config, load_target, tokenizer_hashes
-from .trainer import AUFConfig, AUFTrainer
+from .target import default_mask_token_id, drafter_config, load_target, target_fingerprint, tokenizer_hashes
+from .trainer import AUFTrainer
 
 
 def load_data(data: DataArguments) -> tuple[list[Dataset], list[Dataset] | None]:
@@ -169,6 +170,7 @@ def _released_drafter(
         f"{key}_token_id": getattr(target.generation_config, f"{key}_token_id") for key in ("bos", "eos", "pad")
     }
     named = {"target_model_name_or_path": target.config._name_or_path or None, "target_revision": revision}
+    named["target_fingerprint"] = target_fingerprint(target)
     for key, value in (special | named | tokenizer_hashes(tokenizer)).items():
         setattr(config, key, value)
     if draft.chat_template_kwargs is not None:

@@ -611,9 +611,24 @@ def test_attach_refuses_what_cannot_work_and_leaves_the_target_alone(drafter, op
     assert set(vars(target)) == before
 
 
+def test_other_weights_of_the_target_are_noticed_whatever_it_is_called(text_target):
+    drafter = make_drafter(text_target)
+    drafter.config.target_model_name_or_path = "some/model"
+    other = deepcopy(text_target)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attach(other, drafter).detach()  # the same weights from a folder
+        attach(other.to(torch.bfloat16), drafter).detach()  # and in another dtype
+    other = deepcopy(text_target)
+    other.model.layers[2].mlp.up_proj.weight.data[0, 0] += 0.1
+    with pytest.warns(UserWarning, match="trained for some/model, and the target .* has other weights"):
+        attach(other, drafter).detach()
+
+
 def test_another_target_commit_or_template_is_a_warning_and_other_words_an_error(text_target, tokenizer):
     drafter = make_drafter(text_target)
     drafter.config.target_model_name_or_path, drafter.config.target_revision = "some/model", "a" * 40
+    drafter.config.target_fingerprint = None  # as in drafters of a quantised target: names are all there is
     name, commit = text_target.config._name_or_path, "b" * 40
     assert not hasattr(text_target, "loaded_commit")
     try:

@@ -59,6 +59,7 @@ class DFlashConfig(PreTrainedConfig):
         max_position_embeddings (`int`, *optional*, defaults to 40960): the target's, never the training length.
         chat_template_kwargs (`dict`, *optional*): arguments of the target's chat template used in training.
         target_model_name_or_path, target_revision (`str`, *optional*): the target this drafter was trained for.
+        target_fingerprint (`str`, *optional*): of the target's weights.
         tokenizer_hash, chat_template_hash (`str`, *optional*): of the target's, as they were in training.
         borrowed_layers (`list[int]`, *optional*): the folder holds no layers, they are the target's own; only
             `hf_specauf.from_target` loads it.
@@ -90,6 +91,7 @@ class DFlashConfig(PreTrainedConfig):
     chat_template_kwargs: dict | None = None
     target_model_name_or_path: str | None = None
     target_revision: str | None = None
+    target_fingerprint: str | None = None
     tokenizer_hash: str | None = None
     chat_template_hash: str | None = None
     borrowed_layers: list[int] | None = None

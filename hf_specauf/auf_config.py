@@ -1,0 +1,110 @@
+"""AUFConfig: the arguments of a training run, checked before anything is loaded."""
+
+from dataclasses import dataclass, field
+
+import torch
+from transformers import TrainingArguments
+from transformers.utils import is_torch_bf16_gpu_available
+
+from .domino_loss import check_domino_keys
+from .objectives import DOMINO_OBJECTIVES, NORMALISATIONS, OBJECTIVES
+
+# Keys of TrainingArguments that would be accepted and ignored, or break the exact loss, and their harmless values.
+INAPPLICABLE = {
+    "label_smoothing_factor": 0.0, "neftune_noise_alpha": None, "use_liger_kernel": False, "batch_eval_metrics": False,
+    "prediction_loss_only": False, "remove_unused_columns": False,
+}  # fmt: skip
+
+
+@dataclass
+class AUFConfig(TrainingArguments):
+    """Arguments of [`AUFTrainer`], beside all of [`~transformers.TrainingArguments`].
+
+    The objective is Accept-Until-Fail unless told otherwise (Spec-AUF, arXiv 2607.01893).
+    """
+
+    objective: str = field(
+        default="auf",
+        metadata={
+            "help": "Which slots count: uniform, decay (DFlash), auf (up to the first wrong slot), auf_decay; for a "
+            "Domino drafter domino_decay, b_auf, s_auf, f_auf, b_auf_decay, s_auf_decay, f_auf_decay."
+        },
+    )
+    gamma: float | None = field(
+        default=None,
+        metadata={
+            "help": "Decay length in slots, for decay and auf_decay; by default 7, 5, 4 for block size 16, 10, 8."
+        },
+    )
+    lambda_decay_ratio: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of training over which a Domino drafter's base loss gives way to the final one (default 1)."
+        },
+    )
+    normalisation: str = field(
+        default="pooled",
+        metadata={"help": "pooled: one division by all weights of an optimizer step. per_block: mean of block means."},
+    )
+    anchors_per_row: int = field(default=512, metadata={"help": "N, blocks drawn from each row at each step."})
+    max_length: int = field(default=3072, metadata={"help": "S, tokens of a row; longer conversations are truncated."})
+    head_rows_per_chunk: int = field(
+        default=256, metadata={"help": "Slots whose logits are held at once; lower it to save memory."}
+    )
+    shard_target: bool = field(
+        default=False,
+        metadata={"help": "Spread the target's decoder layers over all processes, where one GPU cannot hold it."},
+    )
+    eval_prompts: int = field(
+        default=8, metadata={"help": "Held-out prompts decoded at each evaluation for eval_tau; 0 for none."}
+    )
+    eval_new_tokens: int = field(default=64, metadata={"help": "Tokens decoded for each of them."})
+    learning_rate: float = field(default=6e-4, metadata={"help": "Peak learning rate."})
+    muon_learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Train the drafter's matrices by Muon at this rate (try 0.02), the rest by AdamW at "
+            "learning_rate; by default AdamW (or optim) trains all."
+        },
+    )
+    logging_steps: float = field(default=10, metadata={"help": "Log every this many steps (a share of them if < 1)."})
+    bf16: bool | None = field(
+        default=None,
+        metadata={"help": "bf16 autocast over fp32 drafter weights; by default on where a GPU supports it."},
+    )
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay false: rows carry more than ids."})
+
+    def __post_init__(self):
+        if self.fp16:
+            raise ValueError("fp16: true would train a drafter that accepts nothing (vllm#55250): use bf16: true")
+        if self.bf16 is None:
+            self.bf16 = not self.use_cpu and torch.cuda.is_available() and is_torch_bf16_gpu_available()
+        if self.objective not in OBJECTIVES + DOMINO_OBJECTIVES:
+            raise ValueError(
+                f"objective is {self.objective!r}; it must be one of {', '.join(OBJECTIVES)}, or for a Domino drafter "
+                f"one of {', '.join(DOMINO_OBJECTIVES)}"
+            )
+        check_domino_keys(self.objective, self.normalisation, self.lambda_decay_ratio)
+        if self.normalisation not in NORMALISATIONS:
+            raise ValueError(f"normalisation is {self.normalisation!r}; it must be one of {', '.join(NORMALISATIONS)}")
+        for key, harmless in INAPPLICABLE.items():
+            if getattr(self, key) != harmless:
+                raise ValueError(
+                    f"{key}: {getattr(self, key)} does not apply to block drafters and would be ignored or do harm: "
+                    "remove the key"
+                )
+        if self.eval_prompts and self.eval_new_tokens < 2:
+            raise ValueError(
+                f"eval_new_tokens is {self.eval_new_tokens}: the first token comes from the prefill, so tau needs 2 "
+                "or more; eval_prompts: 0 leaves decoding out"
+            )
+        if self.muon_learning_rate is not None and (self.fsdp or self.deepspeed):
+            raise ValueError("muon_learning_rate needs whole matrices, and FSDP and DeepSpeed shard them: remove it")
+        for key in ("anchors_per_row", "head_rows_per_chunk"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key} is {getattr(self, key)}; it must be at least 1")
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False  # every parameter is used in every forward
+        if self.label_names is None:
+            self.label_names = []  # PeftModel hides forward's argument names (peft#1881)
+        super().__post_init__()
