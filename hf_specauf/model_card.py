@@ -160,8 +160,9 @@ def render(
     } | {"domino_decay": "decay weights"}  # fmt: skip
     kind = ["domino", "arxiv:2605.29707"] if domino else ["dflash"]
     commit = config.get("target_revision")
-    data = recipe.get("dataset_name")
-    data_card = [data] if data and HUB_ID.fullmatch(data) else None
+    sources = [source["name"] for source in recipe.get("dataset_mixture") or []] or [recipe.get("dataset_name")]
+    data = ", ".join(filter(None, sources))
+    data_card = [name for name in sources if name and HUB_ID.fullmatch(name)] or None
     base = provenance.get("base") or {}
     borrowed = base.get("borrowed_layers") is not None
     form = "plain" if not small else "borrowed" if borrowed else "adapter"
