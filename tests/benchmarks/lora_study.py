@@ -45,7 +45,7 @@ from hf_specauf.quickstart import (
 from hf_specauf.records import environment, write_record
 
 RECIPE = recipes_folder() / "quickstart/dflash_auf.yaml"
-LORA = {"use_peft": True, "muon_learning_rate": None, "learning_rate": 1e-2}
+LORA = {"use_peft": True, "muon_learning_rate": None, "learning_rate": 3e-3}
 
 
 def variants(base: Path, last_layers: list[int]) -> dict[str, dict]:
