@@ -237,7 +237,8 @@ def check_pair(
     if found is not None:
         if found != config.target_fingerprint:
             at = f" at {config.target_revision}" if config.target_revision else ""
-            warn(f"it was trained for {meant}{at}, and the target {loaded} has other weights")
+            own = config.target_model_name_or_path or "an unnamed target"
+            warn(f"it was trained for {own}{at}, and the target {loaded or 'given'} has other weights")
     elif on_hub and loaded != meant:
         warn(f"it was trained for {meant}, and the target is {loaded}")
     elif on_hub and commit and config.target_revision and commit != config.target_revision:
