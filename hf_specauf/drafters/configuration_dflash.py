@@ -173,6 +173,11 @@ class DFlashConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """transformers' own, for a folder that is loaded: every key that decides acceptance must be there.
+
+        Raises:
+            ValueError: one is missing, or the folder borrows its layers from the target.
+        """
         missing = [key for key in cls.required_keys if config_dict.get(key) is None]
         if missing:
             raise ValueError(
@@ -191,7 +196,7 @@ class DFlashConfig(PreTrainedConfig):
         return super().to_dict() | {"dflash_config": self.dflash_config}
 
     def to_diff_dict(self) -> dict[str, Any]:
-        # engines read config.json without our defaults, so every own key is written
+        """What config.json holds: engines read it without our defaults, so every own key is written."""
         full = self.to_dict()
         return (
             super().to_diff_dict()
