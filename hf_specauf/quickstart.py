@@ -13,7 +13,7 @@ import random
 import shutil
 import sys
 import sysconfig
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -266,7 +266,9 @@ def train_drafter(target: Path, recipe: Path, out: Path, *overrides: str) -> dic
         provenance = json.loads(record.read_text())
         wanted = {key: value for part in arguments[:3] for key, value in asdict(part).items()}
         wanted |= {key: getattr(arguments[3], key) for key in ("objective", "normalisation", "max_steps", "seed")}
-        if all(provenance["recipe"].get(k, v) == v for k, v in wanted.items() if v is not None):
+        # a record older than a key was made with that key's default
+        made = {f.name: f.default for part in arguments for f in fields(part)} | provenance["recipe"]
+        if all(made[k] == v for k, v in wanted.items() if v is not None):
             print(f"{out}: already trained")
             return provenance
         raise SystemExit(f"{out} holds a drafter of another recipe: give another --out, or remove that folder")
