@@ -106,11 +106,6 @@ def check_start(drafter, args: AUFConfig, tokenizer: PreTrainedTokenizerBase | N
             "draft_attn_implementation: flex_attention trains on CUDA only (torch has no backward of it on CPU): "
             "use sdpa"
         )
-    if peft_config is not None and any(isinstance(parameter, DTensor) for parameter in drafter.parameters()):
-        raise ValueError(
-            "the drafter is sharded already, and an adapter put on it would be left out of that: load it whole, and "
-            "let `accelerate launch --config_file recipes/accelerate/fsdp2.yaml` shard it with the adapter on"
-        )
     is_domino = isinstance(config, DominoConfig)
     if is_domino != (args.objective in DOMINO_OBJECTIVES):
         wanted = DOMINO_OBJECTIVES if is_domino else OBJECTIVES

@@ -99,13 +99,30 @@ def test_one_loss_and_gradient_for_ddp_fsdp2_accumulation_and_one_batch(folder, 
         AutoModel.from_pretrained(out / "checkpoint-4")
 
 
-def test_lora_gives_the_same_loss_in_two_processes(folder, tmp_path):
-    found = []
-    for number, keys in enumerate((dict(processes=1, rows_each=4), dict(processes=2, rows_each=2))):
-        record = launch(folder, tmp_path / str(number), lora=True, **keys)
-        found.append([log["loss"] for log in record["logs"] if "loss" in log])
-        assert all("lora_" in name for name in weights(tmp_path / str(number)))
-    assert found[0] == pytest.approx(found[1], rel=1e-5)
+@pytest.mark.parametrize("clip", [0.0, 0.05], ids=["unclipped", "clipped"])
+def test_lora_gives_the_same_loss_gradient_and_adapter_in_two_processes(folder, tmp_path, clip):
+    runs = {
+        "one process, 4 rows": dict(processes=1, rows_each=4),
+        "two DDP processes, 2 rows": dict(processes=2, rows_each=2),
+        "two DDP processes, 2 x 1 row": dict(processes=2, rows_each=1, accumulation=2),
+        "two FSDP2 processes, 2 rows": dict(processes=2, rows_each=2, sharded=True),
+        "two FSDP2 processes, 2 x 1 row": dict(processes=2, rows_each=1, accumulation=2, sharded=True),
+    }
+    reference = None
+    for number, (name, keys) in enumerate(runs.items()):
+        record = launch(folder, tmp_path / str(number), lora=True, max_grad_norm=clip, **keys)
+        # the frozen base is sharded, the adapter on it whole everywhere
+        assert record["drafter"] == (["DTensor", "Parameter"] if keys.get("sharded") else ["Parameter"]), name
+        found = [(log["loss"], log["grad_norm"]) for log in record["logs"] if "loss" in log]
+        state = weights(tmp_path / str(number))
+        assert len(found) == 4 and state and all("lora_" in key for key in state)
+        if reference is None:
+            reference = found, state
+            assert min(norm for _, norm in found) > 0.1  # so that clipping clips
+            continue
+        assert found == [pytest.approx(pair, rel=1e-4) for pair in reference[0]], name
+        for key, value in state.items():
+            torch.testing.assert_close(value, reference[1][key], rtol=1e-4, atol=2e-6, msg=name)
 
 
 @pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs `pip install deepspeed`")

@@ -59,6 +59,8 @@ def test_recipe_fits_the_published_config_of_its_target(path):
     text = published["config"].get("text_config", published["config"])
     assert (config.hidden_size, config.vocab_size) == (text["hidden_size"], text["vocab_size"])
     assert config.num_target_layers == text["num_hidden_layers"]
+    assert config.rope_parameters == {"rope_type": "default", "rope_theta": text["rope_theta"]}
+    assert config.max_position_embeddings == text["max_position_embeddings"]
     assert config.target_layer_ids == default_target_layer_ids(text["num_hidden_layers"])
     # a row of the embedding that no text uses
     assert draft.mask_token_id < config.vocab_size
