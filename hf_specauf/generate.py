@@ -10,7 +10,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .acceptance import Acceptance, summarize
-from .drafters.generation_block import BlockCandidateGenerator, DraftingOverrides, Round, generate_with_drafter
+from .drafters.generation_block import BlockCandidateGenerator, DraftingOverrides, Round
 from .target import check_pair, innermost
 
 
@@ -70,6 +70,11 @@ def _checked(target, drafter, tokenizer=None) -> PreTrainedModel:
         raise ValueError(
             "fp16 drafters accept nothing (vllm#55250): load the drafter with dtype=torch.bfloat16 or float32"
         )
+    if isinstance(target, PeftModel) and target.active_peft_config.is_prompt_learning:
+        raise ValueError(
+            f"{target.active_peft_config.peft_type.value} puts virtual tokens before the prompt, which a drafter does "
+            "not see: its drafts would be worthless, and transformers cuts them. Use a LoRA on the target, or merge."
+        )
     check_pair(target, base.config, tokenizer)
     return base.eval()
 
@@ -122,7 +127,8 @@ def generate(target: PreTrainedModel | PeftModel, drafter: PreTrainedModel | Pef
     Raises:
         TypeError, ValueError: as [`attach`].
     """
-    return generate_with_drafter(innermost(target), _checked(target, drafter), *args, **kwargs)
+    with attach(target, drafter):
+        return target.generate(*args, **kwargs, assistant_model=drafter)
 
 
 class _CallableModule(ModuleType):

@@ -19,7 +19,7 @@ import hf_specauf
 from hf_specauf import DominoConfig, DominoDraftModel
 from hf_specauf.blocks import make_blocks
 from hf_specauf.domino_loss import branch_objectives, domino_losses
-from hf_specauf.drafters.generation_block import CausalCandidateGenerator, add_correction, apply_head
+from hf_specauf.drafters.generation_block import BlockCandidateGenerator, add_correction, apply_head
 from hf_specauf.generate import attach
 from hf_specauf.objectives import DOMINO_OBJECTIVES
 from hf_specauf.target import FrozenTarget
@@ -35,13 +35,18 @@ def named(head: dict) -> str:
 # ---- golden: training and decoding see the same
 
 
-class Recording(CausalCandidateGenerator):
+class Recording(BlockCandidateGenerator):
     """Keeps (tokens before, draft, logits of the draft) of every block."""
 
     def _fill(self, input_ids, hidden_states):
+        self.scores = []
         draft, logits = super()._fill(input_ids, hidden_states)
-        self.drafter.seen.append((input_ids, draft, logits))
+        self.drafter.seen.append((input_ids, draft, torch.stack(self.scores, dim=1)))
         return draft, logits
+
+    def _draw(self, scores):
+        self.scores.append(scores)
+        return super()._draw(scores)
 
 
 @torch.no_grad()
@@ -292,7 +297,7 @@ def sampling_drafter(shift_label: bool):
     return drafter
 
 
-class ClaimsTheBase(CausalCandidateGenerator):
+class ClaimsTheBase(BlockCandidateGenerator):
     """Draws from the corrected logits, but says it drew from the base ones."""
 
     def _fill(self, input_ids, hidden_states):
@@ -314,7 +319,7 @@ def test_a_draft_that_claims_the_base_distribution_is_detected():
 )
 def test_sampling_follows_the_targets_exact_distribution(temperature, top_k, shift_label):
     drafter = sampling_drafter(shift_label)
-    p_value, accepted = sampled_p_value(drafter, 1500, temperature, top_k)
+    p_value, accepted = sampled_p_value(drafter, 2500, temperature, top_k)
     assert p_value > 1e-3
     assert 0.1 < accepted < 0.9
 
@@ -367,6 +372,7 @@ def test_a_saved_folder_serves_as_custom_generate(shift_label, tmp_path):
     again = AutoModel.from_pretrained(tmp_path)
     assert type(again) is DominoDraftModel
     call = dict(**GREEDY, assistant_model=again, custom_generate=str(tmp_path), trust_remote_code=True)
+    call |= dict(local_files_only=True, token="a private repository's")
     before = set(vars(p.target))
     assert torch.equal(p.target.generate(p.prompts[0], **call), p.plain[0])
     assert set(vars(p.target)) == before
@@ -374,6 +380,12 @@ def test_a_saved_folder_serves_as_custom_generate(shift_label, tmp_path):
         p.target.generate(p.prompts[0], **call | dict(assistant_model=None))
     with pytest.raises(ValueError, match=r"trained for a target of \(32, 4\)"):
         make_target(num_hidden_layers=5).generate(p.prompts[0], **call)
+
+
+def test_a_push_that_would_leave_custom_generate_out_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(ValueError, match=r"call drafter.push_to_hub\(repo\)"):
+        pair(True).drafter.save_pretrained(tmp_path / "new", push_to_hub=True, repo_id="you/domino")
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_shifted_domino_on_the_plain_dflash_route_is_refused_with_what_to_call():

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ARCHITECTURES, EOS, MASK, PAD, VOCAB, make_drafter, make_target, overfit, random_prompts
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from scipy.stats import chisquare
 from transformers import (
     AutoConfig,
@@ -24,11 +24,13 @@ from transformers.generation import (
     LogitsProcessor,
     LogitsProcessorList,
     StoppingCriteria,
+    SynthIDTextWatermarkingConfig,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
 )
 from transformers.generation.streamers import BaseStreamer
 
+import hf_specauf
 from hf_specauf.acceptance import accepted_prefix, summarize
 from hf_specauf.blocks import make_blocks
 from hf_specauf.drafters.generation_block import BlockCandidateGenerator, Round
@@ -147,10 +149,12 @@ def test_acceptance_sums_up_every_generation_of_an_attachment():
     assert acceptance.tau == acceptance.tokens / acceptance.passes == 1 + acceptance.accepted_per_pass
 
 
+@pytest.mark.parametrize("key", ["max_draft_tokens", "num_assistant_tokens"])
 @pytest.mark.parametrize("cap", [1, 2, 3])
-def test_max_draft_tokens_caps_every_draft(cap):
-    p = pair()
-    output, rounds, _ = decode(p, p.prompts[1], attached=dict(max_draft_tokens=cap))
+def test_a_cap_holds_for_every_draft(cap, key):
+    p, cap_of = pair(), {key: cap}
+    options = dict(attached=cap_of) if key == "max_draft_tokens" else cap_of
+    output, rounds, _ = decode(p, p.prompts[1], **options)
     assert torch.equal(output, p.plain[1])
     room = [PROMPT + NEW - anchor - 2 for anchor in emitted_anchors(rounds, PROMPT)]  # one is left for the bonus
     assert [r.drafted for r in rounds] == [min(cap, left) for left in room]
@@ -444,8 +448,8 @@ def test_sampling_follows_the_targets_exact_distribution(temperature, top_k):
 class GreedyDraft(BlockCandidateGenerator):
     """z-lab#74: drafts the best token, but says it was drawn from the whole distribution."""
 
-    def _choose(self, input_ids, logits):
-        _, logits = super()._choose(input_ids, logits)
+    def _fill(self, input_ids, hidden_states):
+        _, logits = super()._fill(input_ids, hidden_states)
         return logits.argmax(-1), logits
 
 
@@ -455,6 +459,67 @@ def test_a_draft_not_drawn_from_the_distribution_it_claims_is_detected():
     p_value, accepted = sampled_p_value(drafter, 500, 1.0, 0)
     assert p_value < 1e-6
     assert 0 < accepted < 1
+
+
+# ---- stopping
+
+
+class AtToken(StoppingCriteria):
+    """Stops where the last token is this one: a draft accepted past it hides it from who looks once a pass."""
+
+    def __init__(self, token: int):
+        self.token = token
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return input_ids[:, -1] == self.token
+
+
+def inside_a_draft(p) -> int:
+    """Index of a generated token, the first of its kind, that was accepted with more tokens of its pass behind it."""
+    at = PROMPT + 1
+    for r in p.assisted[0][1]:
+        for index in range(at, at + r.emitted - 1):
+            if p.plain[0][0, index] not in p.plain[0][0, PROMPT:index]:
+                return index
+        at += r.emitted
+    raise AssertionError("no token fits")
+
+
+def test_a_stopping_criterion_that_fires_inside_an_accepted_draft_stops_where_plain_decoding_does():
+    p = pair()
+    index = inside_a_draft(p)
+    stop = dict(stopping_criteria=[AtToken(int(p.plain[0][0, index]))])
+    expected = plain(p, p.prompts[0], **stop)
+    assert expected.shape[1] == index + 1
+    output, rounds, _ = decode(p, p.prompts[0], **stop)
+    assert torch.equal(output, expected)
+    assert sum(r.emitted for r in rounds) == index - PROMPT  # the prefill emits the first token
+    assert all(r.accepted <= r.tested <= r.drafted for r in rounds)
+    with attach(p.target, p.drafter):  # a call without the drafter, in a batch
+        batch = torch.cat(p.prompts)
+        assert torch.equal(p.target.generate(batch, **GREEDY, **stop), p.target.generate(batch, **GREEDY, **stop))
+        assert torch.equal(plain(p, p.prompts[0], **stop), expected)
+
+
+def test_stop_strings_stop_where_plain_decoding_does(text_target, tokenizer):
+    target = deepcopy(text_target)
+    target.generation_config.bos_token_id = None
+    config = drafter_config(
+        target, num_hidden_layers=1, block_size=K, mask_token_id=tokenizer.mask_token_id, target_layer_ids=[0, 2]
+    )
+    set_seed(0)
+    prompt = tokenizer("the quick brown", return_tensors="pt")["input_ids"]
+    text = target.generate(prompt, do_sample=False, max_new_tokens=24)
+    drafter = overfit(DFlashDraftModel(config), target, text, prompt.shape[1], steps=60)
+    cut = 0
+    for word in {tokenizer.decode([token]) for token in text[0, prompt.shape[1] :]} - {""}:
+        stop = dict(do_sample=False, max_new_tokens=24, stop_strings=[word], tokenizer=tokenizer)
+        expected = target.generate(prompt, **stop)
+        with attach(target, drafter) as attachment:
+            assert torch.equal(target.generate(prompt, **stop, assistant_model=drafter), expected)
+        # in the middle of a draft
+        cut += bool(attachment.rounds) and attachment.rounds[-1].emitted == attachment.rounds[-1].accepted < K - 1
+    assert cut
 
 
 # ---- nothing is left behind, and other ways to generate keep working
@@ -474,6 +539,26 @@ def test_detach_and_the_context_manager_give_the_target_its_own_generate_back():
     attachment = attach(p.target, p.drafter)
     attachment.detach()
     attachment.detach()
+    assert set(vars(p.target)) == before
+
+
+def test_several_drafters_may_be_attached_and_detached_in_any_order():
+    p, before = pair(), set(vars(pair().target))
+    other = make_drafter(p.target, block_size=K, dtype=torch.float64)
+    first, second = attach(p.target, p.drafter), attach(p.target, other)
+    for drafter, attachment in ((p.drafter, first), (other, second)):
+        assert torch.equal(plain(p, p.prompts[0], assistant_model=drafter), p.plain[0])
+        assert len(attachment.generations) == 1
+    first.detach()  # not the last that came
+    assert torch.equal(plain(p, p.prompts[0], assistant_model=other), p.plain[0])
+    with pytest.raises(AttributeError):
+        plain(p, p.prompts[0], assistant_model=p.drafter)
+    second.detach()
+    with pytest.raises(AttributeError):
+        plain(p, p.prompts[0], assistant_model=other)
+    assert torch.equal(plain(p, p.prompts[0]), p.plain[0])
+    with attach(p.target, p.drafter), attach(p.target, other):
+        assert set(vars(p.target)) - before
     assert set(vars(p.target)) == before
 
 
@@ -515,6 +600,16 @@ def test_a_peft_wrapped_target_is_served():
     assert torch.equal(output, plain(wrapped, p.prompts[0]))
     assert not torch.equal(output, p.plain[0]) and any(r.accepted for r in rounds)
     assert "_get_candidate_generator" not in vars(wrapped.target.get_base_model())
+    assert torch.equal(hf_specauf.generate(wrapped.target, p.drafter, input_ids=p.prompts[0], **GREEDY), output)
+
+
+def test_a_target_with_virtual_tokens_is_refused():
+    p = pair()
+    prefixed = get_peft_model(deepcopy(p.target), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    with pytest.raises(ValueError, match="PROMPT_TUNING puts virtual tokens before the prompt"):
+        attach(prefixed, p.drafter)
+    with pytest.raises(ValueError, match="Use a LoRA on the target"):
+        hf_specauf.generate(prefixed, p.drafter, input_ids=p.prompts[0], **GREEDY)
 
 
 def test_a_peft_wrapped_drafter_drafts_like_the_merged_one():
@@ -552,6 +647,9 @@ def test_the_text_generation_pipeline_takes_an_attached_drafter(text_target, tok
 # ---- errors
 
 
+WATERMARK = SynthIDTextWatermarkingConfig(keys=[1, 2, 3], ngram_len=3)
+
+
 def filled_cache(p):
     return dict(past_key_values=p.target(p.prompts[0][:, :4], use_cache=True).past_key_values)
 
@@ -566,10 +664,13 @@ def filled_cache(p):
         (lambda p: dict(output_hidden_states=True, return_dict_in_generate=True), "Run one more forward pass"),
         (lambda p: dict(inputs=None, inputs_embeds=p.target.get_input_embeddings()(p.prompts[0])), "pass input_ids"),
         (lambda p: dict(use_cache=False), "use_cache=True"),
+        (lambda p: dict(guidance_scale=1.5), "silently wrong. Leave them out"),
+        (lambda p: dict(watermarking_config=WATERMARK, do_sample=True), "silently wrong. Leave them out"),
         (lambda p: dict(cache_implementation="static"), "(?i)static cache"),
     ],
-    ids=["filled cache", "batch", "beams", "sequences", "hidden states", "embeds alone", "no cache", "static cache"],
-)
+    ids=["filled cache", "batch", "beams", "sequences", "hidden states", "embeds alone", "no cache", "guidance",
+         "SynthID", "static cache"],
+)  # fmt: skip
 def test_a_call_that_cannot_be_drafted_for_says_what_to_change(options, advice):
     p = pair()
     with attach(p.target, p.drafter) as attachment, pytest.raises(ValueError, match=advice):

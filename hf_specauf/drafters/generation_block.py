@@ -13,6 +13,15 @@ from torch import nn
 from transformers.cache_utils import DynamicCache
 from transformers.generation import GenerationMode
 from transformers.generation.candidate_generator import CandidateGenerator
+from transformers.generation.stopping_criteria import (
+    EosTokenCriteria,
+    MaxLengthCriteria,
+    MaxTimeCriteria,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+
+UNSET_ASSISTANT_TOKENS = 20  # what transformers fills in for `num_assistant_tokens`
 
 
 class Round(NamedTuple):
@@ -61,7 +70,8 @@ def add_correction(logits: torch.Tensor, correction: torch.Tensor) -> torch.Tens
 
 
 class BlockCandidateGenerator(CandidateGenerator):
-    """Draft a block with one drafter pass over the target's tapped hidden states (DFlash, arXiv 2602.06036).
+    """Draft a block with one drafter pass over the target's tapped hidden states (DFlash, arXiv 2602.06036); a causal
+    head then corrects it token by token, one step of a GRU and a low-rank product each (Domino, arXiv 2605.29707).
 
     Args:
         drafter (`PreTrainedModel`): the block drafter.
@@ -69,8 +79,9 @@ class BlockCandidateGenerator(CandidateGenerator):
         generation_config (`GenerationConfig`): of the running `generate` call.
         logits_processor (`LogitsProcessorList`, *optional*): applied to the draft's logits slot by slot, so that the
             draft is drawn from the very distribution verification divides by.
-        max_draft_tokens (`int`, *optional*): verify at most this many drafted tokens a pass (default K - 1). The
-            drafter still fills its whole block: it was trained to.
+        max_draft_tokens (`int`, *optional*): verify at most this many drafted tokens a pass (default K - 1), or
+            `num_assistant_tokens` of the call if that is less. The drafter still fills its whole block: it was
+            trained to.
         skip_round (`Callable[[list[Round]], bool]`, *optional*): called before each draft with the rounds so far;
             true leaves this round to the target alone.
         rounds (`list[Round]`, *optional*): where passes are recorded.
@@ -96,7 +107,9 @@ class BlockCandidateGenerator(CandidateGenerator):
         self.model_kwargs_overrides = {"output_hidden_states": [i + 1 for i in self.taps]}
         self.block_size = config.block_size
         self.first_slot = 0 if config.shift_label else 1  # the slot that predicts the token after the anchor
-        self.max_draft_tokens = min(max_draft_tokens or self.block_size - 1, self.block_size - 1)
+        asked = generation_config.num_assistant_tokens
+        asked = self.block_size if asked in (None, UNSET_ASSISTANT_TOKENS) else asked
+        self.max_draft_tokens = min(max_draft_tokens or self.block_size, asked, self.block_size - 1)
         self.skip_round = skip_round
         self.max_length = generation_config.max_length
         self.do_sample = generation_config.do_sample
@@ -151,23 +164,35 @@ class BlockCandidateGenerator(CandidateGenerator):
         self.cache.crop(-self.block_size)  # the block's own keys and values never become context
         return output.last_hidden_state
 
-    def _fill(self, input_ids, hidden_states) -> tuple[torch.Tensor, torch.Tensor]:
-        """Draft (1, drafted) and its logits (1, drafted, V) from the hidden rows (1, drafted, H) that predict it."""
-        return self._choose(input_ids, apply_head(self.head, hidden_states).to(input_ids.device))
+    def _fill(self, input_ids, hidden_states) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Draft (1, drafted) and, where they are asked for, its logits (1, drafted, V) from the hidden rows
+        (1, drafted, H) that predict it: all slots at once, or, where a causal head or logits processors look at the
+        tokens before, slot by slot, so that the logits are those each token was drawn from."""
+        base = apply_head(self.head, hidden_states).to(input_ids.device)  # (1, drafted, V)
+        correct, processor = self.drafter.correct, self.logits_processor
+        wide = self.returns_logits or processor is not None  # verification's own dtype
+        if correct is None and processor is None:
+            base = base.float() if wide else base
+            return self._draw(base[0]).T, base
+        hidden_states, state = hidden_states.to(self.device), None
+        sequence, tokens, logits = input_ids, [input_ids[:, -1:]], []
+        for j in range(base.shape[1]):
+            scores = base[:, j]
+            if correct is not None:
+                embed = embed_noise(self.embedding, tokens[-1].to(self.masks.device)).to(self.device)
+                scores, state = correct(scores, hidden_states[:, j], embed[:, 0], state, j)
+            scores = scores.float() if wide else scores
+            if processor is not None:
+                scores = processor(sequence, scores)
+            tokens.append(self._draw(scores))
+            if processor is not None:
+                sequence = torch.cat([sequence, tokens[-1]], dim=1)
+            if self.returns_logits:
+                logits.append(scores)
+        return torch.cat(tokens[1:], dim=1), torch.stack(logits, dim=1) if logits else None
 
-    def _choose(self, input_ids, logits) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.logits_processor is None:
-            if not self.do_sample:
-                return logits.argmax(-1), logits
-            logits = logits.float()
-            return torch.multinomial(logits[0].softmax(-1), 1).T, logits
-        logits, sequence = logits.float(), input_ids
-        for slot in range(logits.shape[1]):  # processors look at the tokens before, so slot by slot
-            logits[:, slot] = self.logits_processor(sequence, logits[:, slot])
-            scores = logits[:, slot]
-            token = torch.multinomial(scores.softmax(-1), 1) if self.do_sample else scores.argmax(-1, keepdim=True)
-            sequence = torch.cat([sequence, token], dim=1)
-        return sequence[:, input_ids.shape[1] :], logits
+    def _draw(self, scores: torch.Tensor) -> torch.Tensor:  # (rows, V) -> (rows, 1)
+        return torch.multinomial(scores.softmax(-1), 1) if self.do_sample else scores.argmax(-1, keepdim=True)
 
     def update_candidate_strategy(self, input_ids, scores, num_matches) -> None:
         """Record the pass: called once after each verification, cut already to end of sequence and length."""
@@ -183,33 +208,32 @@ class BlockCandidateGenerator(CandidateGenerator):
         self.rounds.append(Round(emitted, accepted, tested, drafted))
 
 
-class CausalCandidateGenerator(BlockCandidateGenerator):
-    """Draft a block with one pass of the backbone, then token by token through the causal head (Domino, arXiv
-    2605.29707): each token costs one step of a GRU and a low-rank product, O(K) a block. Logits processors look at the
-    tokens drafted before, so they run inside the chain, and the logits returned are those each token was drawn from.
-    """
+class StopWhereToldTo(StoppingCriteria):
+    """A call's stopping criteria asked of every token, as plain decoding asks them; transformers' assisted loop asks
+    once a pass, and would not see a stop string that ends inside an accepted draft. Cuts the sequence there, in place.
+    (A streamer has the rest of that pass by then.)"""
 
-    def _fill(self, input_ids, hidden_states) -> tuple[torch.Tensor, torch.Tensor]:
-        base = apply_head(self.head, hidden_states).to(input_ids.device)  # (1, drafted, V)
-        hidden_states = hidden_states.to(self.device)
-        sequence, state, logits = input_ids, None, []
-        for j in range(base.shape[1]):
-            embed = embed_noise(self.embedding, sequence[:, -1:].to(self.masks.device)).to(self.device)
-            scores, state = self.drafter.correct(base[:, j], hidden_states[:, j], embed[:, 0], state, j)
-            if self.do_sample or self.logits_processor is not None:
-                scores = scores.float()
-            if self.logits_processor is not None:
-                scores = self.logits_processor(sequence, scores)
-            token = torch.multinomial(scores.softmax(-1), 1) if self.do_sample else scores.argmax(-1, keepdim=True)
-            sequence = torch.cat([sequence, token], dim=1)
-            logits.append(scores[:, None])
-        return sequence[:, input_ids.shape[1] :], torch.cat(logits, dim=1)
+    def __init__(self, criteria: StoppingCriteriaList, rounds: Callable[[], list[Round]]):
+        self.criteria, self.rounds, self.length = criteria, rounds, None
+
+    def __call__(self, input_ids, scores, **kwargs) -> torch.Tensor:
+        size = input_ids.shape[1]
+        for length in range(size if self.length is None else min(self.length + 1, size), size + 1):
+            done = self.criteria(input_ids[:, :length], scores, **kwargs)
+            if bool(done.all()):
+                break
+        if (cut := size - length) and (rounds := self.rounds()):
+            emitted = rounds[-1].emitted - cut
+            rounds[-1] = rounds[-1]._replace(emitted=emitted, accepted=emitted, tested=emitted)
+            input_ids.resize_(input_ids.shape[0], length)
+        self.length = length
+        return done
 
 
 class DraftingOverrides:
-    """Two instance overrides of internals of transformers' `generate`, until `undo()`: with `drafter` as assistant,
-    the target takes its candidates from `make_generator`, and what would go wrong silently is refused. The user's
-    generation config, which is saved with the target, stays untouched.
+    """Instance overrides of internals of transformers' `generate`, until `undo()`: with `drafter` as assistant, the
+    target takes its candidates from `make_generator`, and what would go wrong silently is refused. The user's
+    generation config, which is saved with the target, stays untouched. One target may have several drafters.
 
     Args:
         target (`PreTrainedModel`): the target, no wrapper.
@@ -217,20 +241,30 @@ class DraftingOverrides:
         make_generator (`Callable`): (target, generation_config, logits_processor=...) -> candidate generator.
     """
 
-    NAMES = ("_get_candidate_generator", "_validate_generation_mode")
+    NAMES = ("_get_candidate_generator", "_validate_generation_mode", "_get_stopping_criteria")
 
     def __init__(self, target, drafter, make_generator: Callable):
         self.target, self.drafter, self.make_generator = target, drafter, make_generator
-        for name in self.NAMES:
-            setattr(target, name, MethodType(getattr(self, name), target))
+        self.generator = None  # of the call under way
+        self.all = vars(target).setdefault("_drafting", [])  # of this target; the first one's methods serve them all
+        if not self.all:
+            vars(target).update({name: MethodType(getattr(self, name), target) for name in self.NAMES})
+        self.all.append(self)
 
     def undo(self) -> None:
         """Give the target its own `generate` back. Calling it twice is harmless."""
-        for name in self.NAMES:
-            vars(self.target).pop(name, None)
+        if self in self.all:
+            self.all.remove(self)
+        if not self.all:
+            for name in (*self.NAMES, "_drafting"):
+                vars(self.target).pop(name, None)
+
+    def _of(self, assistant_model) -> "DraftingOverrides | None":
+        return next((one for one in reversed(self.all) if one.drafter is assistant_model), None)
 
     def _validate_generation_mode(self, target, generation_mode, generation_config, generation_mode_kwargs):
-        if generation_mode_kwargs.get("assistant_model") is self.drafter:
+        self.generator = None
+        if self._of(generation_mode_kwargs.get("assistant_model")) is not None:
             if generation_mode != GenerationMode.ASSISTED_GENERATION:
                 raise ValueError(
                     f"generation mode {generation_mode.value!r} cannot be drafted for, and transformers would "
@@ -246,7 +280,21 @@ class DraftingOverrides:
                     "output_hidden_states=True and a block drafter cannot go together: the target keeps only the "
                     "tapped layers. Run one more forward pass on the finished text for its hidden states."
                 )
+            watermark = type(generation_config.watermarking_config).__name__
+            if generation_config.guidance_scale not in (None, 1) or watermark.startswith("SynthID"):
+                raise ValueError(
+                    "guidance_scale and SynthID watermarks keep a state of every token they saw, drafted and rejected "
+                    "ones too: the output would be silently wrong. Leave them out, or assistant_model."
+                )
         type(target)._validate_generation_mode(target, generation_mode, generation_config, generation_mode_kwargs)
+
+    def _get_stopping_criteria(self, target, generation_config, stopping_criteria, *args, **kwargs):
+        criteria = type(target)._get_stopping_criteria(target, generation_config, stopping_criteria, *args, **kwargs)
+        known = (MaxLengthCriteria, EosTokenCriteria, MaxTimeCriteria)  # which the assisted loop gets right
+        if all(isinstance(one, known) for one in criteria):
+            return criteria
+        rounds = lambda: [] if self.generator is None else self.generator.rounds  # noqa: E731
+        return StoppingCriteriaList([StopWhereToldTo(criteria, rounds)])
 
     def _get_candidate_generator(
         self,
@@ -259,7 +307,8 @@ class DraftingOverrides:
         assistant_model=None,
         **kwargs,
     ):
-        if assistant_model is not self.drafter:
+        mine = self._of(assistant_model)
+        if mine is None:
             return type(target)._get_candidate_generator(
                 target, generation_config, input_ids, inputs_tensor, logits_processor, model_kwargs,
                 assistant_model=assistant_model, **kwargs,
@@ -280,7 +329,8 @@ class DraftingOverrides:
             raise ValueError(
                 f"{type(target).__name__} uses {positions.dim()}-D position ids, which a block drafter cannot follow"
             )
-        return self.make_generator(target, generation_config, logits_processor=logits_processor)
+        self.generator = mine.make_generator(target, generation_config, logits_processor=logits_processor)
+        return self.generator
 
 
 def generate_with_drafter(target, drafter, *args, **kwargs):
@@ -303,10 +353,8 @@ def generate_with_drafter(target, drafter, *args, **kwargs):
             f"the target has hidden size and layers {found}, and this drafter was trained for a target of {trained}, "
             f"{config.target_model_name_or_path}: load that target or another drafter"
         )
-    before = {name: vars(target)[name] for name in DraftingOverrides.NAMES if name in vars(target)}
     overrides = DraftingOverrides(target, drafter, drafter.eval().get_candidate_generator)
     try:
         return target.generate(*args, **kwargs, assistant_model=drafter)
     finally:
         overrides.undo()
-        vars(target).update(before)

@@ -101,6 +101,7 @@ class DFlashDraftModel(PreTrainedModel):
     base_model_prefix = "model"
     main_input_name = "noise_embeds"
     supports_gradient_checkpointing = True
+    correct = None  # a causal head's step in decoding; see `DominoDraftModel`
     accepts_loss_kwargs = False  # Trainer must not think that forward divides by num_items_in_batch
     _no_split_modules = ["DFlashDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]

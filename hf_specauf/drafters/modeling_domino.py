@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache, DFlashCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .configuration_domino import DominoConfig
-from .generation_block import CausalCandidateGenerator, add_correction, generate_with_drafter
+from .generation_block import add_correction, generate_with_drafter
 from .modeling_dflash import DFlashDraftModel
 
 # What `target.generate(custom_generate="owner/repo", assistant_model=drafter, trust_remote_code=True)` runs. The
@@ -21,8 +21,12 @@ from .modeling_dflash import DFlashDraftModel
 CUSTOM_GENERATE = '''"""What target.generate(custom_generate="owner/repo", ...) runs: a Domino drafter as assistant."""
 
 
-def generate(model, assistant_model=None, revision=None, **kwargs):
-    """Generate with a Domino drafter: the target's own output, faster. `revision` has served to find this file.
+def generate(
+    model, assistant_model=None, revision=None, token=None, cache_dir=None, local_files_only=None,
+    force_download=None, proxies=None, **kwargs
+):
+    """Generate with a Domino drafter: the target's own output, faster. `revision`, `token` and the other arguments of
+    a download have served to find this file.
 
     Raises:
         ValueError: `assistant_model` is no drafter with a causal head.
@@ -164,16 +168,21 @@ class DominoDraftModel(DFlashDraftModel):
             logits = add_correction(logits, correction.to(logits.device))
         return logits, state
 
-    def get_candidate_generator(self, target, generation_config, **kwargs) -> CausalCandidateGenerator:
-        """Our candidate generator for this drafter; see [`CausalCandidateGenerator`]."""
-        return CausalCandidateGenerator(self, target, generation_config, **kwargs)
-
     def generate_for(self, target, *args, **kwargs):
         """`target.generate(...)` with this drafter: the same output, faster. See [`generate_with_drafter`]."""
         return generate_with_drafter(target, self, *args, **kwargs)
 
     def save_pretrained(self, save_directory, *args, **kwargs):
-        """transformers' own, and `custom_generate/generate.py`."""
+        """transformers' own, and `custom_generate/generate.py`.
+
+        Raises:
+            ValueError: `push_to_hub=True`, which would upload the folder before that file is in it.
+        """
+        if kwargs.get("push_to_hub"):
+            raise ValueError(
+                "save_pretrained(push_to_hub=True) would publish a Domino drafter without custom_generate/: save it, "
+                "then call drafter.push_to_hub(repo), or python -m hf_specauf.hub push"
+            )
         super().save_pretrained(save_directory, *args, **kwargs)
         path = Path(save_directory, "custom_generate", "generate.py")
         path.parent.mkdir(parents=True, exist_ok=True)
