@@ -98,7 +98,8 @@ def target_writer(args, target: PreTrainedModel, tokenizer: PreTrainedTokenizerB
     said.
     """
     pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
-    config = sampling(args, target, pad)
+    # `generate` fills what a config leaves open from the target's own (a repetition penalty, min_p, ...)
+    config = target.generation_config = sampling(args, target, pad)
     ends, longest = end_tokens(config), target.config.get_text_config(decoder=True).max_position_embeddings
     try:  # how thoughts and tool calls are told from the answer
         add_response_schema(tokenizer)
@@ -125,11 +126,14 @@ def target_writer(args, target: PreTrainedModel, tokenizer: PreTrainedTokenizerB
         except Exception as error:
             return f"the chat template failed: {' '.join(str(error).split())}"
 
-    def answer(prompt: list[int], ids: list[int]) -> dict:
+    def answer(conversation, prompt: list[int], ids: list[int]) -> dict:
         ids = until_end(ids, ends)
         whole = bool(ids) and ids[-1] in ends
-        turn = parse_response(tokenizer, ids) if structured else None
-        turn = turn or {"content": tokenizer.decode(ids, skip_special_tokens=True)}
+        # without what the template wrote of the answer's beginning, transformers parses nothing
+        if structured and conversation.text is None:
+            turn = parse_response(tokenizer, ids, prefix=prompt, tools=conversation.tools)
+        else:
+            turn = {"content": tokenizer.decode(ids, skip_special_tokens=True)}
         return {"prompt_ids": prompt, "ids": ids, "truncated": not whole, "turn": {"role": "assistant"} | turn}
 
     def write(conversations: list, seed: int) -> list[dict]:
@@ -141,7 +145,7 @@ def target_writer(args, target: PreTrainedModel, tokenizer: PreTrainedTokenizerB
         answers: list[dict] = [{"skipped": prompt} for prompt in prompts]
         if asked:
             for i, ids in zip(asked, generate(target, [prompts[i] for i in asked], config, seed)):
-                answers[i] = answer(prompts[i], ids)
+                answers[i] = answer(conversations[i], prompts[i], ids)
         return answers
 
     return write, engine
@@ -182,8 +186,8 @@ def endpoint_writer(args) -> Callable:
         choice = reply.json()["choices"][0]
         message = choice["message"]
         turn = {"role": "assistant", "content": message.get("content") or ""}
-        thoughts = message.get("reasoning_content") or message.get("reasoning")  # servers differ in the name
-        turn |= {"reasoning_content": thoughts} if thoughts else {}
+        thoughts = message.get("reasoning_content") or message.get("reasoning")  # servers differ in the name,
+        turn |= {"reasoning_content": thoughts, "thinking": thoughts} if thoughts else {}  # so do templates
         turn |= {"tool_calls": message["tool_calls"]} if message.get("tool_calls") else {}
         return {"turn": turn, "truncated": choice["finish_reason"] == "length"}
 

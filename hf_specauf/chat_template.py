@@ -3,7 +3,7 @@
 from transformers import PreTrainedTokenizerBase
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
-from .sources import UnusableRow, chat_messages, row_format, row_tools
+from .sources import UnusableRow, chat_messages, row_format, row_text, row_tools
 
 
 def _chat_ids(turns: list[dict], tokenizer: PreTrainedTokenizerBase, template: str, kwargs: dict):
@@ -24,8 +24,9 @@ def _chat_ids_by_prefix(turns: list[dict], tokenizer: PreTrainedTokenizerBase, t
 
     text, spans = render(turns, False), []
     for i, turn in enumerate(turns):
-        if turn["role"] == "assistant":
-            before = render(turns[:i], True) if i else ""  # templates refuse an empty conversation
+        # templates refuse an empty conversation: of a first turn, their own words cannot be told from the assistant's
+        if turn["role"] == "assistant" and i:
+            before = render(turns[:i], True)
             through = render(turns[: i + 1], False)
             if not (text.startswith(through) and through.startswith(before)):
                 raise UnusableRow(
@@ -55,7 +56,11 @@ class RowEncoder:
         self.kwargs = chat_template_kwargs or {}
         self.kind = row_format(columns)
         self.template, self.by_prefix, self.prompted = tokenizer.chat_template, False, []
-        if self.template is None and self.kind not in ("text", "prompt_completion"):
+        if self.kind == "tokens" and "supervised" not in columns:
+            raise ValueError(
+                "token rows need a `supervised` column beside `input_ids`: 1 where the target's words are, else 0"
+            )
+        if self.template is None and self.kind not in ("tokens", "text", "prompt_completion"):
             raise ValueError(
                 "the rows are conversations, but the target's tokenizer has no chat template: give `text` rows"
             )
@@ -121,11 +126,15 @@ class RowEncoder:
         except ValueError:
             raise UnusableRow("its columns are empty") from None
         eos = self.tokenizer.eos_token_id
+        if kind == "tokens":
+            if len(row["input_ids"]) != len(row.get("supervised", ())):
+                raise UnusableRow("its input_ids and supervised differ in length")
+            return row["input_ids"], row["supervised"]
         if kind == "text":
-            ids, mask = self.tokenizer(row["text"])["input_ids"], None
-        elif kind == "prompt_completion" and self.template is None and isinstance(row["prompt"], str):
-            text, spans = row["prompt"] + row["completion"], [(len(row["prompt"]), 10**9)]
-            ids, mask = _ids_in_spans(text, spans, self.tokenizer, special=True)
+            ids, mask = self.tokenizer(row_text(row, "text"))["input_ids"], None
+        elif kind == "prompt_completion" and self.template is None:
+            prompt, completion = row_text(row, "prompt"), row_text(row, "completion")
+            ids, mask = _ids_in_spans(prompt + completion, [(len(prompt), 10**9)], self.tokenizer, special=True)
         else:
             return self._conversation(row)
         if not ids:
@@ -137,6 +146,8 @@ class RowEncoder:
         turns, tools = chat_messages(row), row_tools(row)
         if not any(turn["role"] == "assistant" for turn in turns):
             raise UnusableRow("it has no assistant turn")
+        if any("tool_calls" in turn for turn in turns) and "tool_calls" not in self.template:
+            raise UnusableRow("the chat template does not render tool calls")
         kwargs = self.kwargs | ({"tools": tools} if tools else {})
         try:
             encode = _chat_ids_by_prefix if self.by_prefix else _chat_ids

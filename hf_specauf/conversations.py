@@ -31,27 +31,11 @@ def encode_rows(
     """
     if not len(dataset):
         raise ValueError("the dataset has no rows: check dataset_name, dataset_split and max_train_rows")
-    if row_format(dataset.column_names) != "tokens":
-        encoder = RowEncoder(tokenizer, dataset.column_names, max_length, chat_template_kwargs)
-        return dataset.map(
-            encoder, batched=True, with_indices=True, remove_columns=dataset.column_names, num_proc=num_proc,
-            desc=f"Tokenizing {encoder.kind} rows",
-        )  # fmt: skip
-    if "supervised" not in dataset.column_names:
-        raise ValueError(
-            "token rows need a `supervised` column beside `input_ids`: 1 where the target's words are, else 0"
-        )
-
-    def number(batch: dict, indices: list[int]) -> dict:
-        return {
-            "input_ids": [ids[:max_length] for ids in batch["input_ids"]],
-            "supervised": [flags[:max_length] for flags in batch["supervised"]],
-            "reason": [""] * len(indices),
-            "source": indices,
-            "cut": [len(ids) > max_length for ids in batch["input_ids"]],
-        }
-
-    return dataset.select_columns(["input_ids", "supervised"]).map(number, batched=True, with_indices=True)
+    encoder = RowEncoder(tokenizer, dataset.column_names, max_length, chat_template_kwargs)
+    return dataset.map(
+        encoder, batched=True, with_indices=True, remove_columns=dataset.column_names, num_proc=num_proc,
+        desc=f"Reading {encoder.kind} rows",
+    )  # fmt: skip
 
 
 def longest_run(supervised: list[int]) -> int:
@@ -106,17 +90,18 @@ def prepare_rows(
     measures = rows.map(
         measure, batched=True, remove_columns=columns, num_proc=num_proc, desc="Checking rows"
     ).with_format("numpy")[:]
+    of = [f" of source {i}" * (len(encoded) > 1) for i, part in enumerate(encoded, start=1) for _ in range(len(part))]
+    names = [f"row {number}{source}" for number, source in zip(measures["source"], of)]
     if measures["has_mask"].any():
-        found = measures["source"][measures["has_mask"].argmax()]
         raise ValueError(
-            f"row {found} contains the mask token (id {mask_token_id}): a real token would "
+            f"{names[measures['has_mask'].argmax()]} contains the mask token (id {mask_token_id}): a real token would "
             "look like a slot to fill. Choose another mask_token_id, or remove the token from the data."
         )
     # context, anchor, label
     usable = (measures["run"] >= 2) & (measures["tokens"] >= 3)
     reasons = measures["reason"].astype(object)
     reasons[~usable & (reasons == "")] = "fewer than 2 supervised tokens in a row"
-    left_out = reasons_in_words(reasons, measures["source"])
+    left_out = reasons_in_words(reasons, names)
     refused = sum(measures["reason"] != "")
     if not measures["run"].any():
         raise ValueError(
@@ -152,12 +137,10 @@ def prepare_rows(
     return rows.add_column("row", list(range(len(rows))))
 
 
-def reasons_in_words(reasons: np.ndarray, sources: np.ndarray, most: int = 5) -> str:
+def reasons_in_words(reasons: np.ndarray, names: list[str], most: int = 5) -> str:
     """`it has no assistant turn (3, first: row 7), ...`, the most frequent first."""
     found = Counter(reason for reason in reasons if reason).most_common(most + 1)
-    words = [
-        f"{reason} ({count}, first: row {sources[list(reasons).index(reason)]})" for reason, count in found[:most]
-    ]
+    words = [f"{reason} ({count}, first: {names[list(reasons).index(reason)]})" for reason, count in found[:most]]
     return ", ".join(words + ["and other reasons"] * (len(found) > most))
 
 

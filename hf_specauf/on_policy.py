@@ -1,12 +1,17 @@
 """How much the training answers are the target's own words: the cheapest forecast of what a drafter can reach."""
 
+import json
+import shlex
+from pathlib import Path
+
 import numpy as np
 import torch
 from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
 
 from .blocks import row_inputs
-from .recipe import DataArguments
-from .target import FrozenTarget
+from .recipe import DataArguments, TargetArguments
+from .target import FrozenTarget, tokenizer_hashes
 
 CLEARLY_FOREIGN = 0.9  # share of the agreement that the target's own words would have
 
@@ -49,7 +54,9 @@ def on_policy_score(target: FrozenTarget, rows: Dataset, count: int = 32, positi
     return {"rows": len(numbers), "tokens": tokens} | dict(zip(names, means))
 
 
-def on_policy_words(score: dict, target: str, data: DataArguments) -> str:
+def on_policy_words(
+    score: dict, target: TargetArguments, data: DataArguments, chat_template_kwargs: dict | None = None
+) -> str:
     """The score in words and, where the answers are clearly not the target's, the command that mends it."""
     text = (
         f"answers, on {score['tokens']} tokens: the target's own first choice on {score['agreement']:.0%} (had it "
@@ -58,11 +65,47 @@ def on_policy_words(score: dict, target: str, data: DataArguments) -> str:
     )
     if score["agreement"] >= CLEARLY_FOREIGN * score["agreement_if_own"]:
         return text
-    source = data.sources()[0]
-    extra = "".join(f" --dataset_{key} {source[key]}" for key in ("config", "revision") if source[key])
-    extra += "" if source["split"] == "train" else f" --dataset_split {source['split']}"
+    sources, commands = data.sources(), []
+    names = ["answers.jsonl"] if len(sources) == 1 else [f"answers-{i + 1}.jsonl" for i in range(len(sources))]
+    for source, name in zip(sources, names):
+        keys = {
+            "target": target.target_model_name_or_path, "target_revision": target.target_revision,
+            "target_dtype": None if target.target_dtype == "auto" else target.target_dtype,
+            "trust_remote_code": target.trust_remote_code or None, "dataset_name": source["name"],
+            "dataset_config": source["config"], "dataset_revision": source["revision"],
+            "dataset_split": None if source["split"] == "train" else source["split"],
+            "chat_template_kwargs": json.dumps(chat_template_kwargs) if chat_template_kwargs else None, "out": name,
+        }  # fmt: skip
+        words = [word for key, value in keys.items() if value is not None for word in (f"--{key}", str(value))]
+        commands.append(shlex.join(["python", "-m", "hf_specauf.regenerate", *words]))
+    where = "dataset_name:" if len(sources) == 1 else "the same weights in dataset_mixture for"
     return text + (
         "\nThese are not the target's own words, and a drafter serves what its target writes. Answers written by the "
-        f"target gain more than any loss:\n  python -m hf_specauf.regenerate --target {target} --dataset_name "
-        f"{source['name']}{extra} --out answers.jsonl\nand then dataset_name: answers.jsonl"
+        "target gain more than any loss:\n  " + "\n  ".join(commands) + f"\nand then {where} {', '.join(names)}"
     )
+
+
+def check_settings(name: str, rows: Dataset, tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: dict | None):
+    """Raise where `regenerate` wrote a source for another tokenizer or, if it is of conversations, with other
+    arguments of the chat template (thinking on or off): a drafter would learn what its target does not write.
+
+    Raises:
+        ValueError: what differs, and the key that mends it.
+    """
+    path = Path(name).with_suffix(".settings.json")
+    if not path.is_file():
+        return
+    made = json.loads(path.read_text())
+    own = tokenizer_hashes(tokenizer)["tokenizer_hash"]
+    if "input_ids" in rows.column_names and made.get("tokenizer_hash", own) != own:
+        raise ValueError(
+            f"{name} holds tokens of {made.get('target')}, whose tokenizer is not this target's: regenerate it with "
+            "--target and this target (its messages are prompts for that)"
+        )
+    theirs = made.get("chat_template_kwargs")
+    if "messages" in rows.column_names and (theirs or {}) != (chat_template_kwargs or {}):
+        raise ValueError(
+            f"{name} was written with chat_template_kwargs: {json.dumps(theirs)}, and this recipe has "
+            f"{json.dumps(chat_template_kwargs)}: the drafter would serve another mode than it learns. Give the "
+            "recipe what the answers were written with, or regenerate them"
+        )

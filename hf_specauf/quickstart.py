@@ -41,6 +41,7 @@ from .evaluate import compare, evaluation_record, plot_alpha
 from .optimizer import MuonWithAdamW
 from .recipe import parse
 from .records import errors_in_one_line, write_record
+from .regenerate import write_whole
 from .sources import load_rows
 from .train import train
 
@@ -238,8 +239,8 @@ def save_rows(path: Path, rows: list[list[int]]) -> Path:
     """Write token rows, everything after the prompt supervised; whole or not at all."""
     supervised = [0] * PROMPT_TOKENS + [1] * (ROW_TOKENS - PROMPT_TOKENS)
     lines = [json.dumps({"input_ids": ids, "supervised": supervised}) + "\n" for ids in rows]
-    path.with_suffix(".part").write_text("".join(lines))
-    return path.with_suffix(".part").rename(path)
+    write_whole(path, "".join(lines))
+    return path
 
 
 def recipes_folder() -> Path:

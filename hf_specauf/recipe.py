@@ -40,7 +40,11 @@ class TargetArguments:
         default=None, metadata={"help": "sdpa, eager, flash_attention_2, ..."}
     )
     target_device_map: str | None = field(
-        default=None, metadata={"help": "e.g. auto: spread a target too large for one GPU; it is then never moved."}
+        default=None,
+        metadata={
+            "help": "auto: spread a target too large for one GPU; cuda: each process its own GPU, for weights stored "
+            "quantised. It is then never moved."
+        },
     )
     target_quantization: str | None = field(
         default=None, metadata={"help": "bnb-4bit or bnb-8bit: load the target in so many bits (bitsandbytes)."}
@@ -186,11 +190,16 @@ class DrafterArguments:
                      and getattr(self, f.name) != f.default]  # fmt: skip
             if given:
                 raise ValueError(f"{', '.join(given)} would be ignored without use_peft: true")
-        if self.use_peft and self.init_from_target_layers and self.lora_modules_to_save is None:
-            self.lora_modules_to_save = [
-                "fc",
-                "norm",
-            ]  # fc starts at random, and the norms see other inputs than theirs
+        if self.use_peft and self.init_from_target_layers:
+            # start at random, and nothing but the adapter would hold them
+            random = ["fc"] + (["prefix_gru", "embed_proj"] if self.drafter == "domino" else [])
+            if self.lora_modules_to_save is None:
+                self.lora_modules_to_save = [*random, "norm"]  # the norms see other inputs than theirs
+            if lacking := [name for name in random if name not in self.lora_modules_to_save]:
+                raise ValueError(
+                    f"lora_modules_to_save lacks {', '.join(lacking)}, which are not borrowed, start at random and "
+                    "would not be saved: the drafter could not be rebuilt. Add what is named."
+                )
 
     def peft_config(self) -> PeftConfig | None:
         """LoRA's configuration by trl's own reading of these keys, or `None` for full training."""
@@ -259,6 +268,12 @@ class DataArguments:
                     "dataset_config, dataset_split and dataset_revision belong to dataset_name: with dataset_mixture "
                     "write config, split and revision into its entries"
                 )
+        if self.eval_dataset_name is not None and not self.eval_rows:
+            raise ValueError("eval_rows: 0 would ignore eval_dataset_name: remove one of them")
+        if self.eval_dataset_name is None and self.eval_dataset_split != "train":
+            raise ValueError(
+                "eval_dataset_split belongs to eval_dataset_name, and would be ignored: give that too, or remove it"
+            )
         if self.dataset_streaming and not self.max_train_rows:
             raise ValueError("dataset_streaming: true needs max_train_rows, how many rows to read")
 
@@ -277,17 +292,16 @@ def mixture_source(source: str | dict) -> dict:
     Raises:
         ValueError: it is no mapping, has no name, an unknown key, or a weight that is not above 0.
     """
-    try:
-        found = json.loads(source) if isinstance(source, str) else source
-    except json.JSONDecodeError:
-        found = source
     known = {"name": None, "weight": 1.0, "config": None, "split": "train", "revision": None}
-    if not isinstance(found, dict) or not found.get("name") or set(found) - set(known):
+    try:
+        found = known | (json.loads(source) if isinstance(source, str) else source)
+    except (ValueError, TypeError):
+        found = known
+    if not found["name"] or set(found) != set(known):
         raise ValueError(
-            f"dataset_mixture has the entry {found!r}: it must be a mapping with name and, if need be, "
+            f"dataset_mixture has the entry {source!r}: it must be a mapping with name and, if need be, "
             f"{', '.join(list(known)[1:])}"
         )
-    found = known | found
     if not found["weight"] > 0:
         raise ValueError(f"dataset_mixture: the weight of {found['name']} is {found['weight']}; it must be above 0")
     return found

@@ -2,7 +2,7 @@
 
 Rows are answered in chunks, each written whole or not at all, so the same command goes on after any kind of end. A
 chunk's random numbers depend on the seed and its number alone. Several processes (`torchrun`, `accelerate launch`,
-Slurm) share the chunks; whoever finishes last puts the file together.
+Slurm's `srun`) share the chunks; whoever finishes last puts the file together.
 """
 
 import hashlib
@@ -10,9 +10,10 @@ import json
 import os
 import shutil
 import sys
-from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from glob import escape
 from pathlib import Path
 
 import torch
@@ -23,8 +24,8 @@ from trl import TrlParser
 
 from .answers import endpoint_writer, target_writer
 from .recipe import json_mapping
-from .records import errors_in_one_line
-from .sources import UnusableRow, chat_messages, load_rows, row_format, row_tools
+from .records import errors_in_one_line, write_record
+from .sources import UnusableRow, chat_messages, load_rows, row_format, row_text, row_tools
 from .target import load_target, tokenizer_hashes
 
 # they decide speed, not words; what answers is compared as `engine`
@@ -92,18 +93,20 @@ class Conversation:
         self.history: list[dict] = []
         self.coming: list[dict] = []
         self.tools, self.text, self.skipped = None, None, None
-        self.pieces: list[tuple[list[int], list[int]]] = []  # prompt and answer ids of each turn
+        self.pieces: list[tuple[list[int], list[int], bool]] = []  # prompt and answer ids of each turn, if it was cut
         self.answers = 0
         try:
             row = {key: value for key, value in row.items() if value is not None}
-            kind = row_format(list(row))
-            if kind == "tokens":
-                raise UnusableRow("it has tokens and no text")
+            tokens = row.pop("input_ids", None)  # as another target wrote them
+            try:
+                kind = row_format(list(row))
+            except ValueError:
+                raise UnusableRow("it has tokens and no text" if tokens else "its columns are empty") from None
             if kind == "text":
-                self.text = row["text"]
+                self.text = row_text(row, "text")
             else:
                 self.coming, self.tools = chat_messages(row), row_tools(row)
-        except ValueError as error:
+        except UnusableRow as error:
             self.skipped = str(error)
 
     def wants_answer(self) -> bool:
@@ -129,27 +132,31 @@ class Conversation:
         self.answers += 1
         self.record["truncated"] = answer["truncated"]
         if "ids" in answer:
-            self.pieces.append((answer["prompt_ids"], answer["ids"]))
+            self.pieces.append((answer["prompt_ids"], answer["ids"], answer["truncated"]))
         if self.text is None:
-            self.history.append(answer["turn"])
+            turn = answer["turn"]
+            self.history.append(turn)
+            if not (turn["content"] or turn.get("tool_calls")):  # cut in its thoughts: nothing to go on from
+                self.coming = []
 
-    def finished(self) -> dict:
-        """The row as it is written: `messages`, and `input_ids` with `supervised` exactly as the target wrote them."""
+    def finished(self) -> list[dict]:
+        """The rows as they are written: `input_ids` with `supervised` exactly as the target wrote them, `messages` in
+        the last. Where the template writes earlier turns differently (without their thoughts, for instance), one row
+        cannot hold all answers as they were written, and there are several of one `source_row`."""
         if not self.answers:
-            return self.record | {"skipped": self.skipped or "it asks nothing"}
+            return [self.record | {"skipped": self.skipped or "it asks nothing"}]
+        rows: list[dict] = []
+        for prompt, answer, truncated in self.pieces:
+            goes_on = rows and prompt[: len(rows[-1]["input_ids"])] == rows[-1]["input_ids"]
+            before = rows.pop()["supervised"] if goes_on else []
+            supervised = before + [0] * (len(prompt) - len(before)) + [1] * len(answer)
+            rows.append(self.record | {"truncated": truncated, "input_ids": prompt + answer, "supervised": supervised})
+        rows = rows or [self.record]
         if self.text is None:
             # a question that found no answer is no use
             turns = self.history if self.history[-1]["role"] == "assistant" else self.history[:-1]
-            self.record |= {"messages": turns} | ({"tools": self.tools} if self.tools else {})
-        if self.pieces:
-            prompt, answer = self.pieces[-1]
-            ids, supervised = prompt + answer, [0] * len(prompt) + [1] * len(answer)
-            for before, words in self.pieces[:-1]:
-                # templates may write earlier turns differently, without their thoughts for instance
-                if ids[: len(before) + len(words)] == before + words:
-                    supervised[len(before) : len(before) + len(words)] = [1] * len(words)
-            self.record |= {"input_ids": ids, "supervised": supervised}
-        return self.record
+            rows[-1] |= {"messages": turns} | ({"tools": self.tools} if self.tools else {})
+        return rows
 
 
 def answer_rows(rows: list[dict], first: int, write: Callable[[list[Conversation], int], list[dict]], seed: int):
@@ -160,7 +167,7 @@ def answer_rows(rows: list[dict], first: int, write: Callable[[list[Conversation
         for conversation, answer in zip(waiting, write(waiting, seed + turn)):
             conversation.take(answer)
         turn += 1
-    return [conversation.finished() for conversation in conversations]
+    return [record for conversation in conversations for record in conversation.finished()]
 
 
 # ---- files
@@ -194,75 +201,103 @@ def refuse_other_settings(path: Path, settings: dict) -> None:
         )
 
 
-def put_together(out: Path, parts: Path, settings: dict) -> dict | None:
-    """Join all chunks into `out`; rows without an answer go to `*.skipped.jsonl`.
+def put_together(out: Path, settings: dict) -> dict:
+    """Join all chunks into `out`; rows without an answer go to `*.skipped.jsonl`. The settings come last: where they
+    lie, `out` is whole.
 
     Returns:
-        counts; `None` where another process does it.
+        counts.
+
+    Raises:
+        ValueError: not one row was answered.
     """
-    joining = out.with_suffix(".joining")
-    if parts.is_dir():
-        try:
-            parts.rename(joining)  # one process wins
-        except OSError:
-            return None
-    counts, files = Counter(), {}
-    try:
-        for kind, path in (("answered", out), ("skipped", out.with_suffix(".skipped.jsonl"))):
-            files[kind] = open(f"{path}.{os.getpid()}.part", "w", encoding="utf-8")
+    parts, joining = out.with_suffix(".parts"), out.with_suffix(".joining")
+    paths = {"answered": out, "skipped": out.with_suffix(".skipped.jsonl")}
+    # numbers of rows: an answered one may take several lines
+    seen: dict[str, set[int]] = {"answered": set(), "skipped": set(), "truncated": set()}
+    tokens, reason = 0, None
+    with ExitStack() as stack:
+        part = {kind: path.with_name(f"{path.name}.{os.getpid()}.part") for kind, path in paths.items()}
+        files = {kind: stack.enter_context(open(path, "w", encoding="utf-8")) for kind, path in part.items()}
         for chunk in sorted(joining.glob("chunk-*.jsonl")):
-            for line in chunk.read_text(encoding="utf-8").splitlines():
-                row = json.loads(line)
-                kind = "skipped" if "skipped" in row else "answered"
-                files[kind].write(line + "\n")
-                counts[kind] += 1
-                counts["truncated"] += row.get("truncated", False)
-                counts["tokens"] += sum(row.get("supervised", []))
-    finally:
+            with open(chunk, encoding="utf-8") as lines:  # their text may hold what `str.splitlines` splits at
+                for line in lines:
+                    row = json.loads(line)
+                    kind = "skipped" if "skipped" in row else "answered"
+                    files[kind].write(line)
+                    seen[kind].add(row["source_row"])
+                    if row.get("truncated"):
+                        seen["truncated"].add(row["source_row"])
+                    tokens += sum(row.get("supervised", []))
+                    reason = reason or row.get("skipped")
         for file in files.values():
-            file.close()
-    if counts["answered"] + counts["skipped"] != settings["rows"]:
+            file.flush()
+            os.fsync(file.fileno())
+    if len(seen["answered"]) + len(seen["skipped"]) != settings["rows"]:
         raise ValueError(
-            f"{joining} holds {counts} of {settings['rows']} rows: another process is putting them together"
+            f"{joining} holds {len(seen['answered'])} answered and {len(seen['skipped'])} skipped of "
+            f"{settings['rows']} rows: another process is putting them together"
         )
-    write_whole(out.with_suffix(".settings.json"), json.dumps(settings | {"counts": counts}, indent=2) + "\n")
-    for kind, file in files.items():
-        if counts[kind]:
-            os.replace(file.name, file.name.removesuffix(f".{os.getpid()}.part"))
-        else:
-            os.remove(file.name)
-    shutil.rmtree(joining)
+    if not seen["answered"]:
+        joining.rename(parts)
+        clean_up(out)
+        raise ValueError(
+            f"not one of {settings['rows']} rows was answered (first: {reason}). Mend that, remove {parts} and start "
+            "again"
+        )
+    for kind in paths:
+        if seen[kind]:
+            part[kind].replace(paths[kind])
+    counts = {kind: len(rows) for kind, rows in seen.items() if rows} | {"tokens": tokens}
+    write_record(out.with_suffix(".settings.json"), settings | {"counts": counts})
+    clean_up(out)
     return counts
+
+
+def clean_up(out: Path) -> None:
+    """Remove what putting together leaves, now or when it was killed."""
+    shutil.rmtree(out.with_suffix(".joining"), ignore_errors=True)
+    for path in (out, out.with_suffix(".skipped.jsonl")):
+        for part in path.parent.glob(f"{escape(path.name)}.*.part"):
+            part.unlink(missing_ok=True)
+
+
+def process(key: str, slurm: str, default: int = 0) -> int:
+    """A number of this process from the environment, by torch's name or Slurm's."""
+    if "SLURM_STEP_NUM_TASKS" in os.environ:  # started by srun; a batch script has the other names too, and is alone
+        default = os.environ.get(slurm, default)
+    return int(os.environ.get(key, default))
 
 
 def regenerate(args: RegenerateArguments) -> dict | None:
     """Answer a dataset's prompts; goes on where an earlier call with the same settings stopped.
 
-    Several processes (`RANK` and `WORLD_SIZE` in the environment) share the work.
+    Several processes (`RANK` and `WORLD_SIZE` in the environment, or Slurm's) share the work.
 
     Returns:
         counts of `answered`, `skipped` and `truncated` rows and of `tokens` written; `None` where another process is
         still at work.
 
     Raises:
-        ValueError: `out` holds answers of other settings.
+        ValueError: `out` holds answers of other settings; no row was answered.
     """
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = process("RANK", "SLURM_PROCID"), process("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", 1)
     out = Path(args.out)
-    parts, joining = out.with_suffix(".parts"), out.with_suffix(".joining")
+    parts, joining, finished = (out.with_suffix(end) for end in (".parts", ".joining", ".settings.json"))
     rows = load_rows(args.dataset_name, args.dataset_config, args.dataset_split, args.dataset_revision)
     rows = rows if args.max_rows is None else rows.select(range(min(args.max_rows, len(rows))))
     write, found = writer(args)
     settings = asdict(args) | found | {"rows": len(rows), "rows_hash": rows_hash(rows)}
-    for path in (out.with_suffix(".settings.json"), parts / "settings.json", joining / "settings.json"):
+    for path in (finished, parts / "settings.json", joining / "settings.json"):
         refuse_other_settings(path, settings)
-    if joining.is_dir():  # killed while putting together
-        return put_together(out, parts, settings)
-    if out.is_file() and not out.with_suffix(".settings.json").is_file():
-        raise ValueError(f"{out} is there already and was not written by this command: give another --out")
-    if out.with_suffix(".settings.json").is_file():
+    if finished.is_file():
+        clean_up(out)
         print(f"{out} is finished")
-        return json.loads(out.with_suffix(".settings.json").read_text())["counts"]
+        return json.loads(finished.read_text())["counts"]
+    if joining.is_dir():  # killed while putting together
+        return put_together(out, settings) if rank == 0 else None
+    if out.is_file():
+        raise ValueError(f"{out} is there already and was not written by this command: give another --out")
     parts.mkdir(parents=True, exist_ok=True)
     write_whole(parts / "settings.json", json.dumps(settings, indent=2) + "\n")
     size = args.rows_per_chunk
@@ -284,7 +319,11 @@ def regenerate(args: RegenerateArguments) -> dict | None:
             progress.update(bar, advance=size, rate=f"{rate:.2f} rows/s")
     if not all(file.is_file() for file in path.values()):
         return None
-    return put_together(out, parts, settings)
+    try:
+        parts.rename(joining)  # one process wins
+    except OSError:
+        return None
+    return put_together(out, settings)
 
 
 def rows_hash(rows: Dataset) -> str:
@@ -300,12 +339,13 @@ def writer(args: RegenerateArguments) -> tuple[Callable, dict]:
     if args.endpoint is not None:
         return endpoint_writer(args), {"engine": "endpoint"}
     set_seed(args.seed)
+    local = process("LOCAL_RANK", "SLURM_LOCALID") % max(torch.cuda.device_count(), 1)  # srun may show a task one GPU
     target, tokenizer = load_target(
         args.target, args.target_revision, key="--target", dtype=args.target_dtype,
         trust_remote_code=args.trust_remote_code,
+        device_map=f"cuda:{local}" if args.device == "cuda" else args.device,  # quantised ones are not to be moved
     )  # fmt: skip
-    local = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if args.device == "cuda" else args.device
-    write, engine = target_writer(args, target.to(local), tokenizer)
+    write, engine = target_writer(args, target, tokenizer)
     weights = target.get_output_embeddings().weight[:8].detach().float().cpu().numpy().tobytes()
     found = {"engine": engine, "target_commit": target.loaded_commit, "target_dtype": str(target.dtype)}
     return write, found | tokenizer_hashes(tokenizer) | {"head_hash": hashlib.sha256(weights).hexdigest()[:16]}

@@ -63,7 +63,8 @@ def load_rows(
     try:
         if stream_rows is None:
             return load_dataset(**arguments)
-        return Dataset.from_list(list(load_dataset(**arguments, streaming=True).take(stream_rows)))
+        stream = load_dataset(**arguments, streaming=True)
+        return Dataset.from_list(list(stream.take(stream_rows)), on_mixed_types="use_json")  # as without streaming
     except DatasetNotFoundError as error:
         raise OSError(
             f"dataset_name: {name!r} is not on the Hub, or you may not see it (gated and private ones need access and "
@@ -80,7 +81,6 @@ def load_rows(
 
 def bad_line(path: str) -> str | None:
     """What is wrong with the first line of a `.jsonl` file that cannot be read, or `None`."""
-    kinds: dict[str, tuple[str, int]] = {}
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
@@ -93,11 +93,6 @@ def bad_line(path: str) -> str | None:
                 return f"line {number} is not whole JSON, cut off perhaps ({error.msg} at column {error.colno})"
             if not isinstance(row, dict):
                 return f"line {number} is a {type(row).__name__}, not an object"
-            for key, value in row.items():
-                kind = type(value).__name__
-                first, at = kinds.setdefault(key, (kind, number))
-                if value is not None and first != "NoneType" and kind != first:
-                    return f"`{key}` is a {kind} on line {number} and a {first} on line {at}"
     return None
 
 
@@ -108,16 +103,15 @@ def take_shares(sources: list[Dataset], weights: list[float], most: int | None =
     Args:
         most (`int`, *optional*): at most so many rows together.
     """
-    if len(sources) == 1:
-        return [sources[0].select(range(min(len(sources[0]), most or len(sources[0]))))]
     shares = [weight / sum(weights) for weight in weights]
     total = min(len(source) / share for source, share in zip(sources, shares))
     total = total if most is None else min(total, most)
     return [source.select(range(min(round(share * total), len(source)))) for source, share in zip(sources, shares)]
 
 
-# ShareGPT's names; trl renames the keys of a turn, not its roles
+# ShareGPT's names; trl renders no others either
 ROLES = {"human": "user", "gpt": "assistant", "bing": "assistant", "chatgpt": "assistant", "bard": "assistant"}
+ROLES |= {"function_call": "assistant", "observation": "tool"}
 
 
 class UnusableRow(ValueError):
@@ -131,55 +125,86 @@ def without_nulls(value):
     return [without_nulls(part) for part in value] if isinstance(value, list) else value
 
 
-def chat_messages(row: dict) -> list[dict]:
-    """The turns of a row in any conversational format, with the roles chat templates know. System and tool turns are
-    kept; a `system` column becomes the first turn; content in parts is joined where all of it is text.
+def _parsed(value, what: str):
+    """A value that may be written as JSON text."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except json.JSONDecodeError as error:
+        raise UnusableRow(f"{what} not JSON") from error
+
+
+def row_text(row: dict, column: str) -> str:
+    """A column that must hold text.
 
     Raises:
-        UnusableRow: there is no turn, or one is not text.
+        UnusableRow: it holds something else.
+    """
+    if not isinstance(row[column], str):
+        raise UnusableRow(f"its {column} is not text")
+    return row[column]
+
+
+def chat_messages(row: dict) -> list[dict]:
+    """The turns of a row in any conversational format, with the roles chat templates know. System and tool turns are
+    kept; a `system` column becomes the first turn; content in parts is joined where all of it is text; turns may be
+    JSON text.
+
+    Raises:
+        UnusableRow: there is no turn, one is not text, or one has a role that templates would pass over.
     """
     kind = row_format([column for column, value in row.items() if value is not None])
     if kind == "alpaca":
-        asked = "\n\n".join(part for part in (row["instruction"], row.get("input")) if part)
-        turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": row["output"]}]
+        asked = [row_text(row, column) for column in ("instruction", "input") if row.get(column)]
+        turns = [{"role": "user", "content": "\n\n".join(asked)}, {"role": "assistant", "content": row["output"]}]
     elif kind == "prompt_completion":
         turns = []
         for role, part in (("user", row["prompt"]), ("assistant", row["completion"])):
             turns += part if isinstance(part, list) else [{"role": role, "content": part}]
     else:
-        turns = row[kind]
+        turns = _parsed(row[kind], f"its {kind} are")
+    if not isinstance(turns, list):
+        raise UnusableRow(f"its {kind} are not a list of turns")
     turns = [_turn(turn) for turn in turns]
     if not turns:
         raise UnusableRow("it has no turns")
     if row.get("system") and turns[0]["role"] != "system":
-        turns = [{"role": "system", "content": row["system"]}, *turns]
+        turns = [{"role": "system", "content": row_text(row, "system")}, *turns]
     return turns
 
 
 def _turn(turn: dict) -> dict:
+    if not isinstance(turn, dict):
+        raise UnusableRow("a turn is not a mapping")
     turn = without_nulls(turn)
-    role = turn.pop("role", None) or turn.pop("from", None)
+    said = turn.pop("role", None) or turn.pop("from", None)
     content = turn.pop("content", turn.pop("value", None))
-    if role is None or (content is None and "tool_calls" not in turn):
+    if said == "function_call":
+        turn, content = {"tool_calls": [_parsed(content, "a function_call is")]}, ""
+    if said is None or (content is None and "tool_calls" not in turn):
         raise UnusableRow("a turn lacks its role or content")
+    role = ROLES.get(said, said) if isinstance(said, str) else said
+    if role not in ("system", "developer", "user", "assistant", "tool"):  # templates pass over others silently
+        raise UnusableRow(f"a turn has the role {str(said)[:40]!r}")
     if isinstance(content, list):
-        if any(part.get("type") != "text" for part in content):
-            raise UnusableRow("a turn holds more than text")
-        content = "".join(part["text"] for part in content)
-    turn = {"role": ROLES.get(role, role), "content": content or ""} | turn
+        texts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
+        whole = len(texts) == len(content) and all(isinstance(text, str) for text in texts)
+        content = "".join(texts) if whole else content
+    if not isinstance(content, str | None):
+        raise UnusableRow("a turn holds more than text")
+    turn = {"role": role, "content": content or ""} | turn
     if "tool_calls" in turn:
+        if not isinstance(turn["tool_calls"], list):
+            raise UnusableRow("a turn's tool_calls are not a list")
         turn["tool_calls"] = [_tool_call(call) for call in turn["tool_calls"]]
     return turn
 
 
 def _tool_call(call: dict) -> dict:
+    function = call.get("function", call) if isinstance(call, dict) else call
+    if not (isinstance(function, dict) and function.get("name")):
+        raise UnusableRow("a tool call names no function")
     # OpenAI writes arguments as JSON text; templates want the object
-    function = call.get("function", call)
-    if isinstance(function.get("arguments"), str):
-        try:
-            function = function | {"arguments": json.loads(function["arguments"])}
-        except json.JSONDecodeError as error:
-            raise UnusableRow("a tool call's arguments are not JSON") from error
+    function = function | {"arguments": _parsed(function.get("arguments", {}), "a tool call's arguments are")}
     return call | {"function": function} if "function" in call else function
 
 
@@ -190,8 +215,5 @@ def row_tools(row: dict) -> list[dict] | None:
         UnusableRow: the text is not JSON.
     """
     tools = row.get("tools")
-    try:
-        tools = json.loads(tools) if isinstance(tools, str) and tools.strip() else tools
-    except json.JSONDecodeError as error:
-        raise UnusableRow("its tools are not JSON") from error
-    return without_nulls(tools) or None
+    blank = isinstance(tools, str) and not tools.strip()
+    return None if blank else without_nulls(_parsed(tools, "its tools are")) or None

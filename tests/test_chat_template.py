@@ -192,6 +192,64 @@ def test_prompt_and_completion_of_a_target_without_a_template_are_joined_and_the
     assert show_row(row, tokenizer) == "the quick⟦ brown fox<|eos|>⟧"
 
 
+def test_sharegpts_calls_and_observations_are_tool_calls_and_tool_turns():
+    tokenizer = model_tokenizer(*GOLDEN["qwen3, thinking off"][:2])
+    call = {"name": "weather", "arguments": {"city": "Rome"}}
+    said = [("human", "Rome?"), ("function_call", json.dumps(call)), ("observation", "sunny"), ("gpt", "Sunny.")]
+    messages = [
+        {"role": "user", "content": "Rome?"}, {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "sunny"}, {"role": "assistant", "content": "Sunny."},
+    ]  # fmt: skip
+    off = {"enable_thinking": False}
+    sharegpt = encoded(tokenizer, {"conversations": [{"from": role, "value": value} for role, value in said]}, off)
+    assert sharegpt["reason"] == "" and sharegpt == encoded(tokenizer, {"messages": messages}, off)
+    assert '⟦<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}' in show_row(sharegpt, tokenizer, 999)
+
+
+def test_turns_may_be_json_text():
+    tokenizer = model_tokenizer(*GOLDEN["chatml"][:2])
+    assert encoded(tokenizer, {"messages": json.dumps(MESSAGES)}) == encoded(tokenizer, {"messages": MESSAGES})
+
+
+def test_nothing_that_a_template_writes_before_a_first_assistant_turn_is_supervised():
+    """No prompt comes before it that would tell whose its tokens are."""
+    tokenizer = model_tokenizer(*GOLDEN["chatml"][:2])
+    tokenizer.chat_template = "{{ bos_token + '<|im_start|>system\\nBe kind.<|im_end|>\\n' }}" + CHATML
+    row = encoded(tokenizer, {"messages": MESSAGES[2:]})
+    assert show_row(row, tokenizer, most=1000) == (
+        "<|endoftext|><|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>assistant\nIt jumps.<|im_end|>\n"
+        "<|im_start|>user\nAnd the sheep?<|im_end|>\n<|im_start|>assistant\n⟦They sleep.<|im_end|>\n⟧"
+    )
+    assert encoded(tokenizer, {"messages": [MESSAGES[2]]})["reason"] == "no token of it is supervised"
+
+
+MISTYPED = {
+    "its messages are not JSON": {"messages": "user: a"},
+    "its messages are not a list of turns": {"messages": {"role": "user", "content": "a"}},
+    "a turn is not a mapping": {"messages": [["user", "a"], A]},
+    "a turn holds more than text": {"messages": [Q | {"content": ["a"]}, A]},
+    "a turn holds more than text ": {"prompt": 5, "completion": "a"},
+    "a turn's tool_calls are not a list": {"messages": [Q, A | {"tool_calls": "f(1)"}]},
+    "a tool call names no function": {"messages": [Q, A | {"tool_calls": ["f(1)"]}]},
+    "a turn has the role 'critic'": {"messages": [Q, A, {"role": "critic", "content": "Bad."}]},
+    "a turn has the role '5'": {"messages": [Q | {"role": 5}, A]},
+    "a function_call is not JSON": {"conversations": [{"from": "human", "value": "a"}, {"from": "function_call",
+                                                                                         "value": "f(1)"}]},
+    "the chat template does not render tool calls": {"messages": [Q, A | {"tool_calls": [{"name": "f"}]}]},
+    "its text is not text": {"text": 5},
+    "its instruction is not text": {"instruction": ["a"], "output": "b"},
+    "its system is not text": {"messages": [Q, A], "system": 5},
+    "its input_ids and supervised differ in length": {"input_ids": [5, 6, 7], "supervised": [0, 1]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("reason", MISTYPED)
+def test_a_mistyped_row_is_named_and_nothing_of_it_vanishes_silently(reason):
+    tokenizer = model_tokenizer(*GOLDEN["chatml"][:2])
+    row = encoded(tokenizer, MISTYPED[reason])
+    assert (row["reason"], row["input_ids"], row["supervised"]) == (reason.strip(), [], [])
+
+
 UNUSABLE = {
     "it has no turns": {"messages": []},
     "it has no assistant turn": {"messages": [{"role": "system", "content": "Be brief."}]},

@@ -151,9 +151,20 @@ def test_rows_of_several_schemas_are_read_each_in_its_own(prepare, capsys):
     rows = prepare(messages=[messages, None, None], conversations=[None, sharegpt, None], text=[None, None, "the fox"])
     assert rows[0]["input_ids"] == rows[1]["input_ids"] and rows[2]["supervised"] == [1] * len(rows[2]["input_ids"])
     sources = {"messages": [messages]}, {"conversations": [sharegpt]}, {"text": ["the fox"]}
-    several = prepare(several=[Dataset.from_dict(columns) for columns in sources])
+    several = [Dataset.from_dict(columns) for columns in sources]
+    capsys.readouterr()
+    several = prepare(several=several)
     assert several.remove_columns("row").to_list() == rows.remove_columns("row").to_list()
     assert "3 rows of messages, conversations, text -> 3 token rows" in capsys.readouterr().out
+
+
+def test_a_row_of_a_mixture_is_named_with_its_source(prepare, capsys):
+    own = {"input_ids": [list(range(10, 20))], "supervised": [[0] * 4 + [1] * 6]}
+    sources = [Dataset.from_dict(columns) for columns in (own, {"messages": [MESSAGES, MESSAGES[:2]]})]
+    assert len(prepare(several=sources)) == 2
+    assert "dropped 1 of 3 rows: it has no assistant turn (1, first: row 1 of source 2)" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="row 0 of source 2 contains the mask token"):
+        prepare(several=[sources[1], Dataset.from_dict(own)], mask_token_id=15)
 
 
 def test_conversations_are_cut_at_max_length_and_counted(prepare, capsys):
@@ -254,6 +265,10 @@ REFUSED = {
     "answers cut off": (
         dict(messages=[MESSAGES[1:3]], max_length=24, block_size=16),
         "only 0 of 1.*max_length .now 24.",
+    ),
+    "token rows without a mask": (
+        dict(input_ids=[[10, 11, 12, 13]]),
+        "token rows need a `supervised` column",
     ),
     "one supervised token": (
         dict(input_ids=[[10, 11, 12, 13]], supervised=[[0, 0, 1, 0]], block_size=2),

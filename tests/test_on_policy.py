@@ -1,12 +1,18 @@
 """The on-policy score: counted against the target's own logits, and calibrated on text the target wrote."""
 
+import re
+import shlex
+
 import pytest
 import torch
 from conftest import MASK, make_drafter, make_target, random_prompts
 from datasets import Dataset
+from trl import TrlParser
 
+from hf_specauf import regenerate, train
 from hf_specauf.on_policy import on_policy_score, on_policy_words
-from hf_specauf.recipe import DataArguments
+from hf_specauf.recipe import DataArguments, TargetArguments
+from hf_specauf.regenerate import RegenerateArguments
 from hf_specauf.target import FrozenTarget
 
 
@@ -52,16 +58,54 @@ def test_text_the_target_sampled_scores_as_if_own_and_greedy_text_agrees_everywh
     assert greedy["agreement"] > 0.999
 
 
+def commands(words: str) -> list[RegenerateArguments]:
+    """The printed commands, as a shell and the command itself read them."""
+    lines = re.findall(r"^  python -m hf_specauf.regenerate (.*)$", words, re.M)
+    return [TrlParser(RegenerateArguments).parse_args_and_config(shlex.split(line))[0] for line in lines]
+
+
 def test_foreign_text_names_the_command_that_mends_it(frozen):
-    data = DataArguments(dataset_name="some/chats", dataset_config="en", dataset_split="train_sft")
+    target = TargetArguments("some/target", target_revision="abc", trust_remote_code=True, target_dtype="bfloat16")
+    data = DataArguments(dataset_name="my chats.jsonl", dataset_config="en", dataset_split="train_sft")
     foreign = on_policy_score(frozen, rows_of(random_prompts(20, 40)))
-    words = on_policy_words(foreign, "some/target", data)
-    assert (
-        "python -m hf_specauf.regenerate --target some/target --dataset_name some/chats --dataset_config en" in words
-    )
-    assert "--dataset_split train_sft --out answers.jsonl" in words
+    words = on_policy_words(foreign, target, data, {"enable_thinking": False})
+    [found] = commands(words)
+    expected = RegenerateArguments(
+        "some/target", "my chats.jsonl", "answers.jsonl", "abc", "bfloat16", True, dataset_config="en",
+        dataset_split="train_sft", chat_template_kwargs='{"enable_thinking": false}',
+    )  # fmt: skip
+    assert found == expected and words.endswith("and then dataset_name: answers.jsonl")
     own = on_policy_score(frozen, rows_of(written(frozen, do_sample=True, top_k=0)))
-    assert "regenerate" not in on_policy_words(own, "some/target", data)
+    assert "regenerate" not in on_policy_words(own, target, data)
+
+
+def test_every_source_of_a_mixture_has_its_command(frozen):
+    data = DataArguments(dataset_mixture=[{"name": "a.jsonl", "weight": 3}, {"name": "b/c", "revision": "abc"}])
+    foreign = on_policy_score(frozen, rows_of(random_prompts(20, 40)))
+    words = on_policy_words(foreign, TargetArguments("t"), data)
+    assert [(found.dataset_name, found.dataset_revision, found.out) for found in commands(words)] == [
+        ("a.jsonl", None, "answers-1.jsonl"), ("b/c", "abc", "answers-2.jsonl"),
+    ]  # fmt: skip
+    assert words.endswith("the same weights in dataset_mixture for answers-1.jsonl, answers-2.jsonl")
+
+
+@pytest.mark.parametrize("where", ["dataset_name", "eval_dataset_name"])
+def test_answers_of_another_thinking_mode_or_tokenizer_are_refused(files, command, tmp_path, where):
+    own = tmp_path / "own.jsonl"
+    keys = dict(
+        target=files / "target", dataset_name=files / "chat.jsonl", out=own, max_new_tokens=24, device="cpu",
+        temperature=0, continuous_batching="false", chat_template_kwargs='{"enable_thinking": false}',
+    )  # fmt: skip
+    regenerate.main([word for key, value in keys.items() for word in (f"--{key}", str(value))])
+    modes = 'own.jsonl was written with chat_template_kwargs: {"enable_thinking": false}, and this recipe has null'
+    with pytest.raises(SystemExit, match=modes):
+        train.main(command(**{where: own}))
+    same = [*command(**{where: own}, max_steps=1), "--chat_template_kwargs", '{"enable_thinking": false}']
+    train.main(same)
+    settings = own.with_suffix(".settings.json")
+    settings.write_text(settings.read_text().replace('"tokenizer_hash": "', '"tokenizer_hash": "0'))
+    with pytest.raises(SystemExit, match="own.jsonl holds tokens of .*target, whose tokenizer is not this target's"):
+        train.main(same)
 
 
 def test_packed_rows_score_as_their_documents(frozen):

@@ -88,6 +88,15 @@ def test_a_target_that_lets_packed_documents_see_each_other_is_refused(packed):
         frozen.check_packing(ids, documents)
 
 
+def test_prompts_of_an_evaluation_are_spread_over_all_held_out_rows(rows, tmp_path, tokenizer):
+    """The sources of a mixture stand one after the other."""
+    target = make_target("qwen3", dtype=torch.float32)
+    args = AUFConfig(output_dir=str(tmp_path), use_cpu=True, eval_prompts=3, report_to="none")
+    trainer = AUFTrainer(make_drafter(target), target, args, rows, rows, processing_class=tokenizer)
+    assert [prompt[0].tolist() for prompt in trainer.eval_prompts()] == [rows[i]["input_ids"][:3] for i in (0, 3, 6)]
+    assert len(trainer.eval_prompts(rows.select([0, 1]))) == 2
+
+
 def test_rows_of_one_document_keep_the_plain_attention_mask():
     documents = torch.tensor([[0, 0, 0, -1], [0, 0, 0, 0]])
     assert row_inputs(documents)["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]

@@ -143,9 +143,24 @@ def test_one_source_or_a_mixture_and_not_both(recipe):
 @pytest.mark.parametrize(
     "keys, message",
     [
+        (dict(eval_dataset_name="held.jsonl", eval_rows=0), "eval_rows: 0 would ignore eval_dataset_name"),
+        (dict(eval_dataset_split="test"), "eval_dataset_split belongs to eval_dataset_name, and would be ignored"),
+        (dict(dataset_streaming=True), "dataset_streaming: true needs max_train_rows"),
+    ],
+)
+def test_data_keys_that_would_be_ignored_are_refused(recipe, keys, message):
+    with pytest.raises(ValueError, match=message):
+        recipe(keys)
+
+
+@pytest.mark.parametrize(
+    "keys, message",
+    [
         ("dataset_mixture: [{weight: 1}]", "the entry {'weight': 1}: it must be a mapping with name"),
         ("dataset_mixture: [{name: a, wieght: 1}]", "the entry {'name': 'a', 'wieght': 1}"),
         ("dataset_mixture: [a.jsonl]", "the entry 'a.jsonl'"),
+        ("dataset_mixture: [[a.jsonl]]", r"the entry \['a.jsonl'\]"),
+        ("dataset_mixture: ['5']", "the entry '5'"),
         ("dataset_mixture: [{name: a, weight: 0}]", "the weight of a is 0; it must be above 0"),
         ("dataset_mixture: [{name: a}]\ndataset_split: test", "belong to dataset_name: with dataset_mixture"),
     ],

@@ -13,11 +13,13 @@ import torch
 import yaml
 from accelerate.commands.launch import launch_command_parser
 from conftest import ROOT
+from peft import get_peft_model
 from test_chat_template import GOLDEN, model_tokenizer
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from trl import TrlParser
 
 from hf_specauf.drafters.modeling_dflash import DFlashDraftModel
+from hf_specauf.lora import borrow
 from hf_specauf.recipe import parse
 from hf_specauf.regenerate import RegenerateArguments
 from hf_specauf.target import default_target_layer_ids, drafter_config
@@ -35,7 +37,6 @@ TINY = {
     "gemma3": {"sliding_window": 16, "query_pre_attn_scalar": 8},
 }
 TEMPLATES = {"qwen3": "qwen3, thinking off", "llama": "llama-3.1", "gpt_oss": "gpt-oss", "gemma3": "gemma-3"}
-PLAIN = [path for path in RECIPES if "use_peft" not in yaml.safe_load(path.read_text())]
 TABLE = (ROOT / "recipes/README.md").read_text()
 each_recipe = pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.name}")
 
@@ -44,40 +45,50 @@ def parsed(path: Path):
     return parse(["--config", str(path), "--use_cpu", "true"])
 
 
-@pytest.mark.parametrize("path", PLAIN, ids=lambda path: f"{path.parent.name}/{path.name}")
+@each_recipe
 def test_recipe_fits_the_published_config_of_its_target(path):
     keys, (target_args, draft, data, args) = yaml.safe_load(path.read_text()), parsed(path)
     published = PUBLISHED[target_args.target_model_name_or_path]
+    layers = draft.init_from_target_layers
+    shape = dict(
+        num_hidden_layers=len(layers) if layers else draft.num_draft_layers, block_size=draft.block_size,
+        mask_token_id=draft.mask_token_id, target_layer_ids=draft.target_layer_ids,
+    )  # fmt: skip
+    if draft.drafter_name_or_path is not None:  # keeps its own
+        shape = copy.copy(PUBLISHED[draft.drafter_name_or_path])
+        assert shape.pop("target") == target_args.target_model_name_or_path
     with torch.device("meta"):
         target = AutoModelForCausalLM.from_config(AutoConfig.for_model(published["model_type"], **published["config"]))
-        config = drafter_config(
-            target, num_hidden_layers=draft.num_draft_layers, block_size=draft.block_size,
-            mask_token_id=draft.mask_token_id, target_layer_ids=draft.target_layer_ids,
-            intermediate_size=draft.draft_intermediate_size, domino=draft.domino,
-        )  # fmt: skip
-        drafter = AutoModel.from_config(config)
+        config = drafter_config(target, intermediate_size=draft.draft_intermediate_size, domino=draft.domino, **shape)
+        drafter = borrow(target, config, layers, frozen=True) if layers else AutoModel.from_config(config)
+        millions = sum(parameter.numel() for parameter in drafter.parameters()) / 1e6
+        adapted = get_peft_model(drafter, draft.peft_config()) if draft.use_peft else drafter
     text = published["config"].get("text_config", published["config"])
     assert (config.hidden_size, config.vocab_size) == (text["hidden_size"], text["vocab_size"])
     assert config.num_target_layers == text["num_hidden_layers"]
     assert config.rope_parameters == {"rope_type": "default", "rope_theta": text["rope_theta"]}
     assert config.max_position_embeddings == text["max_position_embeddings"]
     assert config.target_layer_ids == default_target_layer_ids(text["num_hidden_layers"])
+    if layers:  # the deepest ones
+        assert layers == list(range(text["num_hidden_layers"] - len(layers), text["num_hidden_layers"]))
     # a row of the embedding that no text uses
-    assert draft.mask_token_id < config.vocab_size
-    assert draft.mask_token_id == published["last_token_id"] + 1 or draft.mask_token_id in published["reserved"]
-    assert data.eval_rows and args.bf16 is True and args.objective in keys["output_dir"].replace("-", "_")
+    assert config.mask_token_id < config.vocab_size
+    assert config.mask_token_id == published["last_token_id"] + 1 or config.mask_token_id in published["reserved"]
+    assert data.eval_rows and args.bf16 is True
+    assert (path.stem if draft.use_peft else args.objective) in keys["output_dir"].replace("-", "_")
     # the table of recipes/README.md
     name = f"{path.parent.name}/{path.stem}"
     [row] = [line for line in TABLE.splitlines() if f"[{name}]({name}.yaml)" in line]
-    millions = sum(parameter.numel() for parameter in drafter.parameters()) / 1e6
-    assert f"| {millions:.0f} M |" in row and "measured:" not in row
+    trained = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad) / 1e6
+    size = f"{trained:.0f} M of {millions:.0f} M" if draft.use_peft else f"{millions:.0f} M"
+    assert f"| {size} |" in row and "measured:" not in row
     header = " ".join(path.read_text().split("\n\n")[0].replace("\n#", " ").split())
     memory, hours, tau = re.search(r"expected: (\d+) GB \| expected: (\d+) \| expected: ([\d.]+) \|", row).groups()
     assert f"Expected: {memory} GB" in header and f"{hours} hours" in header and f"{tau} at the end" in header
-    # at least the weights and what AdamW keeps
+    # at least the weights, and gradients and what AdamW keeps of the trained ones
     bits = {"bnb-4bit": 4.5}.get(target_args.target_quantization, 4.5 if published["model_type"] == "gpt_oss" else 16)
     weights = sum(parameter.numel() for parameter in target.parameters())
-    assert int(memory) > weights * bits / 8e9 + millions * 16 / 1e3
+    assert int(memory) > weights * bits / 8e9 + (millions * 4 + trained * 12) / 1e3
     assert name in header and f"{path.parent.name}/{path.name}" in header
 
 
@@ -123,7 +134,8 @@ def test_recipe_trains_scaled_down_on_a_tiny_target_of_the_same_architecture(pat
             drafter_config(target, num_hidden_layers=draft.num_draft_layers, block_size=16, **shape)
         ).save_pretrained(tmp_path / "base")
         small["drafter_name_or_path"] = str(tmp_path / "base")
-    small.pop("target_quantization", None)  # bitsandbytes is for GPUs
+    for key in ("target_quantization", "target_device_map"):  # for GPUs
+        small.pop(key, None)
     small.pop("draft_intermediate_size", None)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(small))
@@ -151,8 +163,11 @@ def test_baselines_differ_from_auf_in_the_objective_alone():
 
 
 def test_one_gpu_takes_as_many_rows_a_step_as_the_papers_eight():
-    paper, one = keys_of("qwen3-8b/dflash_auf"), keys_of("qwen3-8b/dflash_auf_1gpu")
-    assert one["gradient_accumulation_steps"] == 8 * paper["gradient_accumulation_steps"]
+    own = ("num_train_epochs", "output_dir", "eval_steps", "save_steps")
+    for kind in ("dflash_auf", "dflash_decay", "domino_b_auf"):
+        paper, one = keys_of(f"qwen3-8b/{kind}"), keys_of(f"qwen3-8b/{kind}_1gpu")
+        paper["gradient_accumulation_steps"] *= 8
+        assert all(paper.pop(key) != one.pop(key) for key in own) and paper == one
 
 
 def test_every_recipe_is_in_the_table_and_the_table_names_no_other():
@@ -178,6 +193,8 @@ def test_slurm_file_hands_accelerate_a_command_it_parses(tmp_path):
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    [log] = re.findall(r"#SBATCH --output=(\S+)", script.read_text())
+    assert "/" not in log  # Slurm makes no folder for it
     words = done.stdout.splitlines()
     assert words[0] == "launch"
     launch = launch_command_parser().parse_args(words[1:])

@@ -1,5 +1,6 @@
 """The target's own answers: exact tokens, turn by turn, through kills, processes and a server, never mixed."""
 
+import copy
 import json
 import os
 import signal
@@ -13,12 +14,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, make_target
+from conftest import CHAT_TEMPLATE, ROOT, byte_level_tokenizer, make_target
+from test_chat_template import GOLDEN, model_tokenizer
+from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.import_utils import is_serve_available
 
 from hf_specauf import train
 from hf_specauf.answers import generate_continuously, generate_in_batches, until_end
+from hf_specauf.conversations import show_row
 from hf_specauf.regenerate import main
 from hf_specauf.sources import load_rows
 
@@ -51,11 +55,20 @@ def words(files, prompts, tmp_path):
 
 
 def written(path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
 
 
-def by_hand(target, tokenizer, questions: list[str]) -> tuple[list[dict], list[int]]:
-    """A conversation answered one question at a time by plain greedy `generate`: turns, and the ids of the whole."""
+def conversations(path) -> list[list[dict]]:
+    return [row["messages"] for row in written(path) if "messages" in row]
+
+
+def save_rows(path, rows: list[dict]):
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return path
+
+
+def by_hand(target, tokenizer, questions: list[str]) -> tuple[list[dict], list[list[int]]]:
+    """A conversation answered one question at a time by plain greedy `generate`: turns, and the ids at each answer."""
     turns, ids = [], []
     for question in questions:
         turns.append({"role": "user", "content": question})
@@ -65,7 +78,7 @@ def by_hand(target, tokenizer, questions: list[str]) -> tuple[list[dict], list[i
         out = target.generate(**prompt, max_new_tokens=NEW, do_sample=False)[0].tolist()
         answer = out[prompt["input_ids"].shape[1] :]
         turns.append({"role": "assistant", "content": tokenizer.decode(answer, skip_special_tokens=True)})
-        ids = out
+        ids.append(out)
     return turns, ids
 
 
@@ -79,20 +92,24 @@ def test_answers_are_the_targets_own_tokens_turn_by_turn(words, pair, tmp_path, 
     target, tokenizer = pair
     main(words(continuous_batching=continuous))
     rows = written(tmp_path / "own.jsonl")
-    assert [row["source_row"] for row in rows] == list(range(10))
-    for i, row in enumerate(rows):
+    answers = 0
+    for i in range(10):
         questions = [f"Question {i}?"] + [f"And {i + 1}?"] * (i % 3 == 2)
         turns, ids = by_hand(target, tokenizer, questions)
-        assert row["messages"] == turns
-        assert row["input_ids"] == ids
-        assert row["supervised"][-NEW:] == [1] * NEW and sum(row["supervised"]) % NEW == 0
-        assert row["truncated"] is True
+        own = [row for row in rows if row["source_row"] == i]
+        assert own[-1]["messages"] == turns and all(row["truncated"] for row in own)
+        # what random weights write is seldom tokenized again as it was written: then each answer has its own row
+        assert [row["input_ids"] for row in own] == (ids if len(own) == len(ids) else ids[-1:])
+        assert all(row["supervised"][-NEW:] == [1] * NEW for row in own)
+        assert sum(sum(row["supervised"]) for row in own) == NEW * len(ids)
+        answers += len(ids)
+    assert answers == 13
     settings = json.loads((tmp_path / "own.settings.json").read_text())
     assert (
         settings["engine"] == ("continuous batching" if continuous else "plain batches")
         and settings["temperature"] == 0
     )
-    assert settings["counts"] == {"answered": 10, "truncated": 10, "tokens": sum(sum(r["supervised"]) for r in rows)}
+    assert settings["counts"] == {"answered": 10, "truncated": 10, "tokens": NEW * answers}
     assert "10 rows answered, 10 cut at max_new_tokens" in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["own.jsonl", "own.settings.json"]
 
@@ -132,6 +149,121 @@ def test_a_target_that_cannot_batch_continuously_is_answered_in_plain_batches_an
     assert "continuous batching cannot run this target here" in printed and "10 rows answered" in printed
 
 
+@pytest.mark.parametrize("continuous", [True, False])
+def test_a_targets_own_generation_defaults_do_not_change_what_it_writes(words, pair, tmp_path, continuous):
+    target, tokenizer = copy.deepcopy(pair[0]), pair[1]
+    target.generation_config.update(repetition_penalty=50.0, min_p=0.9, do_sample=True)
+    target.save_pretrained(tmp_path / "target")
+    tokenizer.save_pretrained(tmp_path / "target")
+    main(words(continuous_batching=continuous, max_rows=3))
+    main(words(continuous_batching=continuous, max_rows=3, target=tmp_path / "target", out=tmp_path / "same.jsonl"))
+    assert (tmp_path / "own.jsonl").read_bytes() == (tmp_path / "same.jsonl").read_bytes()
+
+
+# ---- templates
+
+
+def taught(folder, tokenizer, lessons: list[tuple], ends: list[str]) -> Path:
+    """A tiny target trained until it greedily gives each answer to its conversation: (turns, tools, answer)."""
+    ids = dict(eos_token_id=tokenizer.convert_tokens_to_ids(ends), pad_token_id=tokenizer.pad_token_id)
+    shape = dict(vocab_size=len(tokenizer), num_hidden_layers=2, max_position_embeddings=1024)
+    target = make_target(dtype=torch.float32, bos_token_id=None, **shape, **ids)
+    optimizer, worst = torch.optim.AdamW(target.parameters(), lr=1e-2), 1.0
+    while worst > 0.02:
+        worst = 0.0
+        for turns, tools, answer in lessons:
+            prompt = tokenizer.apply_chat_template(turns, tools=tools, add_generation_prompt=True, return_dict=True)
+            words = tokenizer(answer, add_special_tokens=False)["input_ids"]
+            logits = target(torch.tensor([prompt["input_ids"] + words])).logits[0, len(prompt["input_ids"]) - 1 : -1]
+            loss = cross_entropy(logits, torch.tensor(words))
+            loss.backward()
+            worst = max(worst, loss.item())
+        optimizer.step()
+        optimizer.zero_grad()
+    target.generation_config.eos_token_id = ids["eos_token_id"]
+    target.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def turn(role: str, content: str, **more) -> dict:
+    return {"role": role, "content": content} | more
+
+
+FOX, SHEEP = turn("user", "What does the fox do?"), turn("user", "And the sheep?")
+CALL = {"type": "function", "function": {"name": "look", "arguments": {"at": "fox"}}}
+TOOLS = [{"type": "function", "function": {"name": "look", "description": "Look.", "parameters": {
+    "type": "object", "properties": {"at": {"type": "string", "description": "What at."}}}}}]  # fmt: skip
+# special tokens, the key of thoughts, an answer with thoughts, an answer that calls a tool
+THINKING = {
+    "gptoss.jinja": (
+        [*GOLDEN["gpt-oss"][1], "<|call|>"], "thinking",
+        "<|channel|>analysis<|message|>{}<|end|><|start|>assistant<|channel|>final<|message|>{}<|return|>",
+        '<|channel|>analysis<|message|>Look.<|end|><|start|>assistant to=functions.look<|channel|>commentary json'
+        '<|message|>{"at": "fox"}<|call|>',
+    ),
+    "qwen3.jinja": (
+        GOLDEN["qwen3, thinking on"][1], "reasoning_content", "<think>\n{}\n</think>\n\n{}<|im_end|>",
+        '<think>\nLook.\n</think>\n\n<tool_call>\n{"name": "look", "arguments": {"at": "fox"}}\n</tool_call>'
+        "<|im_end|>",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("template", THINKING)
+def test_thoughts_are_told_from_answers_and_no_answer_is_lost_where_the_template_drops_them(template, words, tmp_path):
+    special, key, form, _ = THINKING[template]
+    tokenizer = model_tokenizer(template, special)
+    said = [turn("assistant", "It jumps.", **{key: "Foxes."}), turn("assistant", "They sleep.", **{key: "Sheep."})]
+    answers = [form.format("Foxes.", "It jumps."), form.format("Sheep.", "They sleep.")]
+    lessons = [([FOX], None, answers[0]), ([FOX, said[0], SHEEP], None, answers[1])]
+    target = taught(tmp_path / "target", tokenizer, lessons, special[1:2])
+    data = save_rows(tmp_path / "data.jsonl", [{"messages": [FOX, turn("assistant", "?"), SHEEP]}] * 2)
+    main(words(target=target, dataset_name=data, max_new_tokens=60))
+    rows = written(tmp_path / "own.jsonl")
+    assert [row["source_row"] for row in rows] == [0, 0, 1, 1]
+    assert [row.get("messages") for row in rows] == [None, [FOX, said[0], SHEEP, said[1]]] * 2
+    for row, (turns, _, answer) in zip(rows, lessons * 2):
+        prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"]
+        assert row["input_ids"][: len(prompt)] == prompt
+        assert row["supervised"] == [0] * len(prompt) + [1] * (len(row["input_ids"]) - len(prompt))
+        assert tokenizer.decode(row["input_ids"][len(prompt) :]) == answer
+        assert row["truncated"] is False
+    counts = json.loads((tmp_path / "own.settings.json").read_text())["counts"]
+    assert counts == {"answered": 2, "tokens": sum(sum(row["supervised"]) for row in rows)}
+
+
+def test_answers_that_the_template_keeps_stand_in_one_row(words, tmp_path):
+    tokenizer = byte_level_tokenizer(CHAT_TEMPLATE)
+    said = [turn("assistant", "It jumps."), turn("assistant", "They sleep.")]
+    lessons = [([FOX], None, "It jumps.<|end|>"), ([FOX, said[0], SHEEP], None, "They sleep.<|end|>")]
+    target = taught(tmp_path / "target", tokenizer, lessons, ["<|end|>"])
+    data = save_rows(tmp_path / "data.jsonl", [{"messages": [FOX, turn("assistant", "?"), SHEEP]}])
+    main(words(target=target, dataset_name=data, max_new_tokens=60))
+    [row] = written(tmp_path / "own.jsonl")
+    assert row["messages"] == [FOX, said[0], SHEEP, said[1]]
+    assert show_row(row, tokenizer) == (
+        "<|user|>What does the fox do?<|end|><|assistant|>⟦It jumps.<|end|>⟧<|user|>And the sheep?<|end|>"
+        "<|assistant|>⟦They sleep.<|end|>⟧"
+    )
+
+
+@pytest.mark.parametrize("template", THINKING)
+def test_a_tool_call_is_recognised_and_ends_the_conversation(template, words, tmp_path):
+    special, key, _, calling = THINKING[template]
+    end = calling[calling.rindex("<") :]
+    tokenizer = model_tokenizer(template, special)
+    target = taught(tmp_path / "target", tokenizer, [([FOX], TOOLS, calling)], [end])
+    data = save_rows(tmp_path / "data.jsonl", [{"messages": [FOX, turn("assistant", "?"), SHEEP], "tools": TOOLS}])
+    main(words(target=target, dataset_name=data, max_new_tokens=90))
+    [row] = written(tmp_path / "own.jsonl")
+    assert row["messages"] == [FOX, turn("assistant", "", tool_calls=[CALL], **{key: "Look."})]
+    assert row["tools"] == TOOLS and row["truncated"] is False
+
+
+# ---- ends
+
+
 def test_an_answer_ends_with_its_end_token():
     assert until_end([5, 6, 7, 8], {7, 9}) == [5, 6, 7] and until_end([5, 6], {7}) == [5, 6]
 
@@ -167,6 +299,14 @@ def test_killed_twice_and_resumed_is_byte_for_byte_an_uninterrupted_run(words, f
     assert [row["source_row"] for row in written(tmp_path / "own.jsonl")] == list(range(36))
 
 
+def test_texts_with_other_line_ends_are_put_together(words, files, tmp_path):
+    odd = ["a\u2028b", "a\u2029b", "a\u0085b", "a\x0bb\x0cb", "a\r\nb"]
+    data = save_rows(files / "line_ends.jsonl", [{"messages": [turn("user", text)]} for text in odd])
+    main(words(dataset_name=data))
+    assert [row["messages"][0]["content"] for row in written(tmp_path / "own.jsonl")] == odd
+    assert [row["messages"][0]["content"] for row in load_rows(str(tmp_path / "own.jsonl"))] == odd
+
+
 def test_two_processes_share_the_rows_and_write_the_file_of_one(words, tmp_path):
     ranks = [start(words(), RANK=str(rank), WORLD_SIZE="2") for rank in range(2)]
     printed = [process.communicate(timeout=300)[0] for process in ranks]
@@ -174,6 +314,34 @@ def test_two_processes_share_the_rows_and_write_the_file_of_one(words, tmp_path)
     main(words(out=tmp_path / "whole.jsonl"))
     assert (tmp_path / "own.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     assert sum("rows answered," in text for text in printed) == 1  # the last one put it together
+
+
+def test_srun_shares_the_rows_and_a_batch_script_does_all(words, tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    main(words(out=tmp_path / "whole.jsonl"))
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    for rank, chunks in ((1, ["chunk-000001.jsonl", "chunk-000003.jsonl"]), (0, [])):
+        monkeypatch.setenv("SLURM_PROCID", str(rank))
+        main(words())
+        assert sorted(path.name for path in tmp_path.glob("own.parts/chunk-*")) == chunks
+    assert (tmp_path / "own.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("left", [["chunk-000003.jsonl"], ["chunk-000003.jsonl", "settings.json"]])
+def test_killed_while_tidying_up_is_finished(words, tmp_path, left, capsys):
+    main(words())
+    whole = (tmp_path / "own.jsonl").read_bytes()
+    (tmp_path / "own.joining").mkdir()
+    (tmp_path / "own.joining" / left[0]).write_text("")
+    if "settings.json" in left:
+        (tmp_path / "own.joining/settings.json").write_text((tmp_path / "own.settings.json").read_text())
+    (tmp_path / "own.jsonl.123.part").write_text("half a ro")
+    (tmp_path / "own.skipped.jsonl.123.part").write_text("")
+    main(words())
+    assert "own.jsonl is finished" in capsys.readouterr().out
+    assert (tmp_path / "own.jsonl").read_bytes() == whole
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["own.jsonl", "own.settings.json"]
 
 
 def test_killed_while_putting_together_is_finished_by_the_same_command(words, tmp_path, monkeypatch):
@@ -184,13 +352,15 @@ def test_killed_while_putting_together_is_finished_by_the_same_command(words, tm
     monkeypatch.setenv("WORLD_SIZE", "1")
     main(words(out=tmp_path / "whole.jsonl"))
     for chunk in (1, 3):
-        rows = (tmp_path / "whole.jsonl").read_text().splitlines(keepends=True)[chunk * 3 : chunk * 3 + 3]
-        (tmp_path / "own.parts" / f"chunk-{chunk:06d}.jsonl").write_text("".join(rows))
+        rows = [row for row in written(tmp_path / "whole.jsonl") if row["source_row"] // 3 == chunk]
+        save_rows(tmp_path / "own.parts" / f"chunk-{chunk:06d}.jsonl", rows)
     (tmp_path / "own.parts").rename(tmp_path / "own.joining")
     (tmp_path / "own.jsonl.123.part").write_text("half a ro")
+    (tmp_path / "own.jsonl").write_bytes((tmp_path / "whole.jsonl").read_bytes())  # in place, its settings not yet
     main(words())
     assert (tmp_path / "own.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
-    assert not (tmp_path / "own.joining").exists()
+    names = ["own.jsonl", "own.settings.json", "whole.jsonl", "whole.settings.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
 
 
 def test_answers_of_other_settings_are_not_mixed(words, files, prompts, tmp_path, monkeypatch, capsys):
@@ -257,12 +427,38 @@ def test_plain_text_is_continued_after_its_first_tokens(words, files, pair, tmp_
         assert (row["input_ids"], row["supervised"]) == (out, [0] * 5 + [1] * NEW)
 
 
+def test_answers_are_prompts_for_another_target(words, tmp_path):
+    """Where `messages` stand beside tokens, the tokens are not in the way; rows of tokens alone are named."""
+    main(words())
+    main(words(dataset_name=tmp_path / "own.jsonl", out=tmp_path / "again.jsonl"))
+    first, again = (conversations(tmp_path / f"{name}.jsonl") for name in ("own", "again"))
+    assert first == again and len(first) == 10
+    alone = [row for row in written(tmp_path / "own.jsonl") if "messages" not in row]
+    skipped = written(tmp_path / "again.skipped.jsonl") if alone else []
+    assert [row["skipped"] for row in skipped] == ["it has tokens and no text"] * len(alone)
+
+
+def test_mistyped_rows_are_named_and_the_others_answered(words, files, tmp_path):
+    rows = [[FOX], json.dumps([FOX]), "no JSON", [turn("user", ["a"])], [turn("critic", "a")], 5]
+    main(words(dataset_name=save_rows(files / "mistyped.jsonl", [{"messages": turns} for turns in rows])))
+    answered = written(tmp_path / "own.jsonl")
+    assert [row["source_row"] for row in answered] == [0, 1] and answered[0]["messages"] == answered[1]["messages"]
+    assert {row["source_row"]: row["skipped"] for row in written(tmp_path / "own.skipped.jsonl")} == {
+        2: "its messages are not JSON", 3: "a turn holds more than text", 4: "a turn has the role 'critic'",
+        5: "its messages are not a list of turns",
+    }  # fmt: skip
+    data = save_rows(files / "numbers.jsonl", [{"text": 5}])
+    with pytest.raises(SystemExit, match=r"not one of 1 rows was answered \(first: its text is not text\)"):
+        main(words(dataset_name=data, out=tmp_path / "numbers.jsonl"))
+
+
 def test_a_drafter_trains_on_the_answers(words, command, tmp_path, capsys):
     main(words(max_new_tokens=24))
     train.main(command(dataset_name=tmp_path / "own.jsonl"))
     printed = capsys.readouterr().out
-    assert "10 rows of tokens" not in printed  # one is held out
-    assert "9 rows of tokens -> 9 token rows" in printed and "the target's own first choice on 100%" in printed
+    lines = len(written(tmp_path / "own.jsonl")) - 1  # one is held out
+    assert f"{lines} rows of tokens -> {lines} token rows" in printed
+    assert "the target's own first choice on 100%" in printed
 
 
 @pytest.mark.parametrize(
@@ -288,9 +484,9 @@ def test_errors_are_one_line(words, overrides, message):
 
 
 @contextmanager
-def server(pair, failures: list[int]):
+def server(pair, failures: list[int], **more):
     """An OpenAI-compatible chat server over loopback: greedy answers of the real target; yields its URL and the
-    requests it got. `failures` are statuses it answers with first."""
+    requests it got. `failures` are statuses it answers with first, `more` belongs to its messages."""
     target, tokenizer = pair
     seen, lock = [], threading.Lock()
 
@@ -306,7 +502,7 @@ def server(pair, failures: list[int]):
                     )
                     out = target.generate(**prompt, max_new_tokens=body["max_tokens"], do_sample=False)
                     text = tokenizer.decode(out[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
-                    message = {"role": "assistant", "content": text}
+                    message = {"role": "assistant", "content": text} | more
                     reply = {"choices": [{"index": 0, "finish_reason": "length", "message": message}]}
                     reply |= {
                         "id": "1",
@@ -342,8 +538,8 @@ def test_a_servers_answers_are_those_of_the_target_itself(words, pair, tmp_path,
     main(words())
     with server(pair, failures=[503, 500]) as (url, seen):
         main(words(endpoint=url, target="tiny", out=tmp_path / "served.jsonl", chat_template_kwargs='{"a": 1}'))
-    own, served = written(tmp_path / "own.jsonl"), written(tmp_path / "served.jsonl")
-    assert [row["messages"] for row in served] == [row["messages"] for row in own]
+    own, served = conversations(tmp_path / "own.jsonl"), written(tmp_path / "served.jsonl")
+    assert [row["messages"] for row in served] == own
     assert [set(row) for row in served] == [{"source_row", "truncated", "messages"}] * 10
     assert len(seen) == 10 + 3 + 2  # three second questions, two retries
     for path, authorization, body in seen:
@@ -362,6 +558,31 @@ def test_a_refused_question_is_skipped_and_a_dead_server_stops_with_all_kept(wor
     with pytest.raises(SystemExit, match="error: the endpoint http://127.0.0.1.*failed 5 times.*is kept"):
         main(words(**keys))
     assert (tmp_path / "dead.parts" / "settings.json").is_file()
+
+
+def test_a_server_that_refuses_everything_is_no_success(words, pair, tmp_path):
+    keys = dict(target="tiny", max_rows=4, concurrency=1)
+    with server(pair, failures=[400] * 4) as (url, seen):
+        for _ in range(2):
+            with pytest.raises(
+                SystemExit, match="not one of 4 rows was answered .first: the endpoint refused it .400:"
+            ):
+                main(words(endpoint=url, **keys))
+            assert sorted(path.name for path in tmp_path.iterdir()) == ["own.parts"]
+        assert len(seen) == 4
+
+
+@pytest.mark.parametrize("name", ["reasoning", "reasoning_content"])
+def test_a_servers_thoughts_are_found_by_every_template(words, pair, tmp_path, name):
+    with server(pair, [], **{name: "Foxes."}) as (url, _):
+        main(words(endpoint=url, target="tiny", max_rows=1))
+    [row] = written(tmp_path / "own.jsonl")
+    assert row["messages"][-1] | {"content": ""} == turn(
+        "assistant", "", reasoning_content="Foxes.", thinking="Foxes."
+    )
+    for template, shown in (("gptoss.jinja", "analysis<|message|>Foxes.<|end|>"), ("qwen3.jinja", "<think>\nFoxes.")):
+        tokenizer = model_tokenizer(template, THINKING[template][0])
+        assert shown in tokenizer.apply_chat_template(row["messages"], tokenize=False)
 
 
 @pytest.mark.skipif(not is_serve_available(), reason="pip install 'transformers[serving]'")
@@ -393,5 +614,4 @@ def test_transformers_serve_answers_as_the_target_itself(words, tokenizer, tmp_p
         process.wait()
         log.close()
     main(words(target=folder))
-    own, served = written(tmp_path / "own.jsonl"), written(tmp_path / "served.jsonl")
-    assert [row["messages"] for row in served] == [row["messages"] for row in own]
+    assert conversations(tmp_path / "served.jsonl") == conversations(tmp_path / "own.jsonl")

@@ -79,6 +79,14 @@ def test_streaming_reads_the_first_rows_of_each_ending(tmp_path):
         assert load_rows(str(tmp_path / f"rows.{ending}"), stream_rows=4).to_list() == rows[:4]
 
 
+def test_columns_of_several_types_are_read_streaming_or_not(tmp_path):
+    """What is wrong with a row is said of that row."""
+    rows = [{"text": "a"}, {"text": 5}, {"text": ["b"]}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for stream_rows in (None, 3):
+        assert load_rows(str(tmp_path / "rows.jsonl"), stream_rows=stream_rows).to_list() == rows
+
+
 def numbered(size: int) -> Dataset:
     return Dataset.from_dict({"text": [str(i) for i in range(size)]})
 
