@@ -8,15 +8,15 @@ import json
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
 from peft import PeftModel
+from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModel, PreTrainedModel
 
 from .drafters.configuration_dflash import DFlashConfig
 from .drafters.configuration_domino import DominoConfig
-from .lora import AdapterBase, add_adapter, borrow, borrowed_tensors, fingerprint
-from .records import HUB_ID, errors_in_one_line
+from .lora import AdapterBase, add_adapter, borrow, borrowed_tensors, fetch, fingerprint
+from .records import errors_in_one_line
 
 # What other trainers write into config.json that says nothing about the computation
 IGNORED = {
@@ -33,22 +33,6 @@ MUST_BE_NESTED = {
     "causal": False, "is_causal": False, "attention_mode": "gqa", "projector_type": "dflash", "shift_label": False,
 }  # fmt: skip
 RENAMED = {"encoder.fc.weight": "fc.weight", "encoder.output_norm_enc.weight": "hidden_norm.weight"}
-
-
-def fetch(name_or_path: str | Path, revision: str | None = None, key: str = "--drafter") -> tuple[Path, str | None]:
-    """A drafter's folder and, from the Hub, its commit. Pickles and code are not fetched.
-
-    Raises:
-        OSError: there is no such folder, and no Hub id can be read in it.
-    """
-    if Path(name_or_path).is_dir():
-        if revision is not None:
-            raise ValueError(f"{key}: {name_or_path} is a folder, which has no revision {revision!r}: leave it out")
-        return Path(name_or_path), None
-    if not HUB_ID.fullmatch(str(name_or_path)):
-        raise OSError(f"{key}: {str(name_or_path)!r} is neither a folder nor a Hub id (OWNER/NAME)")
-    folder = Path(snapshot_download(str(name_or_path), revision=revision, allow_patterns=["*.json", "*.safetensors"]))
-    return folder, folder.name
 
 
 def is_plain(folder: Path) -> bool:
@@ -79,38 +63,32 @@ def load_drafter(
     Raises:
         ValueError: what the folder holds instead, or what of it is ambiguous or unknown.
     """
-    folder, _ = fetch(name_or_path, revision, key)
-    if (folder / "adapter_config.json").is_file():
+    folder, commit = fetch(name_or_path, revision, key)
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) if path.is_file() else {}
+    loadable = is_plain(folder)
+    if config.get("borrowed_layers"):
+        drafter = from_target(target, name_or_path, revision, dtype=dtype)
+    elif (folder / "adapter_config.json").is_file():
         base = AdapterBase.read(folder)
-        if base.borrowed_layers is not None:
-            return from_target(_needed(target, name_or_path), folder, dtype=dtype)
-        drafter = load_drafter(base.name_or_path, base.revision, key="the adapter's base")
+        drafter = load_drafter(base.name_or_path, base.revision, target=target, key="the adapter's base")
         stored = drafter.dtype if dtype == "auto" else dtype
         drafter = add_adapter(drafter.float(), folder).merge_and_unload().to(stored)
-    elif is_plain(folder):
+    elif loadable:
         drafter = AutoModel.from_pretrained(folder, dtype=dtype, use_safetensors=True)
-    elif (folder / "config.json").is_file():
-        config = json.loads((folder / "config.json").read_text())
-        if config.get("borrowed_layers"):
-            return from_target(_needed(target, name_or_path), folder, dtype=dtype)
+    elif config:
         drafter = _foreign(folder, config, dtype)
     else:
         raise ValueError(f"{key}: {name_or_path} is no drafter's folder: it holds no config.json")
-    drafter.config._name_or_path = drafter.name_or_path = str(name_or_path)
+    drafter.origin = dict(name_or_path=str(name_or_path), revision=commit, loadable=loadable)
+    # PEFT reads the config of what is named here
+    drafter.config._name_or_path = drafter.name_or_path = str(name_or_path) if loadable else ""
     return drafter.eval()
 
 
-def _needed(target: PreTrainedModel | None, name_or_path) -> PreTrainedModel:
-    if target is None:
-        raise ValueError(
-            f"{name_or_path} is a drafter on layers borrowed from its target: load the target and call "
-            f"hf_specauf.from_target(target, {str(name_or_path)!r})"
-        )
-    return target
-
-
 def from_target(
-    target: PreTrainedModel,
+    target: PreTrainedModel | None,
     folder_or_repo: str | Path,
     revision: str | None = None,
     *,
@@ -120,12 +98,17 @@ def from_target(
 
     Args:
         target (`PreTrainedModel`): the one it was trained on; unchanged, and nothing is attached to it.
-        folder_or_repo (`str` or `Path`): what was published with `--small`, or a checkpoint.
-        dtype (*optional*, defaults to `auto`): the target's.
+        folder_or_repo (`str` or `Path`): what was published with `--small`, a checkpoint, or `adapter/` of a run.
+        dtype (*optional*, defaults to `auto`): the target's, but bfloat16 for fp16, in which drafters accept nothing.
 
     Raises:
-        ValueError: the target's layers are not the ones that were borrowed.
+        ValueError: the target's layers are not the ones that were borrowed, or the adapter lacks a weight.
     """
+    if target is None:
+        raise ValueError(
+            f"{folder_or_repo} is a drafter on layers borrowed from its target: load the target and call "
+            f"hf_specauf.from_target(target, {str(folder_or_repo)!r})"
+        )
     folder, _ = fetch(folder_or_repo, revision)
     adapter = folder if (folder / "adapter_config.json").is_file() else folder / "adapter"
     base = AdapterBase.read(adapter)
@@ -137,11 +120,25 @@ def from_target(
             f"{folder_or_repo} borrows layers {base.borrowed_layers} of {base.name_or_path}{at}, and this target's "
             "layers are other weights: load that target, at that revision"
         )
-    given = json.loads((folder / "config.json").read_text()) | {"borrowed_layers": None}
+    given = json.loads((adapter / "config.json").read_text()) | {"borrowed_layers": None}
     config = (DominoConfig if given["model_type"] == DominoConfig.model_type else DFlashConfig).from_dict(given)
     drafter = borrow(target, config, base.borrowed_layers, frozen=True)
+    with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
+        saved = set(file.keys())
+    redrawn = [
+        name
+        for name, tensor in drafter.state_dict().items()  # norms start as ones, everything else at random
+        if not name.startswith("layers.") and tensor.dim() > 1 and f"base_model.model.{name}" not in saved
+    ]
+    if redrawn:
+        raise ValueError(
+            f"weights of {folder_or_repo} are neither borrowed nor in the adapter ({', '.join(redrawn)}) and would be "
+            "random: train it again with their modules among lora_modules_to_save (modules_to_save)"
+        )
     drafter = PeftModel.from_pretrained(drafter, str(adapter)).merge_and_unload()
-    return drafter.to(target.dtype if dtype == "auto" else dtype).eval()
+    if dtype == "auto":
+        dtype = torch.bfloat16 if target.dtype == torch.float16 else target.dtype
+    return drafter.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype).eval()
 
 
 def _foreign(folder: Path, config: dict, dtype: str | torch.dtype) -> PreTrainedModel:

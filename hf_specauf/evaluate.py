@@ -11,16 +11,17 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from trl import TrlParser
 
 from .acceptance import TAU_DEFINITION
 from .conversations import prompt_length
 from .convert import fetch, load_drafter
 from .generate import attach
-from .records import environment, errors_in_one_line, write_record
+from .model_card import number
+from .records import environment, errors_in_one_line, same_target, write_record
 from .sources import UnusableRow, chat_messages, load_rows, row_format, row_tools
-from .target import innermost, load_target
+from .target import innermost, load_target, target_fingerprint
 
 NEAR_TIE = 1e-3  # fp32: a first difference is a tie of rounding if the target's two best logits are closer than this
 
@@ -52,6 +53,25 @@ def repetition(tokens: list[int], n: int = 4) -> float:
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
+def decoding_config(
+    target: PreTrainedModel, max_new_tokens: int, pad_token_id: int | None, temperature: float = 0.0
+) -> GenerationConfig:
+    """What a measurement is decoded with: every field transformers' default, so that none is the target's own (a
+    repetition penalty or top-p shipped with it); only its end-of-sequence tokens, past which nothing may be drafted.
+
+    Args:
+        temperature (`float`, *optional*, defaults to 0): 0 is greedy.
+    """
+    sampled = dict(do_sample=True, temperature=temperature, top_k=0) if temperature > 0 else dict(do_sample=False)
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens, pad_token_id=pad_token_id, eos_token_id=target.generation_config.eos_token_id,
+        **sampled,
+    )  # fmt: skip
+    defaults = GenerationConfig._get_default_generation_params()
+    config.update(**{key: value for key, value in defaults.items() if key != "max_length"}, defaults_only=True)
+    return config
+
+
 def compare(
     target,
     drafter,
@@ -78,15 +98,7 @@ def compare(
         `lossless` (counts of identical, near_tie and different outputs), `repetition` and a list of `prompts`.
     """
     model = innermost(target)
-    # an end-of-sequence token that transformers does not know of would be drafted past
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=temperature > 0,
-        temperature=temperature if temperature > 0 else None,
-        top_k=0 if temperature > 0 else None,
-        pad_token_id=pad_token_id,
-        eos_token_id=model.generation_config.eos_token_id,
-    )
+    config = decoding_config(model, max_new_tokens, pad_token_id, temperature)
     seconds, tokens = {"plain": 0.0, "assisted": 0.0}, {"plain": 0, "assisted": 0}
     latest: dict[str, float] = {}
     rows, counts = [], {"identical": 0, "near_tie": 0, "different": 0}
@@ -142,6 +154,11 @@ def compare(
     }
 
 
+def measured_target(target) -> dict:
+    """Name and weights of what was decoded with."""
+    return {"name_or_path": innermost(target).config._name_or_path, "fingerprint": target_fingerprint(target)}
+
+
 def evaluation_record(results: dict, target, *, prompts: str, **conditions) -> dict:
     """What `compare` found, with the conditions it was found under: the content of `eval.json`.
 
@@ -155,7 +172,7 @@ def evaluation_record(results: dict, target, *, prompts: str, **conditions) -> d
     given = {key: value for key, value in conditions.items() if value is not None}
     return {
         "tau_definition": TAU_DEFINITION,
-        "target": {"name_or_path": innermost(target).config._name_or_path, "dtype": dtype},
+        "target": measured_target(target) | {"dtype": dtype},
         "conditions": {"prompts": prompts, "batch_size": 1, "hardware": found["hardware"], "dtype": dtype} | given,
         "environment": found,
         **results,
@@ -212,18 +229,13 @@ def plot_alpha(results: dict[str, list[float | None]], path: Path) -> None:
     plt.close(figure)
 
 
-def shown(value: float | None) -> str:
-    """Two decimals, or a dash for what was never reached."""
-    return "-" if value is None else f"{value:.2f}"
-
-
 def show(results: dict, console: Console) -> None:
     """A table of one comparison, and the verdict in words."""
     acceptance = results["acceptance"]
     table = Table("", "plain", "with drafter")
     table.add_row("tokens/s", f"{results['plain_tokens_per_second']:.1f}", f"{results['tokens_per_second']:.1f}")
-    table.add_row("tau", "1.00", shown(acceptance["tau"]))
-    table.add_row("alpha_1, 2, 3", "", "  ".join(map(shown, acceptance["alpha"][:3])))
+    table.add_row("tau", "1.00", number(acceptance["tau"]))
+    table.add_row("alpha_1, 2, 3", "", "  ".join(map(number, acceptance["alpha"][:3])))
     console.print(table)
     faster = results["speedup"]
     console.print(f"{'faster' if faster > 1 else 'SLOWER than plain decoding'}: {faster:.2f}x. {TAU_DEFINITION}.")
@@ -233,38 +245,41 @@ def show(results: dict, console: Console) -> None:
 ENOUGH = 0.95  # a drafter that keeps this share of its accepted tokens on another target has little to win
 
 
-def transfer_verdict(results: dict, config, target: str, folder: Path) -> str:
+def transfer_verdict(record: dict, config, reference: dict | None, command: str) -> str:
     """Whether a drafter is worth adapting to a target that it was not trained for; empty for its own target.
 
     Args:
-        results (`dict`): from `compare`, on that target.
+        record (`dict`): from `evaluation_record`, on that target.
         config (`DFlashConfig`): of the drafter.
-        target (`str`): Hub id or folder of the target.
-        folder (`Path`): of the drafter, where `eval.json` says what it reached on its own target.
+        reference (`dict`, *optional*): the `eval.json` beside the drafter.
+        command (`str`): that adapts it.
     """
-    own = config.target_model_name_or_path
-    if own is None or own == target:
+    if same_target(record, config):
         return ""
-    command = (
-        f"accelerate launch -m hf_specauf.train --config recipes/qwen3-8b/lora_adapt.yaml --drafter_name_or_path "
-        f"{folder} --target_model_name_or_path {target} --dataset_name YOUR_DATA"
-    )
-    here, path = results["acceptance"]["tau"], folder / "eval.json"
-    measured = json.loads(path.read_text()) if path.is_file() else None
-    if measured is None or measured["target"]["name_or_path"] != own:
-        return (
-            f"This drafter was trained for {own}, and nothing beside it says what it reached there. Evaluate it on "
-            f"{own} with the same prompts: where tau is clearly higher, adapt it: {command}"
-        )
-    there, prompts = measured["acceptance"]["tau"], measured["conditions"]["prompts"]
-    kept = (here - 1) / (there - 1) if there > 1 else 1.0
+    own, here = config.target_model_name_or_path, record["acceptance"]["tau"]
+    adapt = f"where tau is clearly higher, adapt it: {command}"
+    again = f"Evaluate it on {own or 'its own target'} with the same prompts and settings: {adapt}"
+    if reference is None or own is None or not same_target(reference, config):
+        known = f"was trained for {own}" if own else "does not say which target it was trained for"
+        return f"This drafter {known}, and what it reaches there is not known. {again}"
+    there = reference["acceptance"]["tau"]
+    theirs, ours = (part["conditions"] | {"number of prompts": len(part["prompts"])} for part in (reference, record))
+    other = [
+        f"{key} {theirs.get(key)} there, {ours.get(key)} here"
+        for key in sorted({*theirs, *ours} - {"hardware", "dtype"})
+        if theirs.get(key) != ours.get(key)
+    ]
     said = (
-        f"This drafter was trained for {own} and reached tau {there:.2f} there ({prompts}). Here it reaches "
-        f"{here:.2f}, so {kept:.0%} of the accepted tokens are kept."
+        f"This drafter was trained for {own} and reached tau {number(there)} there "
+        f"({reference['conditions']['prompts']}). Here it reaches {number(here)}"
     )
-    if kept >= ENOUGH:
-        return f"{said} Adapting it has little to win."
-    return f"{said} Adapting is worth a try: {command}"
+    if other:
+        return f"{said}, but tau depends on what differed ({'; '.join(other)}). {again}"
+    if here is None or there is None:
+        return f"{said}. {again}"
+    kept = (here - 1) / (there - 1) if there > 1 else 1.0
+    said += f", so {kept:.0%} of the accepted tokens are kept."
+    return f"{said} Adapting it has little to win." if kept >= ENOUGH else f"{said} Adapting is worth a try: {command}"
 
 
 @dataclass
@@ -297,8 +312,17 @@ def main(argv: list[str] | None = None) -> None:
     target.to(args.device)
     folder, commit = fetch(args.drafter, args.drafter_revision)
     drafter = load_drafter(folder, target=target, dtype=args.dtype).to(args.device)
+    out, config = Path(args.out), drafter.config
+    found = {"target": measured_target(target) | {"name_or_path": args.target}}
+    if out.resolve() == folder.resolve() and config.target_model_name_or_path and not same_target(found, config):
+        raise ValueError(
+            f"--out {out} is the drafter's own folder, whose eval.json is what it reaches on its own target "
+            f"{config.target_model_name_or_path}, and {args.target} is another one: give another --out"
+        )
+    path = folder / "eval.json"
+    reference = json.loads(path.read_text()) if path.is_file() else None
     rows = load_rows(args.prompts, split=args.prompts_split)
-    template_kwargs = drafter.config.chat_template_kwargs
+    template_kwargs = config.chat_template_kwargs
     prompts = encode_prompts(rows, tokenizer, args.count, args.prompt_tokens, template_kwargs)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     prompts = [prompt.to(args.device) for prompt in prompts]
@@ -309,15 +333,19 @@ def main(argv: list[str] | None = None) -> None:
     record = evaluation_record(
         results, target, prompts=args.prompts, temperature=args.temperature, max_new_tokens=args.max_new_tokens,
         max_draft_tokens=args.max_draft_tokens, chat_template_kwargs=template_kwargs,
+        prompt_tokens=args.prompt_tokens if row_format(rows.column_names) == "text" else None,
     )  # fmt: skip
     record["target"] |= {"name_or_path": args.target, "revision": target.loaded_commit or args.target_revision}
     record["drafter"] = {"name_or_path": args.drafter, "revision": commit, "dtype": str(drafter.dtype)}
-    out = Path(args.out)
     write_record(out / "eval.json", record)
     plot_alpha({Path(args.drafter).name: results["acceptance"]["alpha"]}, out / "alpha.png")
     console = Console()
     show(results, console)
-    if verdict := transfer_verdict(results, drafter.config, args.target, folder):
+    given = {"drafter_name_or_path": args.drafter, "drafter_revision": args.drafter_revision}
+    given |= {"target_model_name_or_path": args.target, "target_revision": args.target_revision}
+    words = [f"--{key} {value}" for key, value in (given | {"dataset_name": "YOUR_DATA"}).items() if value is not None]
+    command = " ".join(["accelerate launch -m hf_specauf.train --config recipes/qwen3-8b/lora_adapt.yaml", *words])
+    if verdict := transfer_verdict(record, config, reference, command):
         console.print(verdict)
     console.print(f"written: {out / 'eval.json'}, {out / 'alpha.png'}")
 

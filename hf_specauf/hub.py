@@ -8,6 +8,7 @@ python -m hf_specauf.hub pull --repo OWNER/NAME --into DIR [--revision COMMIT]
 
 import argparse
 import getpass
+import hashlib
 import json
 import os
 import re
@@ -21,15 +22,16 @@ from tempfile import TemporaryDirectory
 
 import torch
 from huggingface_hub import CommitInfo, HfApi, get_token, snapshot_download
+from huggingface_hub.hf_api import RepoFile
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from .convert import fetch, is_plain, load_drafter
+from .convert import load_drafter
 from .drafters.configuration_domino import DominoConfig
 from .lora import BASE_FILE, AdapterBase, fingerprint, finish_adapter
 from .model_card import render
-from .records import HUB_ID, errors_in_one_line, write_record
+from .records import HUB_ID, errors_in_one_line, public, same_target, write_record
 from .target import load_target
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
@@ -58,16 +60,6 @@ save_file({name: tensor.contiguous() for name, tensor in found.items()}, outputs
 """
 
 
-def without_paths(value, gone: tuple[str, ...] = ("output_dir", "run_name", "resume_from_checkpoint")):
-    """A record without local paths (a path becomes its last part), tokens, and keys that only name places."""
-    if isinstance(value, dict):
-        return {k: without_paths(v) for k, v in value.items() if k not in gone and not k.endswith("_token")}
-    if isinstance(value, list):
-        return [without_paths(part) for part in value]
-    local = isinstance(value, str) and (value.startswith(("/", "~", "./", "../")) or os.path.exists(value))
-    return Path(value).name if local and os.sep in value else value
-
-
 def find_secrets(folder: Path) -> list[str]:
     """Tokens, local paths, user and host names in a folder's text files, as `file: what`."""
     words = {"home folder": str(Path.home()), "working folder": os.getcwd(), "token": get_token()}
@@ -88,29 +80,28 @@ def find_secrets(folder: Path) -> list[str]:
 
 
 def name_target(config, target: str | None, target_revision: str | None, token: str | None) -> None:
-    """Put the target's Hub id and commit into the drafter's config.
+    """Put the target's Hub id and commit into the drafter's config, after a look at the Hub.
 
     Raises:
         ValueError: the drafter was trained on a local folder and no Hub id is given, or that repository is another
             model.
     """
-    if target is None:
-        known = str(config.target_model_name_or_path)
-        if not HUB_ID.fullmatch(known) or os.path.exists(known):
-            raise ValueError(
-                f"the drafter's target is the local path {known!r}: nobody else could load it. Publish the target, "
-                "and give its Hub id with --target OWNER/NAME"
-            )
-        return
-    commit = HfApi(token=token).model_info(target, revision=target_revision).sha
-    theirs = AutoConfig.from_pretrained(target, revision=commit, token=token).get_text_config(decoder=True)
+    name = target or str(config.target_model_name_or_path)
+    if not HUB_ID.fullmatch(name) or os.path.exists(name):
+        raise ValueError(
+            f"the drafter's target is the local path {name!r}: nobody else could load it. Publish the target, and "
+            "give its Hub id with --target OWNER/NAME"
+        )
+    wanted = target_revision or (None if target else config.target_revision)
+    commit = HfApi(token=token).model_info(name, revision=wanted).sha
+    theirs = AutoConfig.from_pretrained(name, revision=commit, token=token).get_text_config(decoder=True)
     ours = {"hidden_size": config.hidden_size, "num_hidden_layers": config.num_target_layers}
     wrong = [f"{key} {getattr(theirs, key)} (trained for {value})" for key, value in ours.items()
              if getattr(theirs, key) != value]  # fmt: skip
     if wrong:
-        raise ValueError(f"--target {target} is not the model this drafter was trained for: {', '.join(wrong)}")
-    config.target_model_name_or_path = target
-    config.target_revision = commit
+        raise ValueError(f"--target {name} is not the model this drafter was trained for: {', '.join(wrong)}")
+    config.target_model_name_or_path = name
+    config.target_revision = commit if target or wanted else None  # the newest commit need not be that of training
 
 
 def public_base(
@@ -132,11 +123,14 @@ def public_base(
     name, wanted = (given, revision) if given else (base.name_or_path, base.revision)
     commit = HfApi(token=token).model_info(name, revision=wanted).sha
     found = replace(base, name_or_path=name, revision=commit)
-    if given is not None:
-        folder, _ = fetch(name, commit, "--base")
-        if fingerprint(load_drafter(folder).state_dict()) != base.fingerprint:
-            raise ValueError(f"--base {name} at {commit} has other weights than the drafter this was adapted from")
-        found.loadable = is_plain(folder)
+    if given is not None or commit != base.revision:  # nobody has compared it yet
+        drafter = load_drafter(name, commit, key="--base")
+        if fingerprint(drafter.state_dict()) != base.fingerprint:
+            raise ValueError(
+                f"the base {name} at {commit} has other weights than the drafter this was adapted from: give the "
+                "right one with --base and --base-revision"
+            )
+        found.loadable = drafter.origin["loadable"]
     if small and not found.loadable:
         raise ValueError(
             f"the base {name} is in another layout, in which AutoModel does not load it as a drafter: publish it "
@@ -167,10 +161,11 @@ def outputs_of(drafter: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 
 def check_same(drafter: PreTrainedModel, found: dict[str, torch.Tensor], how: str) -> None:
-    """Raise unless `found` are the drafter's own [`outputs_of`]."""
-    expected = outputs_of(drafter)
+    """Raise unless `found` are the drafter's own [`outputs_of`], up to rounding: what was merged on another device
+    may differ in the last bit of each weight."""
+    expected, bound = outputs_of(drafter), 0.02 if drafter.dtype == torch.bfloat16 else 1e-4
     same = found.keys() == expected.keys() and all(
-        tensor.dtype == expected[name].dtype and torch.allclose(tensor, expected[name], rtol=1e-4, atol=1e-5)
+        tensor.dtype == expected[name].dtype and (tensor - expected[name]).norm() <= bound * expected[name].norm()
         for name, tensor in found.items()
     )
     if not same:
@@ -209,7 +204,7 @@ def make_small(drafter: PreTrainedModel, adapter: Path, base: AdapterBase, into:
         path.unlink()
     place = into
     if base.borrowed_layers is None:
-        for path in [into / "config.json", *into.glob("*.py")]:
+        for path in [into / "config.json", *into.glob("*.py")]:  # they are the base's, which is loaded by its name
             path.unlink()
     else:
         place = into / "adapter"
@@ -218,7 +213,7 @@ def make_small(drafter: PreTrainedModel, adapter: Path, base: AdapterBase, into:
         write_record(into / "config.json", config | {"borrowed_layers": base.borrowed_layers})
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copyfile(adapter / name, place / name)
-    finish_adapter(place, base)
+    finish_adapter(place, base, drafter.config)
     if base.borrowed_layers is not None and target_model is None:
         target_model, _ = load_target(base.name_or_path, base.revision, key="--target")
     found = load_drafter(into, target=target_model, dtype=drafter.dtype)
@@ -244,7 +239,7 @@ def check_folder(drafter: Path, allow_unmeasured: bool) -> None:
 
 def public_record(record: dict, config, base: AdapterBase | None) -> dict:
     """A record of training or evaluation without local traces, naming target and base by their Hub ids."""
-    record = without_paths(record)
+    record = public(record)
     if isinstance(record.get("target"), dict):
         record["target"]["name_or_path"] = config.target_model_name_or_path
         record["target"]["revision"] = config.target_revision
@@ -252,8 +247,8 @@ def public_record(record: dict, config, base: AdapterBase | None) -> dict:
     if "target_model_name_or_path" in recipe:
         recipe["target_model_name_or_path"] = config.target_model_name_or_path
         recipe["target_revision"] = config.target_revision
-    if base is not None and "base" in record:
-        record["base"] = asdict(base)
+    if base is not None and record.get("base"):
+        record["base"] |= {"name_or_path": base.name_or_path, "revision": base.revision, "loadable": base.loadable}
     if base is not None and base.borrowed_layers is None and recipe:
         recipe |= {"drafter_name_or_path": base.name_or_path, "drafter_revision": base.revision}
     return record
@@ -294,6 +289,7 @@ def stage(
     drafter = Path(drafter)
     check_folder(drafter, allow_unmeasured)
     model = load_drafter(drafter, target=target_model)
+    own = model.config.target_model_name_or_path
     name_target(model.config, target, target_revision, token)
     vars(model.config).pop("use_cache", None)
     adapter = next((part for part in (drafter / "adapter", drafter) if (part / BASE_FILE).is_file()), None)
@@ -306,11 +302,16 @@ def stage(
     for path in [drafter / "provenance.json", *sorted(drafter.glob("eval*.json"))]:
         if path.is_file():
             record = json.loads(path.read_text())
+            if path.name != "provenance.json" and not same_target(record, model.config, own):
+                raise ValueError(
+                    f"{path} was measured on {record['target']['name_or_path']}, and the drafter's target is {own}: "
+                    "its tau would pass for tau on that. Move it away, and measure the drafter on its own target."
+                )
             write_record(into / path.name, public_record(record, model.config, base_record))
     for name in PLOTS:
         if (drafter / name).is_file():
             shutil.copyfile(drafter / name, into / name)
-    card = render(into, repo, revision, small=small)
+    card = render(into, repo, revision, small=asdict(base_record) if small else None)
     if small:
         make_small(model, adapter, base_record, into, target_model)
     card.save(into / "README.md")
@@ -332,6 +333,22 @@ def check(drafter: str | Path, repo: str = "owner/name", **keys) -> list[str]:
     with TemporaryDirectory() as folder:
         stage(drafter, Path(folder), repo, **keys)
         return sorted(os.listdir(folder))
+
+
+def check_tag(api: HfApi, repo: str, tag: str, folder: Path) -> None:
+    """Raise if a tag exists and names other files than those of `folder`, whose card sends its readers to the tag."""
+    if tag not in [known.name for known in api.list_repo_refs(repo).tags]:
+        return
+    tree = api.list_repo_tree(repo, recursive=True, revision=tag)
+    there = {file.path: file.lfs.sha256 if file.lfs else file.blob_id for file in tree if isinstance(file, RepoFile)}
+    for path in folder.rglob("*"):
+        content = path.read_bytes() if path.is_file() else b""
+        names = hashlib.sha256(content).hexdigest(), hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+        if path.is_file() and there.get(path.relative_to(folder).as_posix()) not in names:
+            raise ValueError(
+                f"the tag {tag} of {repo} exists and holds another {path.name}, and the card would send its readers "
+                "there. Give another --tag, or delete that one; nothing was uploaded."
+            )
 
 
 def push(
@@ -370,6 +387,8 @@ def push(
             api.create_repo(repo, private=private, exist_ok=True)
         if revision and not create_pr:
             api.create_branch(repo, branch=revision, exist_ok=True)
+        if tag:
+            check_tag(api, repo, tag, Path(folder))
         try:
             info = api.upload_folder(
                 repo_id=repo, folder_path=folder, revision=revision, create_pr=create_pr,
@@ -386,7 +405,7 @@ def push(
 
 
 def pull(repo: str, into: str | Path, revision: str | None = None, token: str | None = None) -> Path:
-    """Fetch a drafter's folder, never its pickles; it then loads from its path.
+    """Fetch a drafter's folder, whole or small, never its pickles; it then loads from its path.
 
     Raises:
         ValueError: the repository holds no drafter of this package.
@@ -396,7 +415,7 @@ def pull(repo: str, into: str | Path, revision: str | None = None, token: str | 
     )
     config = Path(folder, "config.json")
     kind = json.loads(config.read_text()).get("model_type") if config.is_file() else None
-    if not str(kind).startswith("specauf_"):
+    if not str(kind).startswith("specauf_") and not Path(folder, BASE_FILE).is_file():
         raise ValueError(f"{repo} is no drafter of this package: its model_type is {kind!r}")
     return Path(folder)
 

@@ -7,18 +7,40 @@ folder says in `base.json` what it was trained on, down to a fingerprint of the 
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
 from peft import PeftConfig, PeftModel
 from transformers import AutoModel, PreTrainedModel
 
 from .drafters.configuration_dflash import DFlashConfig
-from .records import write_record
+from .records import HUB_ID, write_record
 from .target import decoder_layers, innermost
 
 BASE_FILE = "base.json"
+# What a drafter's config says of its target; an adapter has its own, which need not be its base's
+TARGET_KEYS = (
+    "target_model_name_or_path", "target_revision", "target_fingerprint", "tokenizer_hash", "chat_template_hash",
+    "chat_template_kwargs", "bos_token_id", "eos_token_id", "pad_token_id",
+)  # fmt: skip
+
+
+def fetch(name_or_path: str | Path, revision: str | None = None, key: str = "--drafter") -> tuple[Path, str | None]:
+    """A drafter's folder and, from the Hub, its commit. Pickles and code are not fetched.
+
+    Raises:
+        OSError: there is no such folder, and no Hub id can be read in it.
+    """
+    if Path(name_or_path).is_dir():
+        if revision is not None:
+            raise ValueError(f"{key}: {name_or_path} is a folder, which has no revision {revision!r}: leave it out")
+        return Path(name_or_path), None
+    if not HUB_ID.fullmatch(str(name_or_path)):
+        raise OSError(f"{key}: {str(name_or_path)!r} is neither a folder nor a Hub id (OWNER/NAME)")
+    folder = Path(snapshot_download(str(name_or_path), revision=revision, allow_patterns=["*.json", "*.safetensors"]))
+    return folder, folder.name
 
 
 @dataclass
@@ -30,12 +52,14 @@ class AdapterBase:
     fingerprint: str  # of the base's weights
     borrowed_layers: list[int] | None = None  # target layers; `None` for an adapter on a drafter
     loadable: bool = True  # whether AutoModel loads `name_or_path` as the base: not so for other layouts
+    trained_for: dict | None = None  # of an adapter: its drafter's `TARGET_KEYS`
 
     @classmethod
     def of_drafter(cls, drafter: PreTrainedModel) -> "AdapterBase":
-        """A drafter in our layout, under the name it was loaded by."""
+        """A drafter under the name, and if `load_drafter` loaded it at the commit, that it was loaded by."""
         name = str(drafter.config._name_or_path)
-        return cls(name, None, fingerprint(drafter.state_dict()), loadable=bool(name))
+        origin = getattr(drafter, "origin", dict(name_or_path=name, revision=None, loadable=bool(name)))
+        return cls(**origin, fingerprint=fingerprint(drafter.state_dict()))
 
     @classmethod
     def of_layers(cls, target: PreTrainedModel, layer_ids: list[int]) -> "AdapterBase":
@@ -75,18 +99,30 @@ def fingerprint(tensors: dict[str, torch.Tensor]) -> str:
 
 
 def borrowed_tensors(target: PreTrainedModel, layer_ids: list[int]) -> dict[str, torch.Tensor]:
-    """The target's weights of some layers under the names they would have in a drafter: `layers.{i}. ...`."""
+    """The target's weights of some layers under the names they would have in a drafter: `layers.{i}. ...`.
+
+    Raises:
+        ValueError: there are no such layers, or they hold codes instead of weights.
+    """
     layers = decoder_layers(target)
     wrong = [i for i in layer_ids if not 0 <= i < len(layers)]
     if wrong or not layer_ids:
         raise ValueError(
             f"init_from_target_layers is {layer_ids}: give layers of the target, each in 0..{len(layers) - 1}"
         )
-    return {
+    found = {
         f"layers.{slot}.{name}": tensor
         for slot, index in enumerate(layer_ids)
         for name, tensor in layers[index].state_dict().items()
     }
+    codes = [f"{name} is {tensor.dtype}" for name, tensor in found.items() if not tensor.is_floating_point()]
+    if codes or getattr(target, "is_quantized", False):
+        raise ValueError(
+            f"the layers of this target are quantised ({(codes or ['is_quantized'])[0]}): their codes mean nothing "
+            "without their scales, so they cannot be borrowed. Load the target without quantisation (leave out "
+            "target_quantization), or leave out init_from_target_layers."
+        )
+    return found
 
 
 def borrow(target: PreTrainedModel, config: DFlashConfig, layer_ids: list[int], *, frozen: bool) -> PreTrainedModel:
@@ -128,18 +164,26 @@ def borrow(target: PreTrainedModel, config: DFlashConfig, layer_ids: list[int], 
     return drafter
 
 
-def finish_adapter(folder: str | Path, base: AdapterBase) -> None:
+def finish_adapter(folder: str | Path, base: AdapterBase, config: DFlashConfig) -> None:
     """Make what PEFT saved into a folder that says what it belongs to, and attaches to nothing else.
 
     An adapter whose recorded base is the target would attach itself to the *target* when loaded by `AutoModel`.
+
+    Args:
+        folder (`str` or `Path`): where PEFT saved the adapter.
+        base (`AdapterBase`): what it was trained on.
+        config (`DFlashConfig`): of the drafter that base and adapter make; names the target it was trained for.
     """
     folder = Path(folder)
-    config = PeftConfig.from_pretrained(str(folder))
-    config.base_model_name_or_path = base.name_or_path if base.borrowed_layers is None and base.loadable else None
-    config.revision = base.revision if config.base_model_name_or_path else None
-    config.inference_mode = True
-    config.save_pretrained(str(folder))
-    base.write(folder)
+    adapter = PeftConfig.from_pretrained(str(folder))
+    adapter.base_model_name_or_path = base.name_or_path if base.borrowed_layers is None and base.loadable else None
+    adapter.revision = base.revision if adapter.base_model_name_or_path else None
+    adapter.inference_mode = True
+    adapter.save_pretrained(str(folder))
+    replace(base, trained_for={key: getattr(config, key) for key in TARGET_KEYS}).write(folder)
+    if base.borrowed_layers is not None:  # there is no drafter elsewhere that has the shape
+        shape = json.loads(config.to_json_string()) | {"borrowed_layers": base.borrowed_layers}
+        write_record(folder / "config.json", shape)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's boilerplate
 
 
@@ -155,26 +199,38 @@ def plain_state(drafter: PreTrainedModel | PeftModel) -> dict[str, torch.Tensor]
     }
 
 
-def add_adapter(drafter: PreTrainedModel | PeftModel, folder: str | Path, adapter_name: str = "default") -> PeftModel:
+def add_adapter(
+    drafter: PreTrainedModel | PeftModel,
+    folder_or_repo: str | Path,
+    adapter_name: str = "default",
+    revision: str | None = None,
+) -> PeftModel:
     """Put an adapter on the drafter it was trained on; several on one base are switched by `set_adapter(name)`
     between `generate` calls, and left out inside `with drafter.disable_adapter():`. The target is never touched.
 
     Args:
-        drafter (`PreTrainedModel` or `PeftModel`): the base, or the base with other adapters already on it.
-        folder (`str` or `Path`): of the adapter; [`load_drafter`] fetches from the Hub.
+        drafter (`PreTrainedModel` or `PeftModel`): the base, or the base with other adapters already on it. Its
+            config then names the target of the adapter that was added last.
+        folder_or_repo (`str` or `Path`): of the adapter, or its Hub id.
+        revision (`str`, *optional*): branch, tag or commit on the Hub.
 
     Raises:
         ValueError: the drafter is not the one the adapter was trained on.
     """
+    folder, _ = fetch(folder_or_repo, revision, "folder_or_repo")
     base = AdapterBase.read(folder)
     if base.borrowed_layers is not None:
-        raise ValueError(f"{folder} is an adapter on layers of a target: use from_target(target, {str(folder)!r})")
+        raise ValueError(
+            f"{folder_or_repo} is an adapter on layers of a target: use from_target(target, {str(folder_or_repo)!r})"
+        )
     if fingerprint(plain_state(drafter)) != base.fingerprint:
         at = f" at {base.revision}" if base.revision else ""
         raise ValueError(
-            f"the adapter in {folder} was trained on {base.name_or_path}{at}, and this drafter has other weights: its "
-            "drafts would be worthless. Load that base, at that revision."
+            f"the adapter in {folder_or_repo} was trained on {base.name_or_path}{at}, and this drafter has other "
+            "weights: its drafts would be worthless. Load that base, at that revision."
         )
+    for key, value in (base.trained_for or {}).items():
+        setattr(innermost(drafter).config, key, value)
     if isinstance(drafter, PeftModel):
         drafter.load_adapter(str(folder), adapter_name)
         drafter.set_adapter(adapter_name)

@@ -14,22 +14,17 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .acceptance import TAU_DEFINITION
-from .records import HUB_ID, errors_in_one_line
+from .records import HUB_ID, errors_in_one_line, public
 
 NOT_MEASURED = "not measured"
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
 CONDITIONS = ("max_new_tokens", "temperature", "batch_size", "hardware", "dtype", "prompts")  # required beside a tau
-# Keys of a recipe that name places, people or ways of showing, and change nothing in the drafter
-NOT_IN_RECIPES = re.compile(
-    r"output_dir|run_name|report_to|resume_from_checkpoint|hub_.*|push_to_hub|project|trackio_.*|disable_tqdm|"
-    r".*_logging_dir|save_total_limit|logging_.*|log_level.*|local_rank|_n_gpu|deepspeed_plugin"
-)
 
 
 def read(folder: Path, name: str) -> dict | None:
-    """A JSON record of a drafter's folder, or `None`."""
+    """A JSON record of a drafter's folder without local traces, or `None`."""
     path = folder / name
-    return json.loads(path.read_text()) if path.is_file() else None
+    return public(json.loads(path.read_text())) if path.is_file() else None
 
 
 def number(value: float | None, form: str = ".2f", unit: str = "") -> str:
@@ -61,14 +56,18 @@ def evaluation_row(record: dict) -> dict:
     """The lines of one evaluation, as words."""
     conditions, results = record["conditions"], record
     shown = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in sorted(conditions.items()) if value != {})
-    lossless = results["lossless"]
+    lossless, different = results["lossless"], 0
     if isinstance(lossless, dict):
+        different = lossless["different"]
         total = sum(lossless.values())
-        lossless = f"{lossless['identical']} of {total} identical, {lossless['near_tie']} near-ties of rounding"
+        lossless = (
+            f"{lossless['identical']} of {total} identical, {lossless['near_tie']} near-ties of rounding, "
+            f"{different} different"
+        )
     return {
         "name": conditions["prompts"], "tau": number(results["acceptance"]["tau"]),
         "speedup": number(results["speedup"], ".2f", "x"), "plain": number(results["plain_tokens_per_second"], ".1f"),
-        "assisted": number(results["tokens_per_second"], ".1f"), "lossless": lossless,
+        "assisted": number(results["tokens_per_second"], ".1f"), "lossless": lossless, "different": different,
         "slow": slow_cases(results["prompts"]), "by_length": tau_by_length(results["prompts"]),
         "repetition": number(results["repetition"], ".0%"), "conditions": shown,
     }  # fmt: skip
@@ -105,31 +104,33 @@ def changed_recipe(recipe: dict) -> str:
             default = field.default if field.default_factory is MISSING else field.default_factory()
             value = recipe.get(field.name)
             plain = value is None or isinstance(value, str | int | float | bool | list | dict)
-            shown = plain and value not in (None, {}, default) and not NOT_IN_RECIPES.fullmatch(field.name)
+            shown = plain and value not in (None, {}, default)
             if shown and str(value) != str(getattr(default, "value", default)):
                 kept[field.name] = value
     return yaml.safe_dump(kept, sort_keys=False, allow_unicode=True).strip()
 
 
 def adaptation(provenance: dict) -> str:
-    """What a LoRA drafter was made of and what it won, or an empty string."""
+    """What a drafter started from, how it was trained and what it won; empty where it started at random."""
     base, recipe = provenance.get("base"), provenance.get("recipe", {})
     if not base:
         return ""
-    kind = " with rsLoRA" if recipe.get("use_rslora") else " with DoRA" if recipe.get("use_dora") else ""
-    lora = f"LoRA{kind}, r {recipe['lora_r']}, alpha {recipe['lora_alpha']}"
-    in_full = recipe.get("lora_modules_to_save")
-    lora += f", and {', '.join(in_full)} in full" if in_full else ""
-    commit = f" at {base['revision']}" if base["revision"] else ""
+    how, commit = "trained in full", f" at {base['revision']}" if base["revision"] else ""
+    if recipe.get("use_peft"):
+        kind = " with rsLoRA" if recipe.get("use_rslora") else " with DoRA" if recipe.get("use_dora") else ""
+        how = f"LoRA{kind}, r {recipe['lora_r']}, alpha {recipe['lora_alpha']}"
+        in_full = recipe.get("lora_modules_to_save")
+        how += f", and {', '.join(in_full)} in full" if in_full else ""
     if base["borrowed_layers"] is not None:
-        return f"layers {base['borrowed_layers']} of the target{commit}, frozen; {lora}"
+        frozen = ", frozen" if recipe.get("use_peft") else ""
+        return f"layers {base['borrowed_layers']} of the target{commit}{frozen}; {how}"
     after = [entry["eval_tau"] for entry in provenance["history"] if "eval_tau" in entry]
     before, after = number(provenance.get("tau_before")), number(after[-1] if after else None)
-    return f"`{base['name_or_path']}`{commit}; {lora}; tau on the same held-out prompts {before} before, {after} after"
+    return f"`{base['name_or_path']}`{commit}; {how}; tau on the same held-out prompts {before} before, {after} after"
 
 
 def render(
-    folder: str | Path, repo: str, revision: str = "main", licence: str = "apache-2.0", small: bool = False
+    folder: str | Path, repo: str, revision: str = "main", licence: str = "apache-2.0", small: dict | None = None
 ) -> ModelCard:
     """The card of a drafter's folder, from its config.json, provenance.json and eval*.json.
 
@@ -137,17 +138,22 @@ def render(
         folder (`str` or `Path`): what `train` and `evaluate` left.
         repo (`str`): `OWNER/NAME` it is or will be published as.
         revision (`str`, *optional*, defaults to `main`): tag or commit for the usage lines.
-        small (`bool`, *optional*): of a LoRA drafter, it is published as the adapter alone.
+        small (`dict`, *optional*): where the adapter is published alone, the `base.json` that goes with it.
 
     Raises:
-        ValueError: the folder is not a drafter's.
+        ValueError: the folder is not a drafter's, or holds an adapter alone.
     """
     folder = Path(folder)
     config = read(folder, "config.json")
+    if config is None and (folder / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{folder} holds an adapter alone, without what a card says of the drafter. Its card is the README.md "
+            "that was published with it (python -m hf_specauf.hub pull); or render the folder that train left"
+        )
     if config is None or not str(config.get("model_type", "")).startswith("specauf_"):
         raise ValueError(f"{folder} is not a drafter's folder: its config.json is missing or of another model type")
     provenance = read(folder, "provenance.json") or {}
-    records = [json.loads(path.read_text()) for path in sorted(folder.glob("eval*.json"))]
+    records = [read(folder, path.name) for path in sorted(folder.glob("eval*.json"))]
     recipe = provenance.get("recipe", {})
     first = records[0] if records else None
     target = config["target_model_name_or_path"] or "unnamed target"
@@ -163,14 +169,14 @@ def render(
     sources = [source["name"] for source in recipe.get("dataset_mixture") or []] or [recipe.get("dataset_name")]
     data = ", ".join(filter(None, sources))
     data_card = [name for name in sources if name and HUB_ID.fullmatch(name)] or None
-    base = provenance.get("base") or {}
-    borrowed = base.get("borrowed_layers") is not None
-    form = "plain" if not small else "borrowed" if borrowed else "adapter"
+    base = small or provenance.get("base") or {}
+    borrowed = config.get("borrowed_layers") or (small and small["borrowed_layers"])
+    form = "borrowed" if borrowed else "adapter" if small else "plain"
     tags = ["speculative-decoding", *kind, "spec-auf", "custom_code", "arxiv:2607.01893", "arxiv:2602.06036"]
     card_data = ModelCardData(
         base_model=base["name_or_path"] if form == "adapter" else target, base_model_relation="adapter",
         library_name="transformers", license=licence,
-        tags=tags + (["lora"] if base else []),
+        tags=tags + (["lora"] if recipe.get("use_peft") else []),
         datasets=data_card, model_name=repo.split("/")[-1], eval_results=eval_results(records) or None,
     )  # fmt: skip
     packages = provenance.get("environment", {}).get("packages", {})
@@ -179,7 +185,8 @@ def render(
     )
     hardware = provenance.get("environment", {}).get("hardware")
     steps = f"{provenance['steps']} steps, {provenance['seconds'] / 60:.0f} minutes" if provenance else NOT_MEASURED
-    rows = f"{data} ({provenance['rows']} rows)" if data else "not recorded"
+    trained_on = f"{data} ({provenance['rows']} rows)" if data else "not recorded"
+    rows = [evaluation_row(record) for record in records]
     size = provenance.get("trainable_parameters")
     parameters = f"{size / 1e6:.1f} M" if size else "not recorded"
     conditions = {} if first is None else first["conditions"]
@@ -187,15 +194,16 @@ def render(
         card_data, template_path=str(TEMPLATE), repo=repo, revision=revision, target=target,
         pinned_target=f', revision="{commit}"' if commit else "", target_revision=commit or "not recorded",
         tau=first and first["acceptance"]["tau"], speedup=first and first["speedup"],
+        faster=first is not None and first["speedup"] > 1 and not rows[0]["different"],
         headline_conditions=f"{conditions.get('prompts')}, temperature {conditions.get('temperature')}, "
         f"{conditions.get('max_new_tokens')} new tokens, {conditions.get('hardware')}",
         chat_template_kwargs=json.dumps(config["chat_template_kwargs"]) if config.get("chat_template_kwargs") else "",
-        tau_definition=TAU_DEFINITION, evaluations=[evaluation_row(record) for record in records],
+        tau_definition=TAU_DEFINITION, evaluations=rows,
         alpha_plot=(folder / "alpha.png").is_file(), layers=config["num_hidden_layers"],
         block_size=config["block_size"], taps=config["target_layer_ids"], mask_token_id=config["mask_token_id"],
         parameters=parameters, dtype=config.get("dtype"),
         objective=f"{objective}, {recipe.get('normalisation')}" if objective else "not recorded",
-        data=rows, training=f"{steps} on {hardware}, seed {recipe['seed']}" if recipe else "not recorded",
+        data=trained_on, training=f"{steps} on {hardware}, seed {recipe['seed']}" if recipe else "not recorded",
         software=versions or "not recorded", recipe=changed_recipe(recipe) if recipe else "",
         form=form, adapted=adaptation(provenance), base=base.get("name_or_path"), base_revision=base.get("revision"),
         domino=config if domino else None,

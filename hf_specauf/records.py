@@ -28,7 +28,39 @@ from huggingface_hub.errors import (
 
 PACKAGES = ("hf-specauf", "torch", "transformers", "peft", "trl", "accelerate", "datasets", "huggingface-hub")
 
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+# Keys that name places, people, tokens or ways of showing, and change nothing in the drafter
+NOT_PUBLIC = re.compile(
+    r"output_dir|run_name|report_to|resume_from_checkpoint|hub_.*|push_to_hub|project|trackio_.*|disable_tqdm|"
+    r".*_logging_dir|save_total_limit|logging_.*|log_level.*|local_rank|_n_gpu|deepspeed_plugin|.*_token"
+)
+
+
+def public(value):
+    """A record without the keys of `NOT_PUBLIC`, and without local paths: a path becomes its last part."""
+    if isinstance(value, dict):
+        return {key: public(part) for key, part in value.items() if not NOT_PUBLIC.fullmatch(key)}
+    if isinstance(value, list):
+        return [public(part) for part in value]
+    if not isinstance(value, str):
+        return value
+    parts = value.split(" + ")  # the sources of a mixture
+    local = [part.startswith(("/", "~", "./", "../")) or os.path.exists(part) for part in parts]
+    return " + ".join(Path(part).name if is_local else part for part, is_local in zip(parts, local))
+
+
+def same_target(record: dict, config, *names: str) -> bool:
+    """Whether what was measured is a drafter's own target: by its weights where they are known, else by its name.
+
+    Args:
+        record (`dict`): an `eval.json`, or its `target` alone.
+        config (`DFlashConfig`): of the drafter.
+        names (`str`): by which the target may be called too.
+    """
+    found = record["target"]
+    if found.get("fingerprint") and config.target_fingerprint:
+        return found["fingerprint"] == config.target_fingerprint
+    return found["name_or_path"] in (config.target_model_name_or_path, *names)
 
 
 def environment() -> dict:

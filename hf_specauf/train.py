@@ -2,6 +2,7 @@
 
 import copy
 import os
+import shutil
 import sys
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -16,12 +17,13 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from .auf_config import AUFConfig
 from .conversations import prepare_rows, show_row
-from .convert import fetch, is_plain, load_drafter
+from .convert import load_drafter
+from .drafters.configuration_domino import DominoConfig
 from .evaluate import compare, evaluation_record, plot_alpha, show
-from .lora import AdapterBase, borrow, fingerprint, finish_adapter
-from .on_policy import on_policy_score, on_policy_words
+from .lora import AdapterBase, borrow, finish_adapter
+from .on_policy import check_settings, on_policy_score, on_policy_words
 from .recipe import DOMINO_KEYS, DataArguments, DrafterArguments, TargetArguments, parse
-from .records import environment, errors_in_one_line, write_record
+from .records import NOT_PUBLIC, environment, errors_in_one_line, write_record
 from .sources import load_rows, take_shares
 from .target import default_mask_token_id, drafter_config, load_target, target_fingerprint, tokenizer_hashes
 from .trainer import AUFTrainer
@@ -52,18 +54,22 @@ def load_data(data: DataArguments) -> tuple[list[Dataset], list[Dataset] | None]
     train = take_shares(train, weights, data.max_train_rows)
     if len(sources) > 1:
         print("mixture: " + ", ".join(f"{len(rows)} rows of {s['name']}" for rows, s in zip(train, sources)))
-    if data.eval_rows and data.eval_dataset_name is not None:
-        rows = load_rows(data.eval_dataset_name, None, data.eval_dataset_split)
+    if data.eval_dataset_name is not None:
+        needed = data.eval_rows if data.dataset_streaming else None
+        rows = load_rows(data.eval_dataset_name, None, data.eval_dataset_split, stream_rows=needed)
         heldout = [rows.select(range(min(data.eval_rows, len(rows))))]
     return train, heldout or None
 
 
 def resolved_recipe(trainer: AUFTrainer, *arguments) -> dict:
-    """Every key of the run with the value it had; tokens left out."""
+    """Every key that decides the drafter, with the value it had."""
     keys = {key: value for part in arguments for key, value in asdict(part).items()}
-    keys |= {key: value for key, value in trainer.args.to_dict().items() if not key.endswith("_token")}
+    keys |= {key: value for key, value in trainer.args.to_dict().items() if not NOT_PUBLIC.fullmatch(key)}
     config = trainer.drafter_config
     return keys | {
+        "drafter": "domino" if trainer.is_domino else "dflash",
+        "num_draft_layers": config.num_hidden_layers,
+        "block_size": config.block_size,
         "mask_token_id": config.mask_token_id,
         "target_layer_ids": config.target_layer_ids,
         "gamma": trainer.gamma,
@@ -71,8 +77,10 @@ def resolved_recipe(trainer: AUFTrainer, *arguments) -> dict:
     }
 
 
-def provenance(recipe: dict, trainer: AUFTrainer, started: datetime, tau_before: float | None) -> dict:
-    """What was run, on what, and what came of it; cards are rendered from it."""
+def provenance(
+    recipe: dict, trainer: AUFTrainer, base: AdapterBase | None, started: datetime, tau_before: float | None
+) -> dict:
+    """What was run, on what, from what, and what came of it; cards are rendered from it."""
     history = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
     return {
         "recipe": recipe,
@@ -87,7 +95,7 @@ def provenance(recipe: dict, trainer: AUFTrainer, started: datetime, tau_before:
         "steps": trainer.state.global_step,
         "rows": sum(row >= 0 for row in trainer.train_dataset["row"]),
         "trainable_parameters": trainer.get_num_trainable_parameters(),
-        "base": None if trainer.adapter_base is None else asdict(trainer.adapter_base),
+        "base": None if base is None else asdict(base),
         "tau_before": tau_before,
         "history": history,
     }
@@ -114,11 +122,8 @@ def resume_folder(args: AUFConfig) -> str | None:
 def start_drafter(
     draft: DrafterArguments, target, tokenizer, revision: str | None, seed: int
 ) -> tuple[PreTrainedModel, AdapterBase | None]:
-    """The drafter to train, fp32, and what an adapter on it would be an adapter of.
-
-    It is a released drafter (`drafter_name_or_path`), or has the target's layers (`init_from_target_layers`), or
-    random weights that depend on the seed alone.
-    """
+    """The drafter to train, fp32, and what it starts from: a released drafter (`drafter_name_or_path`), the target's
+    layers (`init_from_target_layers`), or `None` for random weights, which depend on the seed alone."""
     if draft.drafter_name_or_path is not None:
         return _released_drafter(draft, target, tokenizer, revision)
     layer_ids = draft.init_from_target_layers
@@ -143,18 +148,18 @@ def start_drafter(
     set_seed(seed)
     if not layer_ids:
         return AutoModel.from_config(config, dtype=torch.float32), None
-    base = AdapterBase.of_layers(target, layer_ids) if draft.use_peft else None
-    return borrow(target, config, layer_ids, frozen=draft.use_peft), base
+    return borrow(target, config, layer_ids, frozen=draft.use_peft), AdapterBase.of_layers(target, layer_ids)
 
 
 def _released_drafter(
     draft: DrafterArguments, target, tokenizer, revision: str | None
-) -> tuple[PreTrainedModel, AdapterBase | None]:
-    name = draft.drafter_name_or_path
-    folder, commit = fetch(name, draft.drafter_revision, key="drafter_name_or_path")
-    drafter = load_drafter(folder, target=target, dtype=torch.float32)
+) -> tuple[PreTrainedModel, AdapterBase]:
+    name, revision_of_it = draft.drafter_name_or_path, draft.drafter_revision
+    drafter = load_drafter(name, revision_of_it, target=target, dtype=torch.float32, key="drafter_name_or_path")
     config = drafter.config
+    domino = isinstance(config, DominoConfig)
     shape = {
+        "drafter": "domino" if domino else "dflash", **{key: getattr(config, key) for key in DOMINO_KEYS if domino},
         "num_draft_layers": config.num_hidden_layers, "block_size": config.block_size,
         "target_layer_ids": config.target_layer_ids, "mask_token_id": config.mask_token_id,
         "draft_intermediate_size": config.intermediate_size,
@@ -165,7 +170,6 @@ def _released_drafter(
                 f"{key} is {getattr(draft, key)}, and the drafter {name} has {theirs}: it keeps its shape, so remove "
                 f"{key}"
             )
-    base = AdapterBase(name, commit, fingerprint(drafter.state_dict()), loadable=is_plain(folder))
     special = {
         f"{key}_token_id": getattr(target.generation_config, f"{key}_token_id") for key in ("bos", "eos", "pad")
     }
@@ -175,8 +179,7 @@ def _released_drafter(
         setattr(config, key, value)
     if draft.chat_template_kwargs is not None:
         config.chat_template_kwargs = draft.chat_template_kwargs
-    config._name_or_path = drafter.name_or_path = name if base.loadable else ""
-    return drafter, base if draft.use_peft else None
+    return drafter, AdapterBase.of_drafter(drafter)
 
 
 def announce(trainer: AUFTrainer, target_args: TargetArguments, draft: DrafterArguments) -> None:
@@ -227,6 +230,9 @@ def train(
         chat_template_kwargs=config.chat_template_kwargs, num_proc=data.dataset_num_proc,
         verbose=args.process_index == 0,
     )  # fmt: skip
+    named = [*zip([source["name"] for source in data.sources()], train_rows)]
+    for name, rows in named + ([(data.eval_dataset_name, heldout[0])] if data.eval_dataset_name else []):
+        check_settings(name, rows, tokenizer, config.chat_template_kwargs)
     with args.main_process_first(desc="tokenizing"):
         train_rows = prepare_rows(train_rows, tokenizer, packing=data.packing, **options)
         heldout = None if heldout is None else prepare_rows(heldout, tokenizer, **options | {"verbose": False})
@@ -239,7 +245,7 @@ def train(
         eval_dataset=heldout,
         processing_class=tokenizer,
         peft_config=draft.peft_config(),
-        adapter_base=base,
+        adapter_base=base if draft.use_peft else None,
     )
     if trainer.is_world_process_zero():
         announce(trainer, target_args, draft)
@@ -250,7 +256,7 @@ def train(
             print(f"tau of {draft.drafter_name_or_path} as it is: {tau_before:.2f}")
     score = on_policy_score(trainer.target, trainer.train_dataset)  # on all ranks: the target may be sharded
     if trainer.is_world_process_zero():
-        print(on_policy_words(score, target_args.target_model_name_or_path, data) + "\n")
+        print(on_policy_words(score, target_args, data, config.chat_template_kwargs) + "\n")
     trainer.train(resume_from_checkpoint=resume)
     if trainer.state.global_step < trainer.state.max_steps:
         print(
@@ -262,7 +268,7 @@ def train(
     if heldout is not None and trainer.state.global_step not in evaluated:
         trainer.evaluate()
     recipe = resolved_recipe(trainer, target_args, draft, data)
-    record = provenance(recipe, trainer, started, tau_before) | {"on_policy": score}
+    record = provenance(recipe, trainer, base, started, tau_before) | {"on_policy": score}
     save_final(trainer, target, draft.save_dtype, record)
     if compare_decoding and heldout is not None and args.eval_prompts:
         measure(trainer, data)
@@ -294,15 +300,18 @@ def measure(trainer: AUFTrainer, data: DataArguments) -> None:
 
 def save_final(trainer: AUFTrainer, target, save_dtype: str, record: dict) -> None:
     """The trained drafter in the dtype it will serve in, and `provenance.json`, in the root of `output_dir`; of a LoRA
-    drafter the adapter too, in `adapter/`."""
+    drafter the adapter too, in `adapter/`. What an earlier run measured there is removed."""
     drafter, out = trainer.whole_drafter(), Path(trainer.args.output_dir)
     if trainer.is_world_process_zero():
+        shutil.rmtree(out / "adapter", ignore_errors=True)
+        for path in [*out.glob("eval*.json"), out / "alpha.png"]:
+            path.unlink(missing_ok=True)
         dtype = target.dtype if save_dtype == "auto" else getattr(torch, save_dtype)
         if dtype == torch.float16:  # drafters accept nothing in it
             dtype = torch.bfloat16
         if trainer.adapter_base is not None:
             drafter.save_pretrained(out / "adapter")
-            finish_adapter(out / "adapter", trainer.adapter_base)
+            finish_adapter(out / "adapter", trainer.adapter_base, trainer.drafter_config)
             drafter = copy.deepcopy(drafter).merge_and_unload()
         vars(drafter.config).pop("use_cache", None)
         drafter.to(dtype).save_pretrained(out)

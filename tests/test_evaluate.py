@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -9,8 +10,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import EOS, MASK, PAD, make_drafter, make_target, overfit, random_prompts
-from transformers import set_seed
+from safetensors.torch import save_file
+from test_convert import z_lab
+from transformers import AutoModelForCausalLM, GenerationConfig, set_seed
 
+from hf_specauf import load_drafter
 from hf_specauf.acceptance import TAU_DEFINITION
 from hf_specauf.drafters.modeling_dflash import DFlashDraftModel
 from hf_specauf.evaluate import compare, first_difference, main, near_tie_bound, repetition, transfer_verdict
@@ -75,6 +79,18 @@ def test_compare_stops_at_the_targets_own_end_of_sequence(pair):
         pair.target.generation_config.eos_token_id = None
     assert results["prompts"][0]["new_tokens"] == free.index(end) + 1 < NEW
     assert results["lossless"]["identical"] == 3
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_targets_own_sampling_defaults_do_not_reach_a_measurement(pair, temperature):
+    expected = untimed(strict_json(run(pair, temperature=temperature)))
+    own = pair.target.generation_config
+    shipped = dict(repetition_penalty=1.7, top_p=0.4, top_k=3, temperature=0.5, no_repeat_ngram_size=2, do_sample=True)
+    pair.target.generation_config = GenerationConfig(**own.to_dict() | shipped)
+    try:
+        assert untimed(strict_json(run(pair, temperature=temperature))) == expected
+    finally:
+        pair.target.generation_config = own
 
 
 def test_sampled_outputs_are_measured_but_not_compared(pair):
@@ -248,16 +264,71 @@ def test_what_cannot_be_evaluated_is_one_line_of_advice(folders, tmp_path, more,
 # ---- measure first, then adapt
 
 
-def test_a_drafter_on_another_target_is_told_whether_adapting_is_worth_it(tmp_path):
+def test_a_drafter_on_another_target_is_told_whether_adapting_is_worth_it():
     config = make_drafter(make_target()).config
-    config.target_model_name_or_path = "own/target"
-    assert transfer_verdict({"acceptance": {"tau": 1.5}}, config, "own/target", tmp_path) == ""
-    said = transfer_verdict({"acceptance": {"tau": 1.5}}, config, "a/fine-tune", tmp_path)
-    assert "nothing beside it says what it reached there" in said and "--target_model_name_or_path a/fine-tune" in said
-    measured = {"acceptance": {"tau": 3.0}, "conditions": {"prompts": "p"}, "target": {"name_or_path": "own/target"}}
-    (tmp_path / "eval.json").write_text(json.dumps(measured))
-    said = transfer_verdict({"acceptance": {"tau": 1.5}}, config, "a/fine-tune", tmp_path)
-    assert "reached tau 3.00 there (p). Here it reaches 1.50, so 25% of the accepted tokens are kept" in said
-    assert "worth a try: accelerate launch -m hf_specauf.train" in said and str(tmp_path) in said
-    said = transfer_verdict({"acceptance": {"tau": 2.95}}, config, "a/fine-tune", tmp_path)
-    assert "98% of the accepted tokens" in said and said.endswith("Adapting it has little to win.")
+    config.target_model_name_or_path, config.target_fingerprint = "own/target", "aa"
+
+    def measured(tau, name="a/fine-tune", weights=None, **conditions) -> dict:
+        conditions = dict(prompts="p", max_new_tokens=8, hardware="one") | conditions
+        target = {"name_or_path": name, "fingerprint": weights}
+        return {"acceptance": {"tau": tau}, "conditions": conditions, "target": target, "prompts": [{}]}
+
+    def said(here, there=None) -> str:
+        return transfer_verdict(here, config, there, "adapt it so")
+
+    assert said(measured(1.5, "own/target")) == said(measured(1.5, "/a/copy/of/it", "aa")) == ""
+    assert said(measured(1.5, "own/target", "bb")) != ""  # another commit
+    unknown = (
+        "was trained for own/target, and what it reaches there is not known. Evaluate it on own/target with the same"
+    )
+    own = measured(3.0, "own/target", hardware="another")
+    for reference in (None, measured(3.0, "third/target")):
+        assert unknown in said(measured(1.5), reference) and said(measured(1.5), reference).endswith("adapt it so")
+    found = said(measured(1.5), own)
+    assert "reached tau 3.00 there (p). Here it reaches 1.50, so 25% of the accepted tokens are kept" in found
+    assert found.endswith("Adapting is worth a try: adapt it so")
+    found = said(measured(2.95), own)
+    assert "98% of the accepted tokens" in found and found.endswith("Adapting it has little to win.")
+    found = said(measured(2.95, max_new_tokens=64, prompts="q"), own)
+    assert "differed (max_new_tokens 8 there, 64 here; prompts p there, q here)" in found
+    assert "with the same prompts" in found and "little to win" not in found
+    assert "2 here" in said(measured(2.95) | {"prompts": [{}, {}]}, own)
+    config.target_model_name_or_path = config.target_fingerprint = None  # as of a z-lab folder
+    assert "does not say which target it was trained for" in said(measured(1.5), own)
+
+
+def test_measuring_on_another_target_leaves_what_the_drafter_reached_on_its_own(folders, tmp_path, capsys):
+    own, fine_tune = tmp_path / "drafter", tmp_path / "fine-tune"
+    shutil.copytree(folders / "drafter", own)
+    shutil.copytree(folders / "target", fine_tune)
+    config = json.loads((own / "config.json").read_text()) | {"target_model_name_or_path": "own/target"}
+    (own / "config.json").write_text(json.dumps(config))
+    main(arguments(folders, own, drafter=own))  # under another name, and the same weights
+    assert "was trained for" not in capsys.readouterr().out
+    before = (own / "eval.json").read_text()
+    target = AutoModelForCausalLM.from_pretrained(fine_tune)
+    target.model.norm.weight.data[0] += 1
+    target.save_pretrained(fine_tune)
+    with pytest.raises(SystemExit, match="is the drafter's own folder.*give another --out"):
+        main(arguments(folders, own, drafter=own, target=fine_tune))
+    assert (own / "eval.json").read_text() == before
+    main(arguments(folders, tmp_path / "out", drafter=own, target=fine_tune))
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "This drafter was trained for own/target and reached tau" in printed
+    record = json.loads((tmp_path / "out/eval.json").read_text())
+    assert record["target"]["fingerprint"] not in (None, json.loads(before)["target"]["fingerprint"])
+
+
+def test_the_suggested_command_names_the_drafter_as_it_was_given(folders, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(folders)
+    folder, drafter = tmp_path / "z-lab", load_drafter(folders / "drafter")
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(z_lab(drafter)))
+    save_file(drafter.state_dict(), folder / "model.safetensors")
+    name = os.path.relpath(folder)
+    words = arguments(folders, tmp_path / "out", target="target")
+    words[words.index("--drafter") + 1] = name
+    main(words)
+    printed = "".join(capsys.readouterr().out.split())
+    assert "doesnotsaywhichtargetitwastrainedfor" in printed
+    assert f"--drafter_name_or_path{name}--target_model_name_or_pathtarget--dataset_nameYOUR_DATA" in printed

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,12 +11,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import BASE, ROOT, make_domino, make_drafter, make_target, random_prompts
+from huggingface_hub import constants
+from huggingface_hub.errors import RepositoryNotFoundError
 from loopback_hub import LoopbackHub
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from hf_specauf.hub import check, check_reload, find_secrets, stage, without_paths
-from hf_specauf.model_card import validate
+from hf_specauf.hub import check, check_reload, check_same, find_secrets, outputs_of, stage
+from hf_specauf.model_card import main as card_command
+from hf_specauf.model_card import render, validate
+from hf_specauf.records import public
 from hf_specauf.train import main as train
 
 PUBLISHED = {
@@ -119,6 +124,17 @@ def published(trained, hub, run):
     return SimpleNamespace(repository=repository, commit=commit, words=words)
 
 
+@pytest.fixture
+def online(hub, trained, monkeypatch, tmp_path_factory):
+    """This process's client talks to the Hub of the tests, as a reader."""
+    monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path_factory.mktemp("hub-cache")))
+
+
 def contents(repository, revision="main") -> dict[str, bytes]:
     files = repository.files(repository.resolve(revision))
     return {path: (repository.folder / "blobs" / entry["sha256"]).read_bytes() for path, entry in files.items()}
@@ -159,6 +175,17 @@ def test_the_same_folder_again_makes_no_commit(published, run):
     code, printed = run("-m", "hf_specauf.hub", "push", *published.words)
     assert code == 0, printed
     assert len(published.repository.history("main")) == before
+
+
+def test_a_tag_is_never_left_on_another_drafter_than_its_card_describes(published, trained, run, tmp_path):
+    changed = tmp_path / "changed"
+    shutil.copytree(trained, changed)
+    record = json.loads((changed / "eval.json").read_text())
+    (changed / "eval.json").write_text(json.dumps(record | {"repetition": 0.5}))
+    words = ["--repo", "alice/drafter", "--target", "alice/target", "--drafter", str(changed), "--tag"]
+    code, printed = run("-m", "hf_specauf.hub", "push", *words, "v1")
+    assert code == 1 and "error: the tag v1 of alice/drafter exists and holds another" in printed.splitlines()[-1]
+    assert published.repository.resolve("main") == published.commit
 
 
 def test_three_ways_to_load_generate_the_targets_own_text(published, run, tmp_path):
@@ -284,7 +311,9 @@ def test_recipe_pushes_checkpoints_and_the_finished_drafter(files, run, hub, tra
     assert config["target_revision"] == hub.repository("alice/target").resolve("main")
 
 
-def test_domino_drafter_trained_published_and_used_by_custom_generate_without_the_package(files, run, hub, trained):
+def test_domino_drafter_and_an_adapter_on_it_are_published_and_used_without_the_package(
+    files, run, hub, trained, lora
+):
     out = files / "domino"
     target = AutoModelForCausalLM.from_pretrained(files / "target", dtype=torch.float64)
     prompts = random_prompts(6, 9)
@@ -305,6 +334,7 @@ def test_domino_drafter_trained_published_and_used_by_custom_generate_without_th
     assert 'custom_generate="alice/domino",\n    revision="v1"' in card and "speculation_type" not in card
     assert "arxiv:2605.29707" in card and "B-AUF (Accept-Until-Fail)" in card and "drafter: domino" in card
     assert "| causal head | state 12, rank 8, 1 uncorrected, shift_label True |" in card
+    run_snippets(run, card, 2)
     code, printed = run("-c", CUSTOM_GENERATE.format(prompt=prompts[:1].tolist()), user=None)
     assert code == 0, printed
     module, plain, *assisted, passes, refused = json.loads(
@@ -314,6 +344,13 @@ def test_domino_drafter_trained_published_and_used_by_custom_generate_without_th
     assert plain == assisted[0] == assisted[1] and len(plain) > 9
     assert "custom_generate=" in refused
     assert passes < 2 * (len(plain) - 9)  # drafts were accepted
+    adapted = lora("adapted-domino", drafter_name_or_path=out, objective="b_auf")
+    words = ["--drafter", str(adapted), "--repo", "alice/adapted-domino", "--target", "alice/target", "--small"]
+    code, printed = run("-m", "hf_specauf.hub", "push", *words, "--base", "alice/domino", "--base-revision", "v1")
+    assert code == 0, printed
+    found = contents(hub.repository("alice/adapted-domino"))
+    assert "adapter_model.safetensors" in found and "model.safetensors" not in found
+    run_snippets(run, found["README.md"].decode(), 2)
 
 
 # ---- LoRA drafters
@@ -335,6 +372,29 @@ sys.modules["hf_specauf"] = None
 from peft import PeftModel
 base = AutoModel.from_pretrained("alice/drafter", revision="v1", trust_remote_code=True, dtype=torch.float64)
 drafter = PeftModel.from_pretrained(base, "alice/adapted").merge_and_unload()
+"""
+
+
+SMALL = ["--base", "alice/drafter", "--base-revision", "v1", "--small"]
+SWITCH = """
+import json, torch
+from transformers import AutoModelForCausalLM
+from hf_specauf import add_adapter, load_drafter
+target = AutoModelForCausalLM.from_pretrained("alice/target", dtype=torch.float64)
+drafter = load_drafter("alice/drafter", "v1", dtype="float64")
+drafter = add_adapter(drafter, "alice/adapted", "one", revision="main")
+drafter = add_adapter(drafter, "alice/adapted-more", "two")
+prompt, noise, context = torch.tensor({prompt}), torch.ones(1, 4, 32).double(), torch.ones(1, 9, 64).double()
+keys = dict(max_new_tokens=24, do_sample=False)
+plain = target.generate(prompt, **keys)[0].tolist()
+outputs, drafts = [], []
+for name in ("one", "two", "one", "two"):
+    drafter.set_adapter(name)
+    more = dict(assistant_model=drafter, speculation_type="dflash")
+    outputs.append(target.generate(prompt, **keys, **more)[0].tolist())
+    with torch.no_grad():
+        drafts.append(drafter(noise, context).last_hidden_state.flatten().tolist())
+print(json.dumps([plain, outputs, drafts]))
 """
 
 
@@ -362,14 +422,27 @@ def loads(run, load: str) -> float:
     return number
 
 
-def test_adapter_is_published_alone_or_merged_and_pins_its_base(published, trained, lora, run, hub):
+def run_snippets(run, card: str, expected: int) -> None:
+    """Run a card's usage lines as they are printed, with the package and without it, as a stranger."""
+    snippets = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    assert len(snippets) == expected
+    for snippet, before in zip(snippets, ("", "import sys\nsys.modules['hf_specauf'] = None\n")):
+        after = "\nplain = target.generate(**inputs, max_new_tokens=128)\nprint('same', output.equal(plain))"
+        code, printed = run("-c", before + snippet + after, user=None)
+        assert code == 0 and "same True" in printed, printed
+
+
+def test_usage_lines_of_a_whole_drafter_run_as_printed(published, run):
+    run_snippets(run, contents(published.repository, "v1")["README.md"].decode(), 2)
+
+
+def test_adapter_is_published_alone_or_merged_and_pins_its_base(published, trained, lora, run, hub, tmp_path):
     out = lora("adapted", drafter_name_or_path=trained)
     push = ["-m", "hf_specauf.hub", "push", "--drafter", str(out), "--target", "alice/target", "--repo"]
     code, printed = run(*push, "alice/adapted", "--small")
     assert code == 1 and "was adapted from the local path" in printed and "--base OWNER/NAME" in printed
-    base = ["--base", "alice/drafter", "--base-revision", "v1"]
-    for repo, small in (("alice/adapted", ["--small"]), ("alice/adapted-merged", [])):
-        code, printed = run(*push, repo, *base, *small)
+    for repo, small in (("alice/adapted", SMALL), ("alice/adapted-merged", SMALL[:-1])):
+        code, printed = run(*push, repo, *small)
         assert code == 0, printed
     found = contents(hub.repository("alice/adapted"))
     assert set(found) == {
@@ -379,7 +452,12 @@ def test_adapter_is_published_alone_or_merged_and_pins_its_base(published, train
     assert set(contents(hub.repository("alice/adapted-merged"))) == PUBLISHED
     config = json.loads(found["adapter_config.json"])
     assert (config["base_model_name_or_path"], config["revision"]) == ("alice/drafter", published.commit)
+    base = json.loads(found["base.json"])
+    target = hub.repository("alice/target").resolve("main")
+    known = {"target_model_name_or_path": "alice/target", "target_revision": target}
+    assert known.items() <= base["trained_for"].items() and base["trained_for"]["target_fingerprint"]
     card = found["README.md"].decode()
+    run_snippets(run, card, 2)
     assert "base_model: alice/drafter" in card and 'load_drafter("alice/adapted", revision="main")' in card
     assert f"| adapted from | `alice/drafter` at {published.commit}; LoRA, r 4, alpha 32; tau on the same" in card
     assert re.search(r"held-out prompts \d\.\d\d before, \d\.\d\d after", card)
@@ -390,9 +468,31 @@ def test_adapter_is_published_alone_or_merged_and_pins_its_base(published, train
         loads(run, STRANGER),
     ]
     assert sums == pytest.approx([sums[0]] * 3, rel=1e-5)
+    code, printed = run("-m", "hf_specauf.hub", "pull", "--repo", "alice/adapted", "--into", str(tmp_path / "pulled"))
+    assert code == 0, printed
+    with pytest.raises(SystemExit, match="holds an adapter alone.*README.md"):
+        card_command(["render", str(tmp_path / "pulled"), "--repo", "alice/adapted"])
+    # and another one on the same base, switched with the first between calls
+    out = lora("adapted-more", drafter_name_or_path=trained, seed=8)
+    push[push.index("--drafter") + 1] = str(out)
+    code, printed = run(*push, "alice/adapted-more", *SMALL)
+    assert code == 0, printed
+    code, printed = run("-c", SWITCH.format(prompt=random_prompts(1, 9).tolist()), user=None)
+    assert code == 0, printed
+    plain, outputs, drafts = json.loads(next(line for line in printed.splitlines() if line.startswith("[")))
+    assert outputs == [plain] * 4 and len(plain) > 9
+    assert drafts[0] == drafts[2] and drafts[1] == drafts[3] and drafts[0] != drafts[1]
 
 
-def test_borrowed_drafter_is_published_small_and_rebuilt_from_the_target_alone(published, lora, run, hub):
+def test_a_drafter_trained_further_in_full_names_what_it_started_from(published, lora, online, tmp_path):
+    keys = dict(drafter_name_or_path="alice/drafter", drafter_revision="v1", use_peft=None, lora_r=None)
+    out = lora("warm", **keys)
+    text = render(out, "alice/warm").text
+    assert f"| adapted from | `alice/drafter` at {published.commit}; trained in full; tau on the same held-out" in text
+    assert "lora" not in render(out, "alice/warm").data.tags
+
+
+def test_borrowed_drafter_is_published_small_and_rebuilt_from_the_target_alone(published, lora, run, hub, tmp_path):
     out = lora("borrowed", init_from_target_layers="1 6", num_draft_layers=None)
     push = ["-m", "hf_specauf.hub", "push", "--drafter", str(out), "--target", "alice/target", "--repo"]
     code, printed = run(*push, "alice/borrowed", "--small")
@@ -402,8 +502,13 @@ def test_borrowed_drafter_is_published_small_and_rebuilt_from_the_target_alone(p
     assert "adapter_config.json" not in found  # in the root it would attach to the target
     assert json.loads(found["adapter/base.json"])["name_or_path"] == "alice/target"
     card = found["README.md"].decode()
+    run_snippets(run, card, 1)
     assert 'from_target(target, "alice/borrowed", revision="main")' in card and "trust_remote_code" not in card
     rebuilt = loads(run, PACKAGE + "from_target(target, 'alice/borrowed').double()")
+    code, printed = run("-m", "hf_specauf.hub", "pull", "--repo", "alice/borrowed", "--into", str(tmp_path))
+    assert code == 0, printed
+    assert "layers [1, 6] of the target" in render(tmp_path, "alice/borrowed").text
+    assert 'from_target(target, "alice/borrowed"' in render(tmp_path, "alice/borrowed").text
     code, printed = run(*push, "alice/borrowed-merged")
     assert code == 0, printed
     merged = loads(run, PACKAGE + "load_drafter('alice/borrowed-merged').double()")
@@ -426,18 +531,88 @@ def folder(trained, tmp_path):
     for path in trained.iterdir():
         if path.is_file():
             (tmp_path / path.name).write_bytes(path.read_bytes())
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"target_model_name_or_path": "alice/target"}))
+    rename_target(tmp_path, "alice/target")
     return tmp_path
 
 
-def test_check_names_what_would_be_published_and_changes_nothing(folder):
+def test_check_names_what_would_be_published_and_changes_nothing(folder, online):
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert set(check(folder)) == PUBLISHED - {".gitattributes"}
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
-def test_local_target_missing_evaluation_and_pickles_are_refused(folder, trained):
+def rename_target(folder, name) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"target_model_name_or_path": name}))
+
+
+def test_a_target_that_the_hub_does_not_have_is_refused(folder, online):
+    for path in ("../target", "./target", "target"):
+        rename_target(folder, path)
+        with pytest.raises(ValueError, match="target is the local path.*--target OWNER/NAME"):
+            check(folder)
+    rename_target(folder, "models/ft")  # a folder on another machine
+    with pytest.raises(RepositoryNotFoundError):
+        check(folder)
+
+
+def test_no_network_ends_the_check_in_one_line(folder, run):
+    code, printed = run("-m", "hf_specauf.hub", "check", str(folder), HF_ENDPOINT="http://127.0.0.1:9")
+    assert code == 1 and "Traceback" not in printed
+    assert "cannot be reached" in printed.splitlines()[-1]
+
+
+def test_what_was_measured_on_another_target_is_not_published(folder, online):
+    record = json.loads((folder / "eval.json").read_text())
+    other = record | {"target": record["target"] | {"fingerprint": "0" * 16, "name_or_path": "a/fine-tune"}}
+    (folder / "eval_other.json").write_text(json.dumps(other))
+    with pytest.raises(ValueError, match="eval_other.json was measured on a/fine-tune, and the drafter's target is"):
+        check(folder)
+    del other["target"]["fingerprint"]
+    (folder / "eval_other.json").write_text(json.dumps(other))
+    with pytest.raises(ValueError, match="eval_other.json was measured on a/fine-tune"):
+        check(folder)
+    other["target"]["name_or_path"] = "alice/target"
+    (folder / "eval_other.json").write_text(json.dumps(other))
+    assert "eval_other.json" in check(folder)
+
+
+def test_a_card_rendered_by_itself_names_no_folder_of_its_maker(trained, files, tmp_path):
+    card_command(["render", str(trained), "--repo", "alice/drafter", "--out", str(tmp_path / "card.md")])
+    text = (tmp_path / "card.md").read_text()
+    assert (
+        str(files) not in text and "dataset_name: text.jsonl" in text and "target_model_name_or_path: target" in text
+    )
+
+
+def test_a_drafter_trained_anew_is_not_published_with_what_the_one_before_reached(files, trained, tmp_path):
+    (tmp_path / "adapter").mkdir()
+    for name in ("eval.json", "eval_mine.json", "alpha.png", "adapter/base.json"):
+        (tmp_path / name).write_text("{}")
+    keys = dict(target_model_name_or_path=files / "target", dataset_name=files / "text.jsonl", output_dir=tmp_path)
+    keys |= BASE | dict(eval_prompts=0, max_steps=1)
+    train([word for key, value in keys.items() for word in (f"--{key}", *str(value).split())])
+    assert {path.name for path in tmp_path.iterdir()} >= {"config.json", "model.safetensors", "provenance.json"}
+    assert not [*tmp_path.glob("eval*.json"), *tmp_path.glob("alpha.png"), *tmp_path.glob("adapter")]
+
+
+def test_rounding_of_bf16_is_the_same_drafter_and_other_weights_are_not(tmp_path):
+    drafter = make_drafter(make_target(dtype=torch.float32), layers=5, dtype=torch.bfloat16)
+    elsewhere, other = (make_drafter(make_target(dtype=torch.float32), layers=5, dtype=torch.bfloat16) for _ in "ab")
+    generator = torch.Generator().manual_seed(0)
+    for weight in elsewhere.parameters():  # one in ten rounded the other way
+        last_bit = torch.rand(weight.shape, generator=generator) < 0.1
+        weight.data = (weight.data.view(torch.int16) + last_bit.short()).view(torch.bfloat16)
+    check_same(drafter, outputs_of(elsewhere), "made elsewhere")
+    with pytest.raises(ValueError, match="gives other outputs"):
+        check_same(drafter.float(), outputs_of(elsewhere.float()), "made elsewhere")
+    drafter.bfloat16()
+    other.fc.weight.data += 0.1 * other.fc.weight.data.std()
+    with pytest.raises(ValueError, match="gives other outputs"):
+        check_same(drafter, outputs_of(other), "another")
+
+
+def test_local_target_missing_evaluation_and_pickles_are_refused(folder, trained, online):
     with pytest.raises(ValueError, match="target is the local path.*--target OWNER/NAME"):
         check(trained)
     torch.save({}, folder / "pytorch_model.bin")
@@ -477,7 +652,7 @@ def test_a_causal_head_that_reloads_otherwise_is_refused(tmp_path):
         check_reload(drafter, tmp_path)
 
 
-def test_secrets_in_text_are_found_and_refused(folder, tmp_path, monkeypatch):
+def test_secrets_in_text_are_found_and_refused(folder, online, tmp_path, monkeypatch):
     monkeypatch.setattr("getpass.getuser", lambda: "grace")
     (tmp_path / "into").mkdir()
     record = json.loads((folder / "eval.json").read_text())
@@ -491,6 +666,8 @@ def test_secrets_in_text_are_found_and_refused(folder, tmp_path, monkeypatch):
 
 def test_paths_and_tokens_leave_a_record():
     record = {"data": "/home/grace/rows.jsonl", "hub_token": "x", "output_dir": "out", "nested": [{"p": "../a/b.txt"}]}
-    assert without_paths(record | {"id": "Qwen/Qwen3-8B"}) == {
-        "data": "rows.jsonl", "nested": [{"p": "b.txt"}], "id": "Qwen/Qwen3-8B"
+    record |= {"id": "Qwen/Qwen3-8B", "mixed": "org/data + /mnt/x.jsonl + a/b", "hub_model_id": "me/x", "why": "a + b"}
+    assert public(record) == {
+        "data": "rows.jsonl", "nested": [{"p": "b.txt"}], "id": "Qwen/Qwen3-8B", "mixed": "org/data + x.jsonl + a/b",
+        "why": "a + b",
     }  # fmt: skip

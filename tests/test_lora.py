@@ -5,16 +5,17 @@ import shutil
 
 import pytest
 import torch
-from conftest import BASE, MASK, SHAPE, make_drafter, make_target, overfit, random_prompts
+from conftest import BASE, MASK, SHAPE, load_rows_file, make_drafter, make_target, overfit, random_prompts
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_convert import z_lab
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from hf_specauf import DFlashDraftModel, add_adapter, attach, from_target, load_drafter
+from hf_specauf import AUFConfig, AUFTrainer, DFlashDraftModel, add_adapter, attach, from_target, load_drafter
 from hf_specauf.lora import AdapterBase, borrow, finish_adapter
+from hf_specauf.model_card import changed_recipe
 from hf_specauf.recipe import DrafterArguments
-from hf_specauf.target import drafter_config
+from hf_specauf.target import drafter_config, target_fingerprint
 from hf_specauf.train import main
 
 LORA = dict(use_peft="true", lora_r=4, learning_rate=0.05)
@@ -38,7 +39,7 @@ def adapter_on(drafter, folder, seed=0, **keys):
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3)
     model.save_pretrained(folder)
-    finish_adapter(folder, base)
+    finish_adapter(folder, base, drafter.config)
     return model.unload()
 
 
@@ -78,11 +79,7 @@ def test_adapt_trains_an_adapter_and_leaves_the_merged_drafter_beside_it(command
 
 
 def test_a_z_lab_drafter_is_adapted_and_its_adapter_attaches_to_nothing_by_itself(command, base, tmp_path):
-    folder = tmp_path / "z-lab"
-    folder.mkdir()
-    drafter = load_drafter(base)
-    (folder / "config.json").write_text(json.dumps(z_lab(drafter)))
-    save_file(drafter.state_dict(), folder / "model.safetensors")
+    folder, drafter = z_lab_folder(base, tmp_path), load_drafter(base)
     main(command(drafter_name_or_path=folder, **LORA))
     out = tmp_path / "out"
     config = json.loads((out / "config.json").read_text())
@@ -93,6 +90,80 @@ def test_a_z_lab_drafter_is_adapted_and_its_adapter_attaches_to_nothing_by_itsel
         AutoModel.from_pretrained(out / "adapter")  # AutoModel would take the base for a plain Qwen3
     found, merged = load_drafter(out / "adapter").state_dict(), load_drafter(out).state_dict()
     assert all(torch.equal(found[name], merged[name]) for name in merged)
+
+
+@pytest.fixture
+def fine_tune(files, tmp_path):
+    """The target's folder after a fine-tune: other weights, and another chat template."""
+    target, tokenizer = (kind.from_pretrained(files / "target") for kind in (AutoModelForCausalLM, AutoTokenizer))
+    for parameter in target.parameters():
+        parameter.data += 0.01 * torch.randn_like(parameter)
+    tokenizer.chat_template = "{# of the fine-tune #}" + tokenizer.chat_template
+    for part in (target, tokenizer):
+        part.save_pretrained(tmp_path / "fine-tune")
+    return tmp_path / "fine-tune"
+
+
+def test_an_adapter_knows_the_target_it_was_adapted_to_and_not_its_bases(
+    command, base, files, fine_tune, tmp_path, recwarn
+):
+    keys = dict(target_model_name_or_path=fine_tune, chat_template_kwargs='{"shout":true}', data="chat")
+    main(command(drafter_name_or_path=base, save_steps=3, **LORA, **keys))
+    targets = {folder: AutoModelForCausalLM.from_pretrained(folder) for folder in (files / "target", fine_tune)}
+    whole = load_drafter(tmp_path / "out").config
+    assert whole.target_fingerprint == target_fingerprint(targets[fine_tune])
+    assert whole.chat_template_hash != load_drafter(base).config.chat_template_hash
+    out = tmp_path / "out"
+    on_its_base = add_adapter(load_drafter(base), out / "adapter")
+    for found in (load_drafter(out / "adapter"), load_drafter(out / "checkpoint-3"), on_its_base):
+        config = found.config
+        assert config.target_model_name_or_path == str(fine_tune) and config.chat_template_kwargs == {"shout": True}
+        for key in ("target_fingerprint", "tokenizer_hash", "chat_template_hash", "eos_token_id", "pad_token_id"):
+            assert getattr(config, key) == getattr(whole, key), key
+        recwarn.clear()
+        attach(targets[fine_tune], found).detach()
+        assert not [w for w in recwarn if "may accept little" in str(w.message)]
+        with pytest.warns(UserWarning, match=f"it was trained for {fine_tune}, and the target .* has other weights"):
+            attach(targets[files / "target"], found).detach()
+
+
+def test_trainer_by_itself_records_a_z_lab_base_as_one_that_automodel_cannot_load(
+    base, text_target, tokenizer, files, tmp_path
+):
+    folder = z_lab_folder(base, tmp_path)
+    rows = files / "text.jsonl"
+    drafter = load_drafter(folder, dtype="float32")
+    args = AUFConfig(
+        output_dir=str(tmp_path / "out"), max_steps=1, use_cpu=True, anchors_per_row=4, max_length=96,
+        per_device_train_batch_size=2, disable_tqdm=True, report_to="none",
+    )  # fmt: skip
+    target = AutoModelForCausalLM.from_pretrained(files / "target")
+    trainer = AUFTrainer(
+        model=drafter, target_model=target, args=args, train_dataset=load_rows_file(rows),
+        processing_class=tokenizer, peft_config=LoraConfig(r=2, target_modules="all-linear"),
+    )  # fmt: skip
+    assert (trainer.adapter_base.name_or_path, trainer.adapter_base.loadable) == (str(folder), False)
+    trainer.train()
+    trainer.save_model()
+    config = json.loads((tmp_path / "out/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] is None
+    assert type(load_drafter(tmp_path / "out")) is DFlashDraftModel
+
+
+def z_lab_folder(base, tmp_path):
+    """The base drafter in z-lab's layout."""
+    folder, drafter = tmp_path / "z-lab", load_drafter(base)
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(z_lab(drafter)))
+    save_file(drafter.state_dict(), folder / "model.safetensors")
+    return folder
+
+
+def test_dtypes_may_be_names(base, files, tmp_path):
+    adapter_on(load_drafter(base), tmp_path / "a")
+    for folder in (base, tmp_path / "a", z_lab_folder(base, tmp_path)):
+        for name in ("float32", "bfloat16"):
+            assert load_drafter(folder, dtype=name).dtype == getattr(torch, name)
 
 
 def test_unmerged_and_merged_give_the_same_drafts(base, tmp_path):
@@ -183,10 +254,12 @@ def test_borrowed_layers_are_the_targets_and_only_the_rest_is_trained(command, f
     assert any("lora_" in name for name in tensors) and any(name.endswith("fc.weight") for name in tensors)
     merged = load_drafter(out)
     assert merged.config.num_hidden_layers == 2 and merged.config.borrowed_layers is None
-    for folder in (out / "checkpoint-3",):
+    for folder in (out / "checkpoint-3", out / "adapter"):
         for rebuilt in (from_target(target, folder), load_drafter(folder, target=target)):
             for name, tensor in rebuilt.state_dict().items():
                 torch.testing.assert_close(tensor, merged.state_dict()[name])
+            assert rebuilt.config.target_fingerprint == merged.config.target_fingerprint
+    assert from_target(target, out / "adapter", dtype="bfloat16").dtype == torch.bfloat16
     # nothing may attach itself to the target, or load without it
     assert json.loads((out / "checkpoint-3/adapter_config.json").read_text())["base_model_name_or_path"] is None
     with pytest.raises(ValueError, match=r"borrows layers \[1, 6\].*hf_specauf.from_target"):
@@ -198,6 +271,51 @@ def test_borrowed_layers_are_the_targets_and_only_the_rest_is_trained(command, f
     target.get_submodule("model.layers.6.mlp.up_proj").weight.data[0, 0] += 1
     with pytest.raises(ValueError, match=r"borrows layers \[1, 6\] of .*, and this target's layers are other weights"):
         from_target(target, out / "checkpoint-3")
+
+
+def test_a_domino_drafter_on_borrowed_layers_is_rebuilt_with_the_head_it_was_trained_with(command, files, tmp_path):
+    keys = {key: value for key, value in BASE.items() if key != "num_draft_layers"}
+    keys |= dict(drafter="domino", objective="b_auf", gru_hidden_dim=12, emb_dim=8)
+    main(command(base=keys, init_from_target_layers="6", **LORA))
+    merged = load_drafter(tmp_path / "out").state_dict()
+    target = AutoModelForCausalLM.from_pretrained(files / "target")
+    rebuilt = from_target(target, tmp_path / "out/adapter").state_dict()
+    assert {"prefix_gru.weight_hh_l0", "embed_proj.2.weight"} <= set(rebuilt)
+    for name, tensor in rebuilt.items():
+        torch.testing.assert_close(tensor, merged[name])
+    with pytest.raises(ValueError, match="lora_modules_to_save lacks prefix_gru, embed_proj"):
+        DrafterArguments(drafter="domino", use_peft=True, init_from_target_layers=[1], lora_modules_to_save=["fc"])
+    with pytest.raises(ValueError, match="lora_modules_to_save lacks fc"):
+        DrafterArguments(use_peft=True, init_from_target_layers=[1], lora_modules_to_save=["norm"])
+
+
+def test_a_rebuilt_drafter_never_has_weights_that_were_not_saved(tmp_path):
+    target = make_target(dtype=torch.float16)
+    target.loaded_commit = None
+    base = AdapterBase.of_layers(target, [1, 3])
+    for saved in (["fc"], None):
+        drafter = borrow(target, config_for(target), [1, 3], frozen=True)
+        lora = LoraConfig(target_modules="all-linear", modules_to_save=saved)
+        get_peft_model(drafter, lora).save_pretrained(tmp_path)
+        finish_adapter(tmp_path, base, drafter.config)
+        if saved:  # not in the target's fp16, in which drafters accept nothing
+            assert from_target(target, tmp_path).dtype == torch.bfloat16
+    with pytest.raises(ValueError, match=r"neither borrowed nor in the adapter.*fc.weight.*modules_to_save"):
+        from_target(target, tmp_path)
+
+
+def test_layers_of_a_quantised_target_are_not_borrowed():
+    target = make_target(dtype=torch.float32)
+    target.model.layers[3].mlp.up_proj.weight = torch.nn.Parameter(
+        torch.ones(64, 32, dtype=torch.int8), requires_grad=False
+    )
+    assert borrow(target, config_for(target), [0, 1], frozen=True) is not None
+    for frozen in (True, False):
+        with pytest.raises(ValueError, match=r"layers of this target are quantised .*mlp.up_proj.weight is .*int8"):
+            borrow(target, config_for(target), [1, 3], frozen=frozen)
+    target.is_quantized = True  # fp8 codes are floating point numbers too
+    with pytest.raises(ValueError, match="quantised"):
+        AdapterBase.of_layers(target, [0, 1])
 
 
 def test_borrowed_layers_start_as_the_targets(capsys):
@@ -246,6 +364,7 @@ def test_layers_that_share_nothing_and_layers_that_are_not_there_are_refused():
         (dict(use_dora=True), "use_dora would be ignored"),
         (dict(drafter_revision="main"), "without drafter_name_or_path"),
         (dict(drafter_name_or_path="a/b", init_from_target_layers=[1]), "two starts"),
+        (dict(drafter_name_or_path="a/b", emb_dim=8), "emb_dim: of Domino's causal head"),
     ],
 )
 def test_keys_that_say_nothing_are_refused(keys, said):
@@ -259,6 +378,7 @@ def test_keys_that_say_nothing_are_refused(keys, said):
         (dict(block_size=8), "block_size is 8, and the drafter .* has 4"),
         (dict(target_layer_ids="0 3"), "target_layer_ids is"),
         (dict(mask_token_id=3), "mask_token_id is 3"),
+        (dict(drafter="domino"), "drafter is domino, and the drafter .* has dflash"),
     ],
 )
 def test_a_released_drafter_keeps_its_shape(command, base, keys, said):
@@ -268,7 +388,30 @@ def test_a_released_drafter_keeps_its_shape(command, base, keys, said):
 
 def test_warm_start_trains_the_released_drafter_in_full(command, base, tmp_path):
     main(command(drafter_name_or_path=base, max_steps=1))
+    record = json.loads((tmp_path / "out/provenance.json").read_text())
+    assert record["base"]["name_or_path"] == str(base) and record["tau_before"] >= 1
     before, after = load_drafter(base).state_dict(), load_drafter(tmp_path / "out").state_dict()
     assert before.keys() == after.keys() and not torch.equal(before["fc.weight"], after["fc.weight"])
     assert not (tmp_path / "out/adapter").exists()
     torch.testing.assert_close(before["fc.weight"], after["fc.weight"], atol=2e-3, rtol=0)  # one step away
+
+
+@pytest.mark.parametrize("kind", ["dflash", "domino"])
+def test_the_recorded_recipe_parses_and_makes_the_same_drafter_again(command, tmp_path, kind):
+    own = dict(num_draft_layers=2, block_size=6) | dict(learning_rate=0.05)
+    if kind == "domino":
+        own |= dict(drafter="domino", gru_hidden_dim=12, emb_dim=8, objective="b_auf")
+    main(command(output_dir=tmp_path / "base", **own))
+    keys = {key: value for key, value in BASE.items() if key not in ("num_draft_layers", "block_size")}
+    more = dict(objective="b_auf") if kind == "domino" else {}
+    main(command(base=keys, drafter_name_or_path=tmp_path / "base", **LORA, **more))
+    recipe = json.loads((tmp_path / "out/provenance.json").read_text())["recipe"]
+    assert (recipe["drafter"], recipe["num_draft_layers"], recipe["block_size"]) == (kind, 2, 6)
+    (tmp_path / "recipe.yaml").write_text(changed_recipe(recipe))
+    main(
+        ["--config", str(tmp_path / "recipe.yaml"), "--output_dir", str(tmp_path / "again"), "--disable_tqdm", "true"]
+    )
+    first, again = (load_drafter(tmp_path / name).state_dict() for name in ("out", "again"))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    with pytest.raises(SystemExit, match="emb_dim is 4, and the drafter" if kind == "domino" else "drafter is domino"):
+        main(command(base=keys, drafter_name_or_path=tmp_path / "base", drafter="domino", emb_dim=4, **LORA, **more))

@@ -8,6 +8,7 @@ from conftest import ROOT, make_drafter, make_target
 from huggingface_hub import ModelCard
 
 from hf_specauf.model_card import changed_recipe, main, render, slow_cases, tau_by_length, validate
+from hf_specauf.records import public
 
 CARDS = sorted((ROOT / "model_cards").glob("*__*.md"))
 
@@ -64,7 +65,7 @@ def test_every_evaluation_of_the_folder_is_in_the_card_and_its_index(folder):
     assert "1 of 3 prompts; the worst ran at 0.80x, the best at 2.00x" in card.text
     assert "up to 32 tokens 3.00, up to 128 tokens 1.50" in card.text
     assert (
-        "2 of 3 identical, 1 near-ties of rounding" in card.text
+        "2 of 3 identical, 1 near-ties of rounding, 0 different" in card.text
         and "| repeated 4-grams in the output | 25% |" in card.text
     )
     card.save(folder / "alice__drafter.md")
@@ -75,6 +76,21 @@ def test_every_evaluation_of_the_folder_is_in_the_card_and_its_index(folder):
         ("my prompts", "tau", 1.25), ("my prompts", "speedup", 0.9),
     ]  # fmt: skip
     assert results[2].metric_args["max_new_tokens"] == 64
+
+
+@pytest.mark.parametrize(
+    "changes, faster",
+    [({}, True), (dict(speedup=0.9), False), (dict(different=1), False), (None, False)],
+    ids=["faster", "slower", "other output", "not measured"],
+)
+def test_only_what_was_seen_to_be_the_same_and_faster_is_called_so(folder, changes, faster):
+    if changes is not None:
+        record = evaluation(speedup=changes.get("speedup", 1.5))
+        record["lossless"]["different"] = changes.get("different", 0)
+        (folder / "eval.json").write_text(json.dumps(record))
+    card = render(folder, "alice/drafter").text
+    assert ("the same output, faster" in card) == faster
+    assert (", 1 different |" in card) == bool(changes and "different" in changes)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +136,7 @@ def test_small_parts():
     assert tau_by_length([dict(prompt_tokens=20, tau=2.0)]) == ""
     assert slow_cases([dict(prompt_tokens=20, tau=2.0)]) == "not measured"
     recipe = {"num_draft_layers": 2, "block_size": 16, "objective": "decay", "output_dir": "x", "report_to": ["wandb"]}
-    assert changed_recipe(recipe) == "num_draft_layers: 2\nobjective: decay"
+    assert changed_recipe(public(recipe)) == "num_draft_layers: 2\nobjective: decay"
 
 
 @pytest.mark.parametrize("path", CARDS, ids=lambda path: path.name)

@@ -5,13 +5,12 @@
 The quickstart target (Python source) is fine-tuned on prose: the language reference that ships as `pydoc_data`. Then,
 on the prose and at equal steps: the old drafter as it is, adapted by LoRA (r = 4, 16, 64), fine-tuned in full, trained
 from scratch; and on the target's last layers: LoRA with them frozen, or full training that starts from them. Each run
-is a process of its own, whose peak memory and seconds are noted. Full training uses the quickstart's Muon, LoRA AdamW.
-Runs that are already in --out are kept, so an interrupted study goes on.
+is a process of its own, whose peak memory and seconds are noted. Full training uses the quickstart's Muon; LoRA is
+trained both by Muon and by AdamW. Runs that are already in --out are kept, so an interrupted study goes on.
 """
 
 import argparse
 import json
-import os
 import random
 import shlex
 import statistics
@@ -45,18 +44,29 @@ from hf_specauf.quickstart import (
 from hf_specauf.records import environment, write_record
 
 RECIPE = recipes_folder() / "quickstart/dflash_auf.yaml"
-LORA = {"use_peft": True, "muon_learning_rate": None, "learning_rate": 3e-3}
+ADAMW = {"use_peft": True, "muon_learning_rate": None, "learning_rate": 3e-3}
+MUON = {"use_peft": True, "muon_learning_rate": 2e-2, "learning_rate": 1e-3}
+# notes the peak memory of a command: a child's own count begins with what its parent held when it was started
+PEAK = """
+import resource, subprocess, sys
+status = subprocess.call(sys.argv[1:])
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+sys.exit(status)
+"""
 
 
 def variants(base: Path, last_layers: list[int]) -> dict[str, dict]:
     """What each run changes in the recipe; `None` removes a key."""
     old = {"drafter_name_or_path": str(base)}
     borrowed = {"init_from_target_layers": last_layers, "num_draft_layers": None}
+    ranks = {r: {"lora_r": r, "lora_alpha": 2 * r} for r in (4, 16, 64)}
     return {
-        **{f"LoRA r={r}": old | LORA | {"lora_r": r, "lora_alpha": 2 * r} for r in (4, 16, 64)},
+        **{f"LoRA r={r}": old | ADAMW | rank for r, rank in ranks.items()},
+        **{f"LoRA r={r}, Muon": old | MUON | rank for r, rank in ranks.items()},
         "full fine-tune": old,
         "from scratch": {},
-        "borrowed, LoRA r=16": borrowed | LORA | {"lora_r": 16, "lora_alpha": 32},
+        "borrowed, LoRA r=16": borrowed | ADAMW | ranks[16],
+        "borrowed, LoRA r=16, Muon": borrowed | MUON | ranks[16],
         "borrowed, full": borrowed,
     }
 
@@ -92,30 +102,37 @@ def fine_tuned_target(source: Path, out: Path, steps: int) -> Path:
 
 
 def run(target: Path, rows: Path, folder: Path, changes: dict, steps: int, seed: int) -> dict:
-    """Train one drafter in its own process -> seconds, peak memory, trained parameters, adapter bytes."""
-    record = folder / "run.json"
-    if record.is_file():
-        return json.loads(record.read_text())
+    """Train one drafter in its own process -> seconds, peak memory, trained parameters, adapter bytes. A run of the
+    same recipe is kept.
+
+    Raises:
+        SystemExit: training failed, or the folder holds a run of another recipe.
+    """
     recipe = yaml.safe_load(RECIPE.read_text()) | {
         "target_model_name_or_path": str(target), "dataset_name": str(rows), "output_dir": str(folder), "seed": seed,
         "eval_dataset_name": str(heldout_rows(target)), "max_steps": steps, "eval_strategy": "no",
         "save_strategy": "no", "eval_prompts": 0, "eval_rows": 8, "disable_tqdm": True,
     } | changes  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump({key: value for key, value in recipe.items() if value is not None}))
+    path, record = folder / "recipe.yaml", folder / "run.json"
+    text = yaml.safe_dump({key: value for key, value in recipe.items() if value is not None})
+    if record.is_file():
+        if path.read_text() == text:
+            return json.loads(record.read_text())
+        raise SystemExit(f"{folder} holds a run of another recipe: give another --out, or remove that folder")
+    path.write_text(text)
     start = time.perf_counter()
     with (folder / "train.log").open("w") as log:
-        words = [sys.executable, "-m", "hf_specauf.train", "--config", str(path)]
-        process = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT)
-        _, status, usage = os.wait4(process.pid, 0)
+        words = [sys.executable, "-c", PEAK, sys.executable, "-m", "hf_specauf.train", "--config", str(path)]
+        status = subprocess.call(words, stdout=log, stderr=subprocess.STDOUT)
     if status:
         raise SystemExit(f"{folder}: training failed, see train.log")
+    peak = int((folder / "train.log").read_text().splitlines()[-1])
     provenance = json.loads((folder / "provenance.json").read_text())
     adapter = folder / "adapter/adapter_model.safetensors"
     weights = adapter if adapter.is_file() else folder / "model.safetensors"
     found = {
-        "seconds": time.perf_counter() - start, "peak_bytes": usage.ru_maxrss * 1024,
+        "seconds": time.perf_counter() - start, "peak_bytes": peak * 1024,
         "trained_parameters": provenance["trainable_parameters"], "published_bytes": weights.stat().st_size,
     }  # fmt: skip
     write_record(record, found)
@@ -159,7 +176,8 @@ def main() -> None:
     if args.quick:
         args.seeds, args.steps, args.target_steps, args.rows, args.prompts = [0], 10, 10, 48, 2
         args.out = Path("out/lora_study_quick")
-        names, base_steps = ("LoRA r=16", "full fine-tune", "borrowed, LoRA r=16"), ["--max_steps", "20"]
+        names = ("LoRA r=16, Muon", "full fine-tune", "borrowed, LoRA r=16")
+        base_steps = ["--max_steps", "20"]
     source = quickstart_target(TargetSettings())
     base = args.out / "base"
     train_drafter(source, RECIPE, base, *base_steps)
@@ -203,9 +221,10 @@ def main() -> None:
     Console(width=140).print(table)
     shares = shares_at_8b()
     print("LoRA's share of a Qwen3-8B drafter: " + ", ".join(f"r={r} {share:.2%}" for r, share in shares.items()))
-    share = runs["LoRA r=16"][0]["published_bytes"] / runs["full fine-tune"][0]["published_bytes"]
+    best = "LoRA r=16, Muon"
+    share = runs[best][0]["published_bytes"] / runs["full fine-tune"][0]["published_bytes"]
     headline = (
-        f"LoRA r=16 reaches {of_gain('LoRA r=16')} of the full fine-tune's gain in tau "
+        f"{best} reaches {of_gain(best)} of the full fine-tune's gain in tau "
         f"({old['tau']:.2f} to {mean['full fine-tune']:.2f}) with {share:.0%} of its bytes"
     )
     if args.json:
