@@ -1,6 +1,6 @@
 """AUFConfig: the arguments of a training run, checked before anything is loaded."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 from transformers import TrainingArguments
@@ -12,7 +12,9 @@ from .objectives import DOMINO_OBJECTIVES, NORMALISATIONS, OBJECTIVES
 # Keys of TrainingArguments that would be accepted and ignored, or break the exact loss, and their harmless values.
 INAPPLICABLE = {
     "label_smoothing_factor": 0.0, "neftune_noise_alpha": None, "use_liger_kernel": False, "batch_eval_metrics": False,
-    "prediction_loss_only": False, "remove_unused_columns": False,
+    "prediction_loss_only": False, "remove_unused_columns": False, "auto_find_batch_size": False,
+    "bf16_full_eval": False, "fp16_full_eval": False, "eval_do_concat_batches": True,
+    "include_num_input_tokens_seen": "no",
 }  # fmt: skip
 
 
@@ -46,7 +48,13 @@ class AUFConfig(TrainingArguments):
         default="pooled",
         metadata={"help": "pooled: one division by all weights of an optimizer step. per_block: mean of block means."},
     )
-    anchors_per_row: int = field(default=512, metadata={"help": "N, blocks drawn from each row at each step."})
+    anchors_per_row: int = field(
+        default=512,
+        metadata={
+            "help": "N, blocks drawn from each row at each step. A micro-batch holds per_device_train_batch_size "
+            "times as many; that product, at the longest row, is what is tried for memory at the start."
+        },
+    )
     max_length: int = field(default=3072, metadata={"help": "S, tokens of a row; longer conversations are truncated."})
     head_rows_per_chunk: int = field(
         default=256, metadata={"help": "Slots whose logits are held at once; lower it to save memory."}
@@ -87,19 +95,18 @@ class AUFConfig(TrainingArguments):
         check_domino_keys(self.objective, self.normalisation, self.lambda_decay_ratio)
         if self.normalisation not in NORMALISATIONS:
             raise ValueError(f"normalisation is {self.normalisation!r}; it must be one of {', '.join(NORMALISATIONS)}")
-        for key, harmless in INAPPLICABLE.items():
-            if getattr(self, key) != harmless:
-                raise ValueError(
-                    f"{key}: {getattr(self, key)} does not apply to block drafters and would be ignored or do harm: "
-                    "remove the key"
-                )
         if self.eval_prompts and self.eval_new_tokens < 2:
             raise ValueError(
                 f"eval_new_tokens is {self.eval_new_tokens}: the first token comes from the prefill, so tau needs 2 "
                 "or more; eval_prompts: 0 leaves decoding out"
             )
-        if self.muon_learning_rate is not None and (self.fsdp or self.deepspeed):
-            raise ValueError("muon_learning_rate needs whole matrices, and FSDP and DeepSpeed shard them: remove it")
+        defaults = {field.name: field.default for field in fields(self)}
+        for key in ("optim", "adam_beta1", "adam_beta2", "adam_epsilon"):
+            if self.muon_learning_rate is not None and getattr(self, key) != defaults[key]:
+                raise ValueError(
+                    f"{key} is {getattr(self, key)}, and muon_learning_rate brings an optimizer of its own that would "
+                    "ignore it: remove one of the two keys"
+                )
         for key in ("anchors_per_row", "head_rows_per_chunk"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key} is {getattr(self, key)}; it must be at least 1")
@@ -108,3 +115,20 @@ class AUFConfig(TrainingArguments):
         if self.label_names is None:
             self.label_names = []  # PeftModel hides forward's argument names (peft#1881)
         super().__post_init__()
+        use_fsdp2 = "use FSDP2 (recipes/accelerate/fsdp2.yaml)"
+        if self.deepspeed_plugin is not None and self.gradient_accumulation_steps > 1:
+            raise ValueError(
+                f"gradient_accumulation_steps is {self.gradient_accumulation_steps}, and DeepSpeed divides each micro-"
+                f"batch's loss before all are known: set it to 1, or {use_fsdp2}"
+            )
+        if self.deepspeed_plugin is not None and self.deepspeed_plugin.zero_stage == 3:
+            raise ValueError(
+                "zero_stage is 3, which shards the target too, and reading its hidden states and saving the drafter "
+                f"need whole weights: set it to 2, or {use_fsdp2}"
+            )
+        for key, harmless in INAPPLICABLE.items():
+            if getattr(self, key) != harmless:
+                raise ValueError(
+                    f"{key}: {getattr(self, key)} does not apply to block drafters and would be ignored or do harm: "
+                    "remove the key"
+                )

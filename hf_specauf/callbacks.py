@@ -9,10 +9,11 @@ class InterruptCallback(TrainerCallback):
     """Ctrl-C finishes the step, saves a checkpoint and stops; a second Ctrl-C stops at once."""
 
     previous = None
+    agreed: bool | None = None  # of several processes: whether any was interrupted, as all of them know it
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Take over SIGINT for the time of training."""
-        self.interrupted = False
+        self.interrupted, self.agreed = False, None
         try:
             self.previous = signal.signal(signal.SIGINT, self._note)
         except ValueError:  # not in the main thread
@@ -26,7 +27,7 @@ class InterruptCallback(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         """Ask for a checkpoint and the end."""
-        if self.interrupted:
+        if self.interrupted if self.agreed is None else self.agreed:
             control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args, state, control, **kwargs):

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from pathlib import Path
 
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import sort_checkpoints
@@ -34,7 +35,7 @@ class CompleteCheckpoints:
         finally:
             self._is_saving, self.args.save_total_limit = False, limit
         self.accelerator.wait_for_everyone()
-        name, folder = f"checkpoint-{self.state.global_step}", self.args.output_dir
+        name, folder = f"checkpoint-{self.state.global_step}", str(Path(self.args.output_dir))
         if self.state.best_global_step:
             best = os.path.join(folder, f"checkpoint-{self.state.best_global_step}")
             if self.state.best_global_step == self.state.global_step or os.path.isdir(best):
@@ -42,9 +43,10 @@ class CompleteCheckpoints:
         if self.args.should_save:
             written = os.path.join(self._saving_folder, name)
             self.state.save_to_json(os.path.join(written, TRAINER_STATE_NAME))  # with the best checkpoint's final name
-            self._remove(os.path.join(folder, name))  # of an earlier run; this one is newer
-            os.rename(written, os.path.join(folder, name))
-            self._remove_old_checkpoints()
+            newest = os.path.join(folder, name)
+            self._remove(newest)  # of an earlier run; this one is newer
+            os.rename(written, newest)
+            self._remove_old_checkpoints(newest)
             shutil.rmtree(self._saving_folder)
         self.accelerator.wait_for_everyone()
 
@@ -54,13 +56,11 @@ class CompleteCheckpoints:
             os.rename(checkpoint, doomed)
             shutil.rmtree(doomed)
 
-    def _remove_old_checkpoints(self) -> None:
-        """Keep `save_total_limit` checkpoints, the newest and the best among them."""
-        checkpoints = sort_checkpoints(self.args.output_dir)
-        if not self.args.save_total_limit or len(checkpoints) <= self.args.save_total_limit:
-            return
-        kept = {checkpoints[-1], self.state.best_model_checkpoint}
-        others = [checkpoint for checkpoint in checkpoints if checkpoint not in kept]
-        excess = len(checkpoints) - max(self.args.save_total_limit, len(checkpoints) - len(others))
-        for checkpoint in others[:excess]:
+    def _remove_old_checkpoints(self, newest: str) -> None:
+        """Keep `save_total_limit` checkpoints, the newest and the best among them; the longest unchanged go first, so
+        that those of an earlier run, whatever their numbers, go before this run's."""
+        checkpoints = sort_checkpoints(self.args.output_dir, use_mtime=True)
+        others = [path for path in checkpoints if path not in (newest, self.state.best_model_checkpoint)]
+        excess = len(checkpoints) - (self.args.save_total_limit or len(checkpoints))
+        for checkpoint in others[: max(excess, 0)]:
             self._remove(checkpoint)

@@ -101,10 +101,11 @@ def slot_weights(
         return weights_from_correct(objective, correct, valid.bool(), **params)
 
 
-def loss_terms(
+def row_terms(
     losses: torch.Tensor, weights: torch.Tensor, normalisation: str = "pooled"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Numerator and denominator of the loss; they add up over micro-batches and ranks before the one division.
+    """Numerator and denominator of the loss, row by row; they add up over rows, micro-batches and ranks before the
+    one division.
 
     Args:
         losses (`torch.Tensor` of shape `(B, N, K-1)`): cross-entropy of each slot.
@@ -113,16 +114,22 @@ def loss_terms(
             that have any weight of each block's own weighted mean.
 
     Returns:
-        Two scalars. With nothing supervised both are 0 and the numerator still has its graph.
+        Two tensors of shape `(B,)`. With nothing supervised both are 0 and the numerators still have their graph.
     """
     if normalisation not in NORMALISATIONS:
         raise ValueError(f"normalisation is {normalisation!r}; it must be one of {', '.join(NORMALISATIONS)}")
     weights = weights.detach().to(losses.dtype)
     # where, not times: a slot of weight 0 may hold anything, even inf
-    weighted = torch.where(weights > 0, losses, 0.0) * weights
-    if normalisation == "pooled":
-        return weighted.sum(), weights.sum()
-    total = weights.sum(-1)  # (B, N)
-    return (weighted.sum(-1) / total.clamp(min=torch.finfo(losses.dtype).tiny)).sum(), (total > 0).to(
-        losses.dtype
-    ).sum()
+    numerators, denominators = (torch.where(weights > 0, losses, 0.0) * weights).sum(-1), weights.sum(-1)  # (B, N)
+    if normalisation == "per_block":
+        numerators = numerators / denominators.clamp(min=torch.finfo(losses.dtype).tiny)
+        denominators = (denominators > 0).to(losses.dtype)
+    return numerators.sum(-1), denominators.sum(-1)
+
+
+def loss_terms(
+    losses: torch.Tensor, weights: torch.Tensor, normalisation: str = "pooled"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[`row_terms`] summed over all rows: two scalars."""
+    numerators, denominators = row_terms(losses, weights, normalisation)
+    return numerators.sum(), denominators.sum()

@@ -3,6 +3,7 @@
 from collections import defaultdict
 
 import torch
+from torch.optim.adamw import adamw
 
 
 def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
@@ -23,36 +24,11 @@ def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
     return x if wide else x.mT
 
 
-class Muon(torch.optim.Optimizer):
-    """Muon (Jordan 2024) with Nesterov momentum for matrices; those of one shape are orthogonalised as one batch."""
-
-    def __init__(self, parameters, lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
-        super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        """One step; `closure` is not supported."""
-        for group in self.param_groups:
-            by_shape = defaultdict(list)
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    by_shape[parameter.shape].append(parameter)
-            for (rows, columns), parameters in by_shape.items():
-                directions = []
-                for p in parameters:
-                    buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                    buffer.lerp_(p.grad, 1 - group["momentum"])
-                    directions.append(p.grad.lerp(buffer, group["momentum"]))
-                rate = group["lr"] * max(1, rows / columns) ** 0.5
-                for p, update in zip(parameters, orthogonalize(torch.stack(directions))):
-                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-rate)
-
-
 class MuonWithAdamW(torch.optim.Optimizer):
-    """Muon for the matrices, AdamW (betas 0.9, 0.95) for embedding and norms, as one optimizer.
+    """Muon (Jordan 2024) with Nesterov momentum for the matrices, AdamW (betas 0.9, 0.95) for embedding and norms.
 
     Args:
-        model (`nn.Module`): its trainable parameters are taken.
+        model (`nn.Module`): its trainable parameters are taken; either group may be empty.
         learning_rate (`float`): of Muon, for matrices that are no embedding.
         adam_learning_rate (`float`): of AdamW, for the rest.
         weight_decay (`float`, *optional*, defaults to 0): decoupled, of both.
@@ -62,30 +38,37 @@ class MuonWithAdamW(torch.optim.Optimizer):
         self, model: torch.nn.Module, learning_rate: float, adam_learning_rate: float, weight_decay: float = 0.0
     ):
         names = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        super().__init__(names.values(), {})
         matrices = [p for name, p in names.items() if p.dim() == 2 and "embed" not in name]
         others = [p for name, p in names.items() if p.dim() != 2 or "embed" in name]
-        self.parts = [
-            Muon(matrices, learning_rate, weight_decay=weight_decay),
-            torch.optim.AdamW(others, lr=adam_learning_rate, betas=(0.9, 0.95), weight_decay=weight_decay),
-        ]
-        self._share_groups()
+        groups = [{"params": matrices, "lr": learning_rate}, {"params": others, "lr": adam_learning_rate}]
+        super().__init__(groups, {"weight_decay": weight_decay})
 
-    def _share_groups(self) -> None:
-        # the very dicts of the parts, so that a learning-rate scheduler reaches them
-        self.param_groups = [group for part in self.parts for group in part.param_groups]
-
+    @torch.no_grad()
     def step(self, closure=None):
-        """One step of both."""
-        for part in self.parts:
-            part.step()
+        """One step; `closure` is not supported."""
+        for group, update in zip(self.param_groups, (self._muon, self._adamw)):
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if parameters:
+                update(parameters, group["lr"], group["weight_decay"])
 
-    def state_dict(self) -> dict:
-        """State of both."""
-        return {"parts": [part.state_dict() for part in self.parts]}
+    def _muon(self, parameters: list, rate: float, weight_decay: float, momentum: float = 0.95) -> None:
+        by_shape = defaultdict(list)  # those of one shape are orthogonalised as one batch
+        for p in parameters:
+            buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
+            buffer.lerp_(p.grad, 1 - momentum)
+            by_shape[p.shape].append((p, p.grad.lerp(buffer, momentum)))
+        for (rows, columns), pairs in by_shape.items():
+            for (p, _), update in zip(pairs, orthogonalize(torch.stack([direction for _, direction in pairs]))):
+                p.mul_(1 - rate * weight_decay).add_(update, alpha=-rate * max(1, rows / columns) ** 0.5)
 
-    def load_state_dict(self, state_dict: dict) -> None:
-        """Restore both."""
-        for part, state in zip(self.parts, state_dict["parts"]):
-            part.load_state_dict(state)
-        self._share_groups()
+    def _adamw(self, parameters: list, rate: float, weight_decay: float) -> None:
+        for p in parameters:
+            if not self.state[p]:
+                zeros = torch.zeros_like(p)
+                self.state[p] |= {"mean": zeros, "square": zeros.clone(), "step": torch.tensor(0.0)}
+        states = [self.state[p] for p in parameters]
+        adamw(
+            parameters, [p.grad for p in parameters], [state["mean"] for state in states],
+            [state["square"] for state in states], [], [state["step"] for state in states], amsgrad=False, beta1=0.9,
+            beta2=0.95, lr=rate, weight_decay=weight_decay, eps=1e-8, maximize=False,
+        )  # fmt: skip

@@ -99,7 +99,7 @@ class _Walker:
         """Slot by slot, only blocks still alive."""
         alive, slot = self.valid[:, 0].nonzero()[:, 0], 0
         while slot < self.slots and len(alive):
-            width = min(max(1, FEWEST_ROWS // len(alive)), self.slots - slot)
+            width = min(max(1, min(FEWEST_ROWS, self.rows_per_chunk) // len(alive)), self.slots - slot)
             slots = torch.arange(slot, slot + width, device=alive.device)
             slot += width
             survivors = []
@@ -128,7 +128,7 @@ class _HeadLossFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, scale):
-        return None, None, *(None if g is None else g * scale.to(g.dtype) for g in ctx.saved_tensors)
+        return None, None, *(g * scale.to(g.dtype) for g in ctx.saved_tensors)
 
 
 def trainable(module: nn.Module | None) -> list[nn.Parameter]:
@@ -196,7 +196,7 @@ def head_loss(
         numerator = _HeadLossFunction.apply(numerator, gradients, *trained)
     if every_prediction:
         walker.predict((valid & (weights == 0)).flatten().nonzero()[:, 0])
-    return HeadLoss(numerator, denominator, losses, weights, walker.correct.view(valid.shape))
+    return HeadLoss(numerator, denominator, losses, weights, correct)
 
 
 def _gather(walker: _Walker, hidden) -> list[torch.Tensor]:

@@ -2,20 +2,22 @@
 
 import copy
 import math
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from datasets import Dataset
 from huggingface_hub import CommitInfo
-from peft import get_peft_model
+from peft import PeftConfig, get_peft_model
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from transformers import (
     AutoModel,
     EvalPrediction,
-    GenerationConfig,
     PreTrainedTokenizerBase,
     ProgressCallback,
     Trainer,
@@ -32,9 +34,10 @@ from .checkpoints import CompleteCheckpoints
 from .conversations import RowCollator, fill_up, prepare_rows, prompt_length
 from .domino_loss import TwoBranches, domino_losses
 from .drafters.configuration_domino import DominoConfig
+from .evaluate import decoding_config
 from .generate import attach
 from .lora import AdapterBase, finish_adapter
-from .objectives import DOMINO_OBJECTIVES, OBJECTIVES, loss_terms, resolve_gamma
+from .objectives import DOMINO_OBJECTIVES, OBJECTIVES, resolve_gamma, row_terms
 from .optimizer import MuonWithAdamW
 from .progressive import HeadLoss, head_loss
 from .target import FrozenTarget
@@ -55,11 +58,9 @@ COUNTERS = (
 )
 
 
-@torch.no_grad()
-def row_terms(found: HeadLoss, normalisation: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Numerators and denominators of a loss row by row, (B,) each."""
-    terms = [loss_terms(losses, weights, normalisation) for losses, weights in zip(found.losses, found.weights)]
-    return tuple(torch.stack(part) for part in zip(*terms))
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a sharded tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def diagnostics(sums: dict[str, float]) -> dict[str, float]:
@@ -79,7 +80,9 @@ def diagnostics(sums: dict[str, float]) -> dict[str, float]:
     }
 
 
-def check_start(drafter, args: AUFConfig, tokenizer: PreTrainedTokenizerBase | None, peft_config) -> None:
+def check_start(
+    drafter, args: AUFConfig, tokenizer: PreTrainedTokenizerBase | None, peft_config: PeftConfig | None
+) -> None:
     """Raise for what would train a drafter that silently accepts nothing, before anything heavy is done.
 
     Raises:
@@ -90,6 +93,10 @@ def check_start(drafter, args: AUFConfig, tokenizer: PreTrainedTokenizerBase | N
             f"{args.n_gpu} GPUs are visible to one process, and Trainer would fall back to nn.DataParallel, which "
             "breaks the exact loss. Start with `accelerate launch -m hf_specauf.train ...`, or set "
             "CUDA_VISIBLE_DEVICES=0."
+        )
+    if args.device.type == "mps":
+        raise ValueError(
+            "the device is mps, which has no float64, and the exact loss adds up its counters in it: set use_cpu: true"
         )
     if drafter.dtype != torch.float32 and drafter.dtype != torch.float64:
         raise ValueError(
@@ -113,6 +120,25 @@ def check_start(drafter, args: AUFConfig, tokenizer: PreTrainedTokenizerBase | N
             f"objective {args.objective!r} is not for a {config.model_type} drafter: its objective is one of "
             f"{', '.join(wanted)}. Change objective, or drafter (dflash, domino) in the recipe."
         )
+    if peft_config is not None:
+        check_adapter_names(drafter, peft_config)
+
+
+def check_adapter_names(drafter, peft_config: PeftConfig) -> None:
+    """Raise for a name that matches no module: PEFT leaves it out in silence as long as another name matches.
+
+    Raises:
+        ValueError: the key, the name and what there is.
+    """
+    modules = [name for name, _ in drafter.named_modules() if name]
+    for key, dot in (("target_modules", "."), ("modules_to_save", "")):  # as PEFT compares them
+        names = getattr(peft_config, key) or []
+        for name in [] if isinstance(names, str) else names:  # a string is a pattern, or all-linear
+            if not any(name == module or module.endswith(dot + name) for module in modules):
+                raise ValueError(
+                    f"lora_{key} names {name!r}, which no module of the drafter ends in: it would be left out in "
+                    f"silence. The names are {', '.join(sorted({module.split('.')[-1] for module in modules}))}."
+                )
 
 
 class AUFTrainer(TwoBranches, CompleteCheckpoints, Trainer):
@@ -184,11 +210,7 @@ class AUFTrainer(TwoBranches, CompleteCheckpoints, Trainer):
             compute_metrics=self._metrics,
             callbacks=[self._interrupt, *(callbacks or [])],
         )
-        if self.is_deepspeed_enabled and args.gradient_accumulation_steps > 1:
-            raise ValueError(
-                f"gradient_accumulation_steps is {args.gradient_accumulation_steps}, and DeepSpeed divides each micro-"
-                "batch's loss before all are known: set it to 1, or use FSDP2 (recipes/accelerate/fsdp2.yaml)"
-            )
+        self._check_sharding()
         if self.pop_callback(ProgressCallback) is not None:  # absent with disable_tqdm
             self.add_callback(TauProgressCallback)
         if args.shard_target:
@@ -202,8 +224,24 @@ class AUFTrainer(TwoBranches, CompleteCheckpoints, Trainer):
         if "document_ids" in rows.column_names:
             packed = [torch.tensor([rows[0][key]], device=args.device) for key in ("input_ids", "document_ids")]
             self.target.check_packing(*packed)
-        self._step_sums = torch.zeros(3, dtype=torch.float64, device=args.device)
+        # numerator, denominator, ranks whose gradient is not finite, ranks that were told to stop
+        self._step_sums = torch.zeros(4, dtype=torch.float64, device=args.device)
         self._log_sums = torch.zeros(len(COUNTERS), dtype=torch.float64, device=args.device)
+
+    def _check_sharding(self) -> None:
+        """Raise for what sharded training cannot do, whether args, the launcher or the drafter shard; set up FSDP2."""
+        if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
+            raise ValueError(
+                "fsdp_version is 1, whose flat weights cannot be saved as a drafter: use FSDP2 "
+                "(recipes/accelerate/fsdp2.yaml)"
+            )
+        sharded = any(isinstance(p, DTensor) for p in self.model.parameters())
+        if self.args.muon_learning_rate is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled or sharded):
+            raise ValueError("muon_learning_rate needs whole matrices, and FSDP and DeepSpeed shard them: remove it")
+        if self.is_fsdp_enabled and self.args.bf16:
+            # accelerate's own sums gradients in bf16, and casts what forward returns, also Domino's losses
+            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = policy
 
     def _prepare(self, rows):
         """Raw rows, or a dict of several sets, as token rows; token rows as they are."""
@@ -222,7 +260,8 @@ class AUFTrainer(TwoBranches, CompleteCheckpoints, Trainer):
         self._step_sums.zero_()
         self._log_sums.zero_()
         self._step_balance = None
-        self._untried_memory = self.args.device.type != "cpu"  # a CPU out of memory kills without an exception
+        # a CPU out of memory kills without an exception, and DeepSpeed would step on the trial's gradient
+        self._untried_memory = self.args.device.type != "cpu" and not self.is_deepspeed_enabled
         self._clear_unfinished()
         try:
             return super().train(*args, **kwargs)
@@ -284,12 +323,12 @@ class AUFTrainer(TwoBranches, CompleteCheckpoints, Trainer):
             normalisation=args.normalisation, every_prediction=every_prediction,
         )  # fmt: skip
         valid, numerator = blocks.valid, found.numerator
-        numerators, denominators = row_terms(found, args.normalisation)
+        numerators, denominators = row_terms(found.losses, found.weights, args.normalisation)
         if base is not None and step != EVALUATION_STEP:
             of_base = self.base_weight(step)
             of_final = (1 - of_base) * self.balance(base, found)
             numerator = of_base * base.numerator + of_final * found.numerator
-            base_numerators, denominators = row_terms(base, args.normalisation)
+            base_numerators, denominators = row_terms(base.losses, base.weights, args.normalisation)
             numerators = of_base * base_numerators + of_final * numerators
         with torch.no_grad():
             supported, correct = found.weights > 0, found.correct
@@ -322,17 +361,26 @@ class AUFTrainer(TwoBranches, CompleteCheckpoints, Trainer):
             return step % max(round(self.state.max_steps / self.state.num_train_epochs), 1) == 0
         return step % max(self.state.logging_steps, 1) == 0 or (step == 1 and args.logging_first_step)
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(self, model, inputs, num_items_in_batch=None):
         """Numerator over a fixed constant; `training_step` makes it exact once all micro-batches and ranks are in."""
         numerator, counters = self._counters(model, inputs, self.state.global_step, self._logs_this_step)
         sums = counters.sum(0)
         self._step_sums[:2] += sums[:2]
         self._log_sums += sums
         loss = numerator / self._nominal
-        if self.is_deepspeed_enabled:  # it steps inside backward, so the denominator must be known before
-            denominator = self.accelerator.reduce(sums[1].clone(), "sum").item()
+        if self.is_deepspeed_enabled:  # it steps inside backward, so all must be known before
+            total, denominator = self.accelerator.reduce(sums[:2].clone(), "sum").tolist()
+            if not math.isfinite(total):
+                raise self._not_finite("loss")
             loss = numerator * self.accelerator.num_processes / max(denominator, 1.0)
-        return (loss, {}) if return_outputs else loss
+        return loss
+
+    def _not_finite(self, what: str) -> FloatingPointError:
+        return FloatingPointError(
+            f"the {what} of step {self.state.global_step + 1} is not a finite number; the optimizer was not "
+            f"stepped. Lower learning_rate, and go on from the last checkpoint in {self.args.output_dir} with "
+            "--resume_from_checkpoint true."
+        )
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """One micro-batch; on the last of a step, rescale gradients to the exact pooled loss and return that loss.
@@ -348,18 +396,16 @@ class AUFTrainer(TwoBranches, CompleteCheckpoints, Trainer):
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
         gradients = [] if self.is_deepspeed_enabled else [p.grad for p in model.parameters() if p.grad is not None]
-        local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
-        self._step_sums[2] = 0 if torch.isfinite(torch.nn.utils.get_total_norm(local)) else 1
-        numerator, denominator, unsound = self.accelerator.reduce(self._step_sums, "sum").tolist()
+        self._step_sums[2] = not torch.isfinite(torch.nn.utils.get_total_norm([local(g) for g in gradients]))
+        self._step_sums[3] = self._interrupt.interrupted
+        # every rank sees the same sums, and so all stop at the same step
+        numerator, denominator, unsound, told_to_stop = self.accelerator.reduce(self._step_sums, "sum").tolist()
         self._step_sums.zero_()
         self._step_balance = None
-        if unsound or not math.isfinite(numerator):  # every rank sees the sums and stops
-            what = "gradient" if math.isfinite(numerator) else "loss"
-            raise FloatingPointError(
-                f"the {what} of step {self.state.global_step + 1} is not a finite number; the optimizer was not "
-                f"stepped. Lower learning_rate, and go on from the last checkpoint in {self.args.output_dir} with "
-                "--resume_from_checkpoint true."
-            )
+        if unsound or not math.isfinite(numerator):
+            raise self._not_finite("gradient" if math.isfinite(numerator) else "loss")
+        if self.args.world_size > 1:
+            self._interrupt.agreed = told_to_stop > 0
         # DDP and FSDP2 average gradients over ranks
         scale = self._nominal * self.accelerator.num_processes / max(denominator, 1.0)
         for gradient in gradients:
@@ -383,16 +429,18 @@ class AUFTrainer(TwoBranches, CompleteCheckpoints, Trainer):
             "document_ids": torch.zeros(shape, dtype=torch.long, device=args.device),
             "row_ids": torch.zeros(shape[0], dtype=torch.long, device=args.device),
         }
-        trained = [p for p in model.parameters() if p.requires_grad]
-        # AdamW's two moments, which the first step will allocate
-        moments = [torch.empty(2, *p.shape, dtype=p.dtype, device=args.device) for p in trained]
-        anchors, fits = min(args.anchors_per_row, length), 0
+        trained = [local(p) for p in model.parameters() if p.requires_grad]
+        # without its reduction FSDP2 keeps the whole gradient where zero_grad does not reach it
+        no_sync = nullcontext if self.accelerator.is_fsdp2 else partial(self.accelerator.no_sync, model)
+        moments, anchors, fits = [], min(args.anchors_per_row, length), 0
         wanted = anchors
         with torch.random.fork_rng(devices=[args.device] if args.device.type == "cuda" else []):
             while anchors and not fits:
                 failed = torch.tensor(0, device=args.device)
                 try:
-                    with self.accelerator.no_sync(model), self.compute_loss_context_manager():
+                    if self.state.global_step == 0:  # AdamW's moments, which the first step will allocate
+                        moments += [torch.empty(2, *p.shape, dtype=p.dtype, device=args.device) for p in trained]
+                    with no_sync(), self.compute_loss_context_manager():
                         # every valid slot, in both branches of Domino
                         objective = "domino_decay" if self.is_domino else "decay"
                         _, found, base = self._fill_blocks(model, inputs, 0, anchors, objective=objective, gamma=1e6)
@@ -402,13 +450,13 @@ class AUFTrainer(TwoBranches, CompleteCheckpoints, Trainer):
                         raise
                     failed += 1
                 found = base = None
+                moments.clear()
                 model.zero_grad()
                 if self.accelerator.reduce(failed, "sum").item():  # on any rank
                     clear_device_cache(garbage_collection=True)
                     anchors //= 2
                 else:
                     fits = anchors
-        del moments
         if fits < wanted:
             advice = f"anchors_per_row: {fits} would fit" if fits else "not even one anchor fits"
             raise ValueError(
@@ -448,38 +496,38 @@ class AUFTrainer(TwoBranches, CompleteCheckpoints, Trainer):
         return output
 
     def whole_drafter(self):
-        """The drafter, or, where its weights are sharded, a copy that each rank can run by itself: they decode
-        unequal numbers of passes."""
+        """The drafter, or, where its weights are sharded, a copy on the CPU that each rank has by itself."""
         drafter = self.accelerator.unwrap_model(self.model)
         state = drafter.state_dict()
         if not any(isinstance(value, DTensor) for value in state.values()):
             return drafter
-        whole = AutoModel.from_config(self.drafter_config, dtype=torch.float32)
+        config = copy.copy(self.drafter_config)
+        for key in ("use_cache", "distributed_config"):  # Trainer's switch, and what says that it is sharded
+            vars(config).pop(key, None)
+        whole = AutoModel.from_config(config, dtype=torch.float32)
         if self._peft_config is not None:
             whole = get_peft_model(whole, self._peft_config)
         whole.load_state_dict({k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in state.items()})
-        return whole.to(self.args.device)
+        return whole
 
     def eval_prompts(self, rows: Dataset | None = None) -> list[torch.Tensor]:
-        """Prompts (1, S) of the first `eval_prompts` held-out rows."""
+        """Prompts (1, S) of `eval_prompts` held-out rows, evenly spread: the sources of a mixture stand in order."""
         rows = self.eval_dataset if rows is None else rows
         rows = next(iter(rows.values())) if isinstance(rows, dict) else rows
         return [
             torch.tensor([row["input_ids"][: prompt_length(row["supervised"])]], device=self.args.device)
-            for row in rows.select(range(min(self.args.eval_prompts, len(rows))))
+            for row in rows.select(np.linspace(0, len(rows) - 1, min(self.args.eval_prompts, len(rows))).astype(int))
         ]
 
     def decoded_tau(self, rows: Dataset) -> float:
-        """tau over the first `eval_prompts` rows' prompts, decoded greedily, dealt to the ranks."""
-        drafter, prompts = self.whole_drafter(), self.eval_prompts(rows)
+        """tau over `eval_prompts` rows' prompts, decoded greedily, dealt to the ranks."""
+        drafter = self.whole_drafter().to(self.args.device)  # the ranks decode unequal numbers of passes
+        prompts = self.eval_prompts(rows)
         was_training = drafter.training
         if not self.args.shard_target:  # a sharded target runs on all ranks or none, so all decode the same prompts
             prompts = prompts[self.args.process_index :: self.args.world_size]
-        generation_config = GenerationConfig(
-            max_new_tokens=self.args.eval_new_tokens,
-            do_sample=False,
-            pad_token_id=self.data_collator.pad_token_id,
-            eos_token_id=self.target.model.generation_config.eos_token_id,
+        generation_config = decoding_config(
+            self.target.model, self.args.eval_new_tokens, self.data_collator.pad_token_id
         )
         with attach(self.target.model, drafter) as attachment, torch.no_grad():
             for prompt in prompts:
@@ -491,11 +539,17 @@ class AUFTrainer(TwoBranches, CompleteCheckpoints, Trainer):
     # ---- saving
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Trainer's own; a drafter sharded by FSDP is gathered, so that every checkpoint holds a loadable one."""
-        if self.is_fsdp_enabled:
-            self._save(output_dir or self.args.output_dir, state_dict=self.accelerator.get_state_dict(self.model))
-        else:
+        """Trainer's own; of a sharded drafter a whole copy is saved, so that every checkpoint loads anywhere: FSDP
+        also gives the drafter a class of its own, whose name and code would go into the folder."""
+        model, whole = self.model, self.whole_drafter()
+        if whole is self.accelerator.unwrap_model(model):
             super().save_model(output_dir, _internal_call)
+        elif self.args.should_save:
+            self.model = whole
+            try:
+                self._save(output_dir)
+            finally:
+                self.model = model
 
     def _save(self, output_dir: str | None = None, state_dict=None):
         # Trainer writes its own use_cache switch into the drafter's config
@@ -505,11 +559,7 @@ class AUFTrainer(TwoBranches, CompleteCheckpoints, Trainer):
         # a pickle that holds hub_token in clear, and nothing reads it
         (folder / "training_args.bin").unlink(missing_ok=True)
         if self._peft_config is not None and self.args.should_save:
-            finish_adapter(folder, self.adapter_base)
-            if self.adapter_base.borrowed_layers is not None:  # from_target needs the drafter's shape
-                config = copy.deepcopy(self.drafter_config)
-                config.borrowed_layers = self.adapter_base.borrowed_layers
-                config.save_pretrained(folder)
+            finish_adapter(folder, self.adapter_base, self.drafter_config)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if self._peft_config is not None:

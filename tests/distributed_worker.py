@@ -5,13 +5,20 @@ ran.
 """
 
 import json
+import os
+import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
-from conftest import load_rows_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+from accelerate.utils.launch import prepare_multi_gpu_env
+from conftest import ROOT, load_rows_file
 from peft import LoraConfig
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from transformers.distributed import DistributedConfig
 
 from hf_specauf import AUFConfig, AUFTrainer
@@ -23,9 +30,42 @@ FIXED = dict(
 )  # fmt: skip
 
 
-def main(folder: Path, out: Path, lora: bool = False, sharded: bool = False, drafter: str = "drafter", **keys) -> None:
+def as_launched_with(recipe: str) -> None:
+    """Set what `accelerate launch --config_file recipes/accelerate/...` sets."""
+    words = ["--config_file", str(ROOT / "recipes/accelerate" / recipe), "a_script.py"]
+    os.environ |= prepare_multi_gpu_env(_validate_launch_command(launch_command_parser().parse_args(words))[0])
+
+
+class InterruptOneRank(TrainerCallback):
+    """Ctrl-C in the last process alone, at the beginning of its second step."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 1 and args.process_index == args.world_size - 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+class TryMemory(TrainerCallback):
+    """Tries the largest micro-batch before the first step, which a CPU leaves out."""
+
+    def __init__(self, trainer: AUFTrainer):
+        self.trainer = trainer
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.trainer._untried_memory = state.global_step == 0
+
+
+def main(
+    folder: Path, out: Path, lora: bool = False, sharded: bool = False, drafter: str = "drafter",
+    launched_with: str | None = None, try_memory: bool = False, interrupt: bool = False, resume: str | None = None,
+    **keys,
+) -> None:  # fmt: skip
     torch.set_num_threads(1)
+    if launched_with is not None:
+        as_launched_with(launched_with)
     args = AUFConfig(output_dir=str(out), **FIXED | keys)
+    if launched_with is not None:
+        # accelerate shards on accelerators only; all that it then does runs on CPUs as well
+        PartialState().distributed_type = DistributedType.MULTI_GPU
     target = AutoModelForCausalLM.from_pretrained(folder / "target")
     more = {}
     if sharded:
@@ -36,14 +76,25 @@ def main(folder: Path, out: Path, lora: bool = False, sharded: bool = False, dra
         model=drafter, target_model=target, args=args, train_dataset=rows, eval_dataset=rows.select(range(5)),
         processing_class=AutoTokenizer.from_pretrained(folder / "target"),
         peft_config=LoraConfig(r=4, target_modules="all-linear") if lora else None,
+        callbacks=[InterruptOneRank()] if interrupt else None,
     )  # fmt: skip
-    trainer.train()
+    if try_memory:
+        trainer.add_callback(TryMemory(trainer))
+    try:
+        trainer.train(resume_from_checkpoint=resume)
+    except FloatingPointError:
+        print("steps of DeepSpeed:", trainer.deepspeed.global_steps, file=sys.stderr)
+        raise
     if trainer.is_world_process_zero():
         record = {"logs": trainer.state.log_history, "processes": trainer.accelerator.num_processes}
         for name, model in (("drafter", trainer.model), ("target", target)):
             record[name] = sorted({type(p).__name__ for p in model.parameters()})
+        if trainer.is_fsdp_enabled:
+            policy = trainer.model._get_fsdp_state()._mp_policy
+            record["dtypes"] = [str(policy.param_dtype), str(policy.reduce_dtype), str(policy.output_dtype)]
         (out / "logs.json").write_text(json.dumps(record))
     trainer.accelerator.wait_for_everyone()
+    time.sleep(0.5)  # torch deadlocks where gloo's thread lets go of the last collective while its group is destroyed
     trainer.accelerator.end_training()  # takes the process group down in order
 
 

@@ -5,6 +5,7 @@ import math
 from copy import deepcopy
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_domino, make_drafter, make_target, overfit
@@ -175,7 +176,7 @@ def test_evaluation_is_of_the_final_branch_and_decodes_with_the_causal_head(buil
     trainer = build(objective=objective)
     _, means, _ = by_hand(trainer, pair.drafters[True], trainer.eval_dataset, EVALUATION_STEP, 0.0)
     with attach(pair.target, pair.drafters[True]) as attachment:
-        for row in pair.rows.select(range(BASE["eval_prompts"])):
+        for row in pair.rows.select(np.linspace(0, len(pair.rows) - 1, BASE["eval_prompts"]).astype(int)):
             prompt = torch.tensor([row["input_ids"][: row["supervised"].index(1)]])
             pair.target.generate(
                 prompt, max_new_tokens=BASE["eval_new_tokens"], do_sample=False, assistant_model=pair.drafters[True]

@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import make_drafter, make_target, random_prompts
 from datasets import Dataset
+from peft import LoraConfig
 from safetensors.torch import load_file
 
 from hf_specauf.optimizer import MuonWithAdamW, orthogonalize
@@ -50,28 +51,34 @@ def test_a_step_is_torchs_muon_and_torchs_adamw_but_for_bf16():
         torch.testing.assert_close(parameter, names[name], rtol=0.02 if parameter.dim() == 2 else 1e-6, atol=2e-3)
 
 
-def test_the_schedule_reaches_both_and_resuming_is_bit_for_bit(tokenizer, tmp_path):
+def build(tokenizer, tmp_path, folder: str, **more) -> AUFTrainer:
     target = make_target(dtype=torch.float32)
     texts = target.generate(random_prompts(8), max_new_tokens=24, do_sample=False, suppress_tokens=[95]).tolist()
     rows = Dataset.from_dict({"input_ids": texts, "supervised": [[0] * 12 + [1] * 24] * 8})
+    args = AUFConfig(
+        output_dir=str(tmp_path / folder), use_cpu=True, max_steps=4, save_steps=2, per_device_train_batch_size=4,
+        anchors_per_row=8, muon_learning_rate=0.02, learning_rate=0.003, lr_scheduler_type="linear",
+        eval_prompts=0, disable_tqdm=True,
+    )  # fmt: skip
+    return AUFTrainer(make_drafter(target), target, args, train_dataset=rows, processing_class=tokenizer, **more)
 
-    def build(folder):
-        args = AUFConfig(
-            output_dir=str(tmp_path / folder), use_cpu=True, max_steps=4, save_steps=2, per_device_train_batch_size=4,
-            anchors_per_row=8, muon_learning_rate=0.02, learning_rate=0.003, lr_scheduler_type="linear",
-            eval_prompts=0, disable_tqdm=True,
-        )  # fmt: skip
-        return AUFTrainer(make_drafter(target), target, args, train_dataset=rows, processing_class=tokenizer)
 
-    whole, resumed = build("whole"), build("resumed")
+def test_the_schedule_reaches_both_and_resuming_is_bit_for_bit(tokenizer, tmp_path):
+    whole, resumed = (build(tokenizer, tmp_path, folder) for folder in ("whole", "resumed"))
     whole.train()
     rates = [group["lr"] for group in whole.optimizer.param_groups]
-    assert rates == [0.0, 0.0] and whole.optimizer.optimizer.parts[0].param_groups[0]["lr"] == 0.0
+    assert rates == [0.0, 0.0]
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     ends = [load_file(tmp_path / folder / "checkpoint-4" / "model.safetensors") for folder in ("whole", "resumed")]
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
-def test_sharded_training_with_muon_is_refused():
-    with pytest.raises(ValueError, match="muon_learning_rate needs whole matrices"):
-        AUFConfig(output_dir="x", use_cpu=True, muon_learning_rate=0.02, fsdp=True)
+@pytest.mark.parametrize("modules_to_save", [None, ["norm"]], ids=["matrices alone", "norms too"])
+def test_an_adapter_is_trained_by_muon_with_or_without_anything_for_adamw(tokenizer, tmp_path, modules_to_save):
+    adapter = LoraConfig(r=2, target_modules="all-linear", modules_to_save=modules_to_save)
+    trainer = build(tokenizer, tmp_path, "out", peft_config=adapter)
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    assert [len(group["params"]) > 0 for group in trainer.optimizer.param_groups] == [True, bool(modules_to_save)]
+    for name, parameter in trainer.model.named_parameters():
+        assert bool((parameter != before[name]).any()) == parameter.requires_grad, name

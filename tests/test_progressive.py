@@ -142,8 +142,10 @@ def test_rows_computed_are_the_support_alone(monkeypatch, fewest):
     torch.testing.assert_close(plain_head, other)
 
 
-def test_logits_of_one_chunk_at_a_time():
-    hidden, _, labels, valid = problem(4, 32, 7, spans="whole")
+@pytest.mark.parametrize("rows_per_chunk", [1, 10])
+@pytest.mark.parametrize("objective", ["uniform", "auf"])
+def test_logits_of_no_more_rows_than_a_chunk_at_a_time(objective, rows_per_chunk):
+    hidden, head, labels, valid = problem(1, 33, 7, spans="whole", correct="all")  # 33: the last chunks are small
     most = []
 
     class Watching(CountingHead):
@@ -151,8 +153,14 @@ def test_logits_of_one_chunk_at_a_time():
             most.append(rows.shape[0])
             return super().forward(rows)
 
-    head_loss(hidden, Watching(H, V).double(), labels, valid, objective="uniform", rows_per_chunk=10)
-    assert max(most) == 10 and sum(most) == valid.sum()
+    watching = Watching(H, V, bias=False).double()
+    watching.weight.data = head.weight.data
+    for blocks in (33, 1):  # of one block several slots would go together
+        most.clear()
+        few = (part[:, :blocks] for part in (labels, valid))
+        head_loss(hidden[:, :blocks], watching, *few, objective=objective, rows_per_chunk=rows_per_chunk)
+        assert max(most) == min(rows_per_chunk, 7 * blocks)
+        assert sum(most) == 7 * blocks
 
 
 def test_without_gradient_nothing_is_formed_and_the_loss_is_the_same():

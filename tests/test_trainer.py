@@ -9,6 +9,7 @@ import sys
 from copy import deepcopy
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import EOS, MASK, PAD, ROOT, make_drafter, make_target, overfit, random_prompts
@@ -314,7 +315,7 @@ def test_evaluation_equals_a_computation_by_hand_for_every_batch_size(build, pai
         assert trainer.evaluate()["eval_loss"] == results[-1]["eval_loss"]  # fixed anchors
     loss, diagnostics, _ = by_hand(trainer, pair.drafter, trainer.eval_dataset, EVALUATION_STEP)
     with attach(pair.target, pair.drafter) as attachment:
-        for row in rows.select(range(BASE["eval_prompts"])):
+        for row in rows.select(np.linspace(0, len(rows) - 1, BASE["eval_prompts"]).astype(int)):
             prompt = torch.tensor([row["input_ids"][: row["supervised"].index(1)]])
             pair.target.generate(
                 prompt, max_new_tokens=BASE["eval_new_tokens"], do_sample=False, assistant_model=pair.drafter
@@ -496,6 +497,38 @@ def test_checkpoints_are_complete_without_secrets_and_the_oldest_go(build, tmp_p
         assert state.best_model_checkpoint == str(tmp_path / "out" / "checkpoint-1")
 
 
+def test_the_best_checkpoint_stays_whatever_way_output_dir_is_written(build, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trainer = build(
+        output_dir="./out", max_steps=4, save_strategy="steps", save_steps=1, save_total_limit=2,
+        eval_strategy="steps", eval_steps=1, metric_for_best_model="eval_loss", learning_rate=3.0, optim="sgd",
+        lr_scheduler_type="constant_with_warmup", warmup_steps=2,
+    )  # fmt: skip
+    trainer.train()
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert losses[0] < min(losses[1:])
+    assert sorted(os.listdir(tmp_path / "out")) == ["checkpoint-1", "checkpoint-4"]
+
+
+@pytest.mark.parametrize("age", [0, 100], ids=["just written", "old"])
+def test_checkpoints_of_an_earlier_run_go_before_those_of_this_one(build, tmp_path, age):
+    for step in (900, 1000):
+        folder = tmp_path / "out" / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        os.utime(folder, (folder.stat().st_mtime - age - 1000 / step,) * 2)
+    seen = []
+
+    class Look(TrainerCallback):
+        def on_save(self, *args, **kwargs):
+            seen.append(sorted(os.listdir(tmp_path / "out"), key=lambda name: int(name.split("-")[1])))
+
+    build(max_steps=2, save_strategy="steps", save_steps=1, save_total_limit=2, callbacks=[Look()]).train()
+    assert "checkpoint-1" in seen[0] and "checkpoint-2" in seen[1]
+    assert [len(names) for names in seen] == [2, 2]
+    if age:
+        assert seen == [["checkpoint-1", "checkpoint-1000"], ["checkpoint-1", "checkpoint-2"]]
+
+
 def test_training_leaves_the_target_untouched(build, pair, tmp_path):
     target = deepcopy(pair.target)
     for parameter in target.parameters():
@@ -539,6 +572,13 @@ def test_bf16_autocast_trains_fp32_weights(build, dtype):
         (dict(objective="auf_decay", gamma=0.0), "needs gamma > 0"),
         (dict(remove_unused_columns=True), "remove_unused_columns: True does not apply"),
         (dict(label_smoothing_factor=0.1), "label_smoothing_factor: 0.1 does not apply.*remove the key"),
+        (dict(auto_find_batch_size=True), "auto_find_batch_size: True does not apply"),
+        (dict(bf16_full_eval=True), "bf16_full_eval: True does not apply"),
+        (dict(fp16_full_eval=True), "fp16_full_eval: True does not apply"),
+        (dict(eval_do_concat_batches=False), "eval_do_concat_batches: False does not apply"),
+        (dict(include_num_input_tokens_seen=True), "include_num_input_tokens_seen: all does not apply"),
+        (dict(muon_learning_rate=0.02, optim="sgd"), "optim is sgd, and muon_learning_rate brings.*ignore it"),
+        (dict(muon_learning_rate=0.02, adam_beta2=0.95), "adam_beta2 is 0.95, and muon_learning_rate brings"),
         (dict(eval_new_tokens=1), "eval_new_tokens is 1.*eval_prompts: 0"),
         (dict(anchors_per_row=0), "anchors_per_row is 0"),
         (dict(head_rows_per_chunk=0), "head_rows_per_chunk is 0"),
@@ -550,6 +590,24 @@ def test_bf16_autocast_trains_fp32_weights(build, dtype):
 def test_arguments_that_would_mislead_are_refused(build, overrides, message):
     with pytest.raises(ValueError, match=message):
         build(**overrides)
+
+
+@pytest.mark.parametrize(
+    "names, message",
+    [
+        (dict(target_modules=["q_proj", "qproj"]), "lora_target_modules names 'qproj'.*silence.*q_proj"),
+        (dict(target_modules=["proj"]), "lora_target_modules names 'proj'"),  # PEFT wants all of a name here
+        (dict(target_modules="all-linear", modules_to_save=["fc", "nrom"]), "lora_modules_to_save names 'nrom'"),
+    ],
+)
+def test_adapter_names_that_match_nothing_are_refused(build, pair, names, message):
+    with pytest.raises(ValueError, match=message):
+        build(model=make_drafter(pair.target), peft_config=LoraConfig(r=2, **names))
+    found = dict(target_modules=["self_attn.q_proj", "fc"], modules_to_save=["hidden_norm", "norm"])
+    trainer = build(model=make_drafter(pair.target), peft_config=LoraConfig(r=2, **found))
+    trained = {name.split("base_model.model.")[1] for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert {name.split(".")[-4] for name in trained if "lora_A" in name} == {"q_proj", "fc"}
+    assert {"hidden_norm", "norm"} <= {name.split(".")[0] for name in trained}
 
 
 @pytest.mark.parametrize(
@@ -567,6 +625,13 @@ def test_drafters_that_cannot_serve_the_target_are_refused(build, pair, drafter,
         build(model=drafter(pair.target))
 
 
+def test_a_device_without_float64_is_refused(pair, tmp_path):
+    args = AUFConfig(output_dir=str(tmp_path), **BASE)
+    vars(args)["_setup_devices"] = torch.device("mps")  # what Trainer finds there
+    with pytest.raises(ValueError, match="mps, which has no float64.*set use_cpu: true"):
+        AUFTrainer(pair.drafter, pair.target, args, train_dataset=pair.rows, processing_class=pair.tokenizer)
+
+
 def test_flex_attention_is_refused_where_it_cannot_train(build, pair):
     drafter = make_drafter(pair.target)
     drafter.set_attn_implementation("flex_attention")
@@ -576,7 +641,7 @@ def test_flex_attention_is_refused_where_it_cannot_train(build, pair):
 
 def test_largest_micro_batch_is_tried_and_the_anchors_that_fit_are_named(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path / "tokenizer")
-    words = [str(tmp_path / "tokenizer"), str(tmp_path / "out"), "1", "120", "20000"]
+    words = [str(tmp_path / "tokenizer"), str(tmp_path / "out"), "1", "900", "20000"]
     done = subprocess.run(
         [sys.executable, str(ROOT / "tests/memory_worker.py"), *words], capture_output=True, text=True, timeout=300,
         env=os.environ | {"PYTHONPATH": str(ROOT), "MALLOC_ARENA_MAX": "1"},
@@ -584,7 +649,7 @@ def test_largest_micro_batch_is_tried_and_the_anchors_that_fit_are_named(tokeniz
     assert done.returncode == 0, done.stderr[-3000:]
     printed = dict(line.split(" ", 1) for line in done.stdout.splitlines()[-3:])
     assert "not even one anchor fits" in printed["1"] and "gradient_checkpointing: true" in printed["1"]
-    told = re.search(r"8 rows of 200 tokens with 128 anchors each: anchors_per_row: (\d+) would fit", printed["120"])
+    told = re.search(r"8 rows of 200 tokens with 128 anchors each: anchors_per_row: (\d+) would fit", printed["900"])
     assert told and int(told[1]) in (64, 32, 16, 8)
     assert printed["20000"] == "fits"
 

@@ -172,6 +172,9 @@ class DFlashDraftModel(PreTrainedModel):
             return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
         return mask
 
+    def get_input_embeddings(self) -> None:
+        """There is none, which accelerate's FSDP asks for: embeddings are the target's."""
+
     def get_candidate_generator(self, target, generation_config, **kwargs) -> BlockCandidateGenerator:
         """Our candidate generator for this drafter; see [`BlockCandidateGenerator`]."""
         return BlockCandidateGenerator(self, target, generation_config, **kwargs)
