@@ -2,14 +2,12 @@
 
 import copy
 import math
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate.utils import gather_object
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from datasets import Dataset
 from huggingface_hub import CommitInfo
 from peft import PeftConfig, get_peft_model
@@ -41,6 +39,7 @@ from .objectives import DOMINO_OBJECTIVES, OBJECTIVES, resolve_gamma, row_terms
 from .optimizer import MuonWithAdamW
 from .progressive import HeadLoss, head_loss
 from .target import FrozenTarget
+from .worst_case import WorstCase, local
 
 # Sums over slots or blocks; the columns of every counter tensor below.
 COUNTERS = (
@@ -56,11 +55,6 @@ COUNTERS = (
     "prefix",
     "base_supported",
 )
-
-
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a sharded tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def diagnostics(sums: dict[str, float]) -> dict[str, float]:
@@ -141,7 +135,7 @@ def check_adapter_names(drafter, peft_config: PeftConfig) -> None:
                 )
 
 
-class AUFTrainer(TwoBranches, CompleteCheckpoints, Trainer):
+class AUFTrainer(TwoBranches, WorstCase, CompleteCheckpoints, Trainer):
     """Trains a block drafter on its target's own hidden states.
 
     Args:
@@ -164,7 +158,6 @@ class AUFTrainer(TwoBranches, CompleteCheckpoints, Trainer):
 
     # The division happens once per optimizer step, in training_step
     loss_is_scaled_for_ga = True
-    _untried_memory = False
 
     def __init__(
         self,
@@ -411,59 +404,6 @@ class AUFTrainer(TwoBranches, CompleteCheckpoints, Trainer):
         for gradient in gradients:
             gradient.mul_(scale)
         return torch.tensor(numerator / max(denominator, 1.0), device=self.args.device)
-
-    def try_worst_case(self, model) -> None:
-        """Run the largest micro-batch that can come, forward and backward, so that memory runs out now or never.
-
-        Raises:
-            ValueError: it does not fit; names the `anchors_per_row` that would.
-        """
-        args = self.args
-        longest = int(self.train_dataset.with_format("numpy")["length"][:].argmax())
-        ids = self.train_dataset[longest]["input_ids"]
-        length = len(ids)
-        shape = (args.per_device_train_batch_size, length)
-        inputs = {
-            "input_ids": torch.tensor([ids], device=args.device).expand(shape),
-            "supervised": torch.ones(shape, dtype=torch.bool, device=args.device),
-            "document_ids": torch.zeros(shape, dtype=torch.long, device=args.device),
-            "row_ids": torch.zeros(shape[0], dtype=torch.long, device=args.device),
-        }
-        trained = [local(p) for p in model.parameters() if p.requires_grad]
-        # without its reduction FSDP2 keeps the whole gradient where zero_grad does not reach it
-        no_sync = nullcontext if self.accelerator.is_fsdp2 else partial(self.accelerator.no_sync, model)
-        moments, anchors, fits = [], min(args.anchors_per_row, length), 0
-        wanted = anchors
-        with torch.random.fork_rng(devices=[args.device] if args.device.type == "cuda" else []):
-            while anchors and not fits:
-                failed = torch.tensor(0, device=args.device)
-                try:
-                    if self.state.global_step == 0:  # AdamW's moments, which the first step will allocate
-                        moments += [torch.empty(2, *p.shape, dtype=p.dtype, device=args.device) for p in trained]
-                    with no_sync(), self.compute_loss_context_manager():
-                        # every valid slot, in both branches of Domino
-                        objective = "domino_decay" if self.is_domino else "decay"
-                        _, found, base = self._fill_blocks(model, inputs, 0, anchors, objective=objective, gamma=1e6)
-                        self.accelerator.backward(found.numerator + (0 if base is None else base.numerator))
-                except RuntimeError as error:
-                    if not should_reduce_batch_size(error):
-                        raise
-                    failed += 1
-                found = base = None
-                moments.clear()
-                model.zero_grad()
-                if self.accelerator.reduce(failed, "sum").item():  # on any rank
-                    clear_device_cache(garbage_collection=True)
-                    anchors //= 2
-                else:
-                    fits = anchors
-        if fits < wanted:
-            advice = f"anchors_per_row: {fits} would fit" if fits else "not even one anchor fits"
-            raise ValueError(
-                f"memory runs out on the largest micro-batch, {shape[0]} rows of {length} tokens with {wanted} "
-                f"anchors each: {advice}. Or lower per_device_train_batch_size (raising gradient_accumulation_steps), "
-                "max_length or head_rows_per_chunk, or set gradient_checkpointing: true."
-            )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the paper's diagnostics, over all ranks since the last log, to a training log."""

@@ -303,10 +303,10 @@ def plot(rows: list[dict], path: Path) -> None:
     figure, every = plt.subplots(1, len(names), figsize=(3.2 * len(names), 3), layout="constrained", squeeze=False)
     for axes, name in zip(every[0], names):
         for way in ("plain", "progressive"):
-            points = [(r["value"], statistics.median(r[way]["seconds"])) for r in rows
+            points = [(r["value"] / (1000 if name == "V" else 1), statistics.median(r[way]["seconds"])) for r in rows
                       if r["grows"] == name and "failed" not in r[way]]  # fmt: skip
             axes.plot(*zip(*points), marker="o", label=way)
-        axes.set(xlabel=name, ylabel="seconds a step", ylim=(0, None))
+        axes.set(xlabel="V, thousands" if name == "V" else name, ylabel="seconds a step", ylim=(0, None))
         axes.grid(alpha=0.3)
         axes.legend()
     figure.savefig(path, dpi=130)

@@ -1,0 +1,72 @@
+"""The largest micro-batch that can come, tried before the first step: memory runs out now or never."""
+
+from contextlib import nullcontext
+from functools import partial
+
+import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from torch.distributed.tensor import DTensor
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a sharded tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+class WorstCase:
+    """Mixed into the trainer."""
+
+    _untried_memory = False
+
+    def try_worst_case(self, model) -> None:
+        """Run the largest micro-batch that can come, forward and backward, so that memory runs out now or never.
+
+        Raises:
+            ValueError: it does not fit; names the `anchors_per_row` that would.
+        """
+        args = self.args
+        longest = int(self.train_dataset.with_format("numpy")["length"][:].argmax())
+        ids = self.train_dataset[longest]["input_ids"]
+        length = len(ids)
+        shape = (args.per_device_train_batch_size, length)
+        inputs = {
+            "input_ids": torch.tensor([ids], device=args.device).expand(shape),
+            "supervised": torch.ones(shape, dtype=torch.bool, device=args.device),
+            "document_ids": torch.zeros(shape, dtype=torch.long, device=args.device),
+            "row_ids": torch.zeros(shape[0], dtype=torch.long, device=args.device),
+        }
+        trained = [local(p) for p in model.parameters() if p.requires_grad]
+        # without its reduction FSDP2 keeps the whole gradient where zero_grad does not reach it
+        no_sync = nullcontext if self.accelerator.is_fsdp2 else partial(self.accelerator.no_sync, model)
+        moments, anchors, fits = [], min(args.anchors_per_row, length), 0
+        wanted = anchors
+        with torch.random.fork_rng(devices=[args.device] if args.device.type == "cuda" else []):
+            while anchors and not fits:
+                failed = torch.tensor(0, device=args.device)
+                try:
+                    if self.state.global_step == 0:  # AdamW's moments, which the first step will allocate
+                        moments += [torch.empty(2, *p.shape, dtype=p.dtype, device=args.device) for p in trained]
+                    with no_sync(), self.compute_loss_context_manager():
+                        # every valid slot, in both branches of Domino
+                        objective = "domino_decay" if self.is_domino else "decay"
+                        _, found, base = self._fill_blocks(model, inputs, 0, anchors, objective=objective, gamma=1e6)
+                        self.accelerator.backward(found.numerator + (0 if base is None else base.numerator))
+                except RuntimeError as error:
+                    if not should_reduce_batch_size(error):
+                        raise
+                    failed += 1
+                found = base = None
+                moments.clear()
+                model.zero_grad()
+                if self.accelerator.reduce(failed, "sum").item():  # on any rank
+                    clear_device_cache(garbage_collection=True)
+                    anchors //= 2
+                else:
+                    fits = anchors
+        if fits < wanted:
+            advice = f"anchors_per_row: {fits} would fit" if fits else "not even one anchor fits"
+            raise ValueError(
+                f"memory runs out on the largest micro-batch, {shape[0]} rows of {length} tokens with {wanted} "
+                f"anchors each: {advice}. Or lower per_device_train_batch_size (raising gradient_accumulation_steps), "
+                "max_length or head_rows_per_chunk, or set gradient_checkpointing: true."
+            )
