@@ -4,6 +4,7 @@ import copy
 import os
 import shutil
 import sys
+import time
 from dataclasses import asdict
 from datetime import UTC, datetime
 from math import ceil
@@ -323,7 +324,10 @@ def save_final(trainer: AUFTrainer, target, save_dtype: str, record: dict) -> No
 @errors_in_one_line()
 def main(argv: list[str] | None = None) -> None:
     """Command line of `python -m hf_specauf.train`."""
-    train(*parse(sys.argv[1:] if argv is None else argv)).accelerator.end_training()
+    trainer = train(*parse(sys.argv[1:] if argv is None else argv))
+    if trainer.args.world_size > 1 and trainer.args.device.type == "cpu":
+        time.sleep(0.5)  # torch deadlocks where gloo's thread lets go of the last collective as its group is destroyed
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":
