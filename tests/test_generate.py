@@ -499,6 +499,7 @@ def test_a_stopping_criterion_that_fires_inside_an_accepted_draft_stops_where_pl
         batch = torch.cat(p.prompts)
         assert torch.equal(p.target.generate(batch, **GREEDY, **stop), p.target.generate(batch, **GREEDY, **stop))
         assert torch.equal(plain(p, p.prompts[0], **stop), expected)
+        assert torch.equal(plain(p, p.prompts[0], prompt_lookup_num_tokens=3, **stop), expected)
 
 
 def test_stop_strings_stop_where_plain_decoding_does(text_target, tokenizer):

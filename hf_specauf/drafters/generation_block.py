@@ -211,7 +211,7 @@ class BlockCandidateGenerator(CandidateGenerator):
 class StopWhereToldTo(StoppingCriteria):
     """A call's stopping criteria asked of every token, as plain decoding asks them; transformers' assisted loop asks
     once a pass, and would not see a stop string that ends inside an accepted draft. Cuts the sequence there, in place.
-    (A streamer has the rest of that pass by then.)"""
+    (A streamer and `scores` have the rest of that pass by then.)"""
 
     def __init__(self, criteria: StoppingCriteriaList, rounds: Callable[[], list[Round]]):
         self.criteria, self.rounds, self.length = criteria, rounds, None
@@ -222,10 +222,11 @@ class StopWhereToldTo(StoppingCriteria):
             done = self.criteria(input_ids[:, :length], scores, **kwargs)
             if bool(done.all()):
                 break
-        if (cut := size - length) and (rounds := self.rounds()):
-            emitted = rounds[-1].emitted - cut
-            rounds[-1] = rounds[-1]._replace(emitted=emitted, accepted=emitted, tested=emitted)
+        if cut := size - length:
             input_ids.resize_(input_ids.shape[0], length)
+            if rounds := self.rounds():  # none of another assistant, such as prompt lookup
+                emitted = rounds[-1].emitted - cut
+                rounds[-1] = rounds[-1]._replace(emitted=emitted, accepted=emitted, tested=emitted)
         self.length = length
         return done
 
