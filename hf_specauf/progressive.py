@@ -38,12 +38,14 @@ class _Walker:
         self.low_rank_rows, self.project = (None, None) if low_rank is None else low_rank
         self.parameters = trainable(self.project)
         self.want_gradient, self.rows_per_chunk = want_gradient, rows_per_chunk
-        self.blocks, self.slots = valid.flatten(0, 1).shape
         self.valid = valid.flatten(0, 1)
+        self.counting, self.slots = self.valid.flatten(), self.valid.shape[1]
         self.losses = torch.zeros_like(self.weights)
         self.correct = torch.zeros_like(self.labels, dtype=torch.bool)
-        self.gradients: list[tuple[torch.Tensor, ...]] = []  # index, gradient of rows, of low-rank rows or None
-        self.parameter_gradients = [torch.zeros_like(p) for p in self.parameters] if want_gradient else []
+        # of the rows, the low-rank rows and the parameters
+        given = [hidden] if low_rank is None else [hidden, self.low_rank_rows]
+        self.gradients = [torch.zeros_like(t) for t in (*given, *self.parameters)] if want_gradient else []
+        self.row_gradients = [gradient.flatten(0, -2) for gradient in self.gradients[: len(given)]]
 
     def logits(self, index: torch.Tensor):
         """Logits of some rows, and the leaves they depend on."""
@@ -70,7 +72,7 @@ class _Walker:
         best, predicted = scores.max(-1)
         labels = self.labels[flat]
         right = predicted == labels
-        counted = self.valid.flatten()[flat]
+        counted = self.counting[flat]
         if until_fail and index.shape[1] > 1:
             wrong = (~right & counted).view(index.shape).long()
             counted = counted & (wrong.cumsum(1) - wrong == 0).flatten()
@@ -84,8 +86,9 @@ class _Walker:
             scores.mul_((weights / total)[:, None])  # weight * softmax, then minus weight at the label
             scores.scatter_add_(1, labels[:, None], -weights[:, None])
             found = torch.autograd.grad(logits, [*leaves, *self.parameters], scores.to(logits.dtype))
-            self.gradients.append((flat, found[0], None if self.project is None else found[1]))
-            for total_gradient, gradient in zip(self.parameter_gradients, found[len(leaves) :]):
+            for rows, gradient in zip(self.row_gradients, found):
+                rows[flat] = gradient
+            for total_gradient, gradient in zip(self.gradients[len(leaves) :], found[len(leaves) :]):
                 total_gradient += gradient
         return (right & counted).view(index.shape)
 
@@ -128,7 +131,8 @@ class _HeadLossFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, scale):
-        return None, None, *(g * scale.to(g.dtype) for g in ctx.saved_tensors)
+        # scaled in the wider dtype: in bf16 the factor itself would be off by up to 0.4 %
+        return None, None, *((g.to(scale.dtype) * scale).to(g.dtype) for g in ctx.saved_tensors)
 
 
 def trainable(module: nn.Module | None) -> list[nn.Parameter]:
@@ -190,22 +194,9 @@ def head_loss(
     weights = weights_from_correct(objective, correct, counting, gamma).to(wide)
     numerator, denominator = loss_terms(losses, weights, normalisation)
     if want_gradient:
-        gradients = _gather(walker, hidden)
         if normalisation == "per_block" and until_fail:
-            gradients[0] /= weights.sum(-1)[:, :, None, None].clamp(min=1e-30)
-        numerator = _HeadLossFunction.apply(numerator, gradients, *trained)
+            walker.gradients[0] /= weights.sum(-1)[:, :, None, None].clamp(min=1e-30)
+        numerator = _HeadLossFunction.apply(numerator, walker.gradients, *trained)
     if every_prediction:
         walker.predict((valid & (weights == 0)).flatten().nonzero()[:, 0])
     return HeadLoss(numerator, denominator, losses, weights, correct)
-
-
-def _gather(walker: _Walker, hidden) -> list[torch.Tensor]:
-    """Gradients with respect to hidden and, with a low-rank head, its rows and its module's parameters."""
-    gradients = [torch.zeros_like(hidden)]
-    if walker.project is not None:
-        gradients += [torch.zeros_like(walker.low_rank_rows), *walker.parameter_gradients]
-    for index, rows, low_rank_rows in walker.gradients:
-        gradients[0].flatten(0, -2)[index] = rows
-        if low_rank_rows is not None:
-            gradients[1].flatten(0, -2)[index] = low_rank_rows
-    return gradients

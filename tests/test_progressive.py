@@ -80,13 +80,17 @@ def test_equal_to_all_logits_in_float64(shape, objective, normalisation, chunk, 
     torch.testing.assert_close(found.denominator, denominator.double(), rtol=1e-7, atol=0)
     torch.testing.assert_close(found.weights, weights.double(), rtol=1e-12, atol=0)
     for ours, theirs in zip(gradients, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
     assert bool((gradients[0][weights == 0] == 0).all())
 
 
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_equal_in_fp32_to_1e_6(objective):
-    hidden, head, labels, valid = problem(4, 16, 7, dtype=torch.float32)
+def test_equal_in_fp32_to_1e_6(objective, device):
+    hidden, head, labels, valid = (part.to(device) for part in problem(4, 16, 7, dtype=torch.float32))
     keys = dict(objective=objective, gamma=gamma_of(objective), normalisation="pooled")
     numerator, _, _ = plain(hidden, head, labels, valid, **keys)
     (expected,) = torch.autograd.grad(numerator, hidden)
@@ -109,6 +113,14 @@ def test_bf16_equals_given_the_same_argmax_and_few_first_failures_flip():
     (expected,) = torch.autograd.grad(numerator, hidden)
     torch.testing.assert_close((found.losses * found.weights)[same].sum(), numerator, rtol=1e-3, atol=0)
     torch.testing.assert_close(gradient[same], expected[same], rtol=0.05, atol=0.01)
+
+
+def test_bf16_gradients_are_scaled_exactly():
+    hidden, head, labels, valid = problem(dtype=torch.bfloat16)
+    numerator = head_loss(hidden, head, labels, valid).numerator
+    (one,) = torch.autograd.grad(numerator, hidden, retain_graph=True)
+    (scaled,) = torch.autograd.grad(numerator / 7680, hidden)  # 1 / 7680 in bf16 is off by 0.3 %
+    torch.testing.assert_close(scaled, (one.float() / 7680).bfloat16(), rtol=0, atol=0)
 
 
 class CountingHead(nn.Linear):
