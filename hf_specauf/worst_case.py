@@ -21,6 +21,8 @@ class WorstCase:
     def try_worst_case(self, model) -> None:
         """Run the largest micro-batch that can come, forward and backward, so that memory runs out now or never.
 
+        Where FSDP2 shards and memory runs out on some ranks alone, the others wait for them until `ddp_timeout`.
+
         Raises:
             ValueError: it does not fit; names the `anchors_per_row` that would.
         """
@@ -29,13 +31,17 @@ class WorstCase:
         ids = self.train_dataset[longest]["input_ids"]
         length = len(ids)
         shape = (args.per_device_train_batch_size, length)
+        document_ids = torch.zeros(shape, dtype=torch.long, device=args.device)
+        if shape[0] > 1:
+            document_ids[0, -1] = -1  # with padding the target has a mask, which costs it memory
+        position = torch.arange(length, device=args.device)
         inputs = {
             "input_ids": torch.tensor([ids], device=args.device).expand(shape),
-            "supervised": torch.ones(shape, dtype=torch.bool, device=args.device),
-            "document_ids": torch.zeros(shape, dtype=torch.long, device=args.device),
+            "document_ids": document_ids,
             "row_ids": torch.zeros(shape[0], dtype=torch.long, device=args.device),
         }
         trained = [local(p) for p in model.parameters() if p.requires_grad]
+        adamw = args.muon_learning_rate is None and args.optim.startswith("adamw_torch")
         # without its reduction FSDP2 keeps the whole gradient where zero_grad does not reach it
         no_sync = nullcontext if self.accelerator.is_fsdp2 else partial(self.accelerator.no_sync, model)
         moments, anchors, fits = [], min(args.anchors_per_row, length), 0
@@ -43,13 +49,15 @@ class WorstCase:
         with torch.random.fork_rng(devices=[args.device] if args.device.type == "cuda" else []):
             while anchors and not fits:
                 failed = torch.tensor(0, device=args.device)
+                # anchors at the end of a row see the most
+                inputs["supervised"] = (position >= length - anchors - self.block_size) & (document_ids == 0)
                 try:
-                    if self.state.global_step == 0:  # AdamW's moments, which the first step will allocate
+                    if self.state.global_step == 0 and adamw:  # its moments, which the first step will allocate
                         moments += [torch.empty(2, *p.shape, dtype=p.dtype, device=args.device) for p in trained]
                     with no_sync(), self.compute_loss_context_manager():
                         # every valid slot, in both branches of Domino
                         objective = "domino_decay" if self.is_domino else "decay"
-                        _, found, base = self._fill_blocks(model, inputs, 0, anchors, objective=objective, gamma=1e6)
+                        _, found, base = self._run_blocks(model, inputs, 0, anchors, objective=objective, gamma=1e6)
                         self.accelerator.backward(found.numerator + (0 if base is None else base.numerator))
                 except RuntimeError as error:
                     if not should_reduce_batch_size(error):
