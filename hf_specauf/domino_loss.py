@@ -100,8 +100,9 @@ class TwoBranches:
 
     def get_batch_samples(self, *args, **kwargs):
         """Trainer's own; the micro-batches of a step are kept for [`begin_balance`]."""
-        self._micro_batches, items = super().get_batch_samples(*args, **kwargs)
-        return self._micro_batches, items
+        batches, items = super().get_batch_samples(*args, **kwargs)
+        self._micro_batches = batches if self._supports_differ else []
+        return batches, items
 
     @torch.no_grad()
     def begin_balance(self, model) -> None:
@@ -110,7 +111,7 @@ class TwoBranches:
         if self._supports_differ and len(self._micro_batches) > 1 and self._step_balance is None:
             sums = 0.0
             for inputs in self._micro_batches:
-                _, final, base = self._fill_blocks(
+                _, final, base = self._run_blocks(
                     model, self._prepare_inputs(inputs), self.state.global_step, self.args.anchors_per_row,
                     objective=self.args.objective, gamma=self.gamma,
                 )  # fmt: skip

@@ -14,9 +14,9 @@ import torch
 from datasets import Dataset
 from rich.console import Console
 from transformers import AutoModel, PreTrainedModel, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from .auf_config import AUFConfig
+from .checkpoints import checkpoints_by_age
 from .conversations import prepare_rows, show_row
 from .convert import load_drafter
 from .drafters.configuration_domino import DominoConfig
@@ -108,7 +108,7 @@ def resume_folder(args: AUFConfig) -> str | None:
     if isinstance(resume, str) and resume.lower() in ("true", "false"):
         resume = resume.lower() == "true"
     if resume is True:
-        resume = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
+        resume = next(reversed(checkpoints_by_age(args.output_dir)), None)
         if resume is None:
             print(
                 f"resume_from_checkpoint: there is no checkpoint in {args.output_dir} yet, so training starts afresh"

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
-from huggingface_hub import CommitInfo
 from peft import PeftConfig, get_peft_model
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
@@ -35,9 +34,11 @@ from .drafters.configuration_domino import DominoConfig
 from .evaluate import decoding_config
 from .generate import attach
 from .lora import AdapterBase, finish_adapter
-from .objectives import DOMINO_OBJECTIVES, OBJECTIVES, resolve_gamma, row_terms
+from .objectives import resolve_gamma, row_terms
 from .optimizer import MuonWithAdamW
+from .preflight import check_start
 from .progressive import HeadLoss, head_loss
+from .publishing import Publishing
 from .target import FrozenTarget
 from .worst_case import WorstCase, local
 
@@ -64,78 +65,20 @@ def diagnostics(sums: dict[str, float]) -> dict[str, float]:
     def ratio(a: str, b: str) -> float:
         return sums[a] / sums[b] if sums[b] else float("nan")
 
-    base = {"base_active_ratio": ratio("base_supported", "valid")} if sums["base_supported"] else {}
-    return base | {
+    found = {
         "active_ratio": ratio("supported", "valid"),
         "active_ratio_all_slots": ratio("supported", "slots"),
         "support_accuracy": ratio("supported_correct", "supported"),
-        "common_accuracy": ratio("judged_correct", "judged"),
         "teacher_forced_tau": 1 + ratio("prefix", "blocks"),
     }
+    if sums["judged"]:
+        found["common_accuracy"] = ratio("judged_correct", "judged")
+    if sums["base_supported"]:
+        found["base_active_ratio"] = ratio("base_supported", "valid")
+    return found
 
 
-def check_start(
-    drafter, args: AUFConfig, tokenizer: PreTrainedTokenizerBase | None, peft_config: PeftConfig | None
-) -> None:
-    """Raise for what would train a drafter that silently accepts nothing, before anything heavy is done.
-
-    Raises:
-        ValueError: what was found, and the key or command that mends it.
-    """
-    if args.n_gpu > 1:
-        raise ValueError(
-            f"{args.n_gpu} GPUs are visible to one process, and Trainer would fall back to nn.DataParallel, which "
-            "breaks the exact loss. Start with `accelerate launch -m hf_specauf.train ...`, or set "
-            "CUDA_VISIBLE_DEVICES=0."
-        )
-    if args.device.type == "mps":
-        raise ValueError(
-            "the device is mps, which has no float64, and the exact loss adds up its counters in it: set use_cpu: true"
-        )
-    if drafter.dtype != torch.float32 and drafter.dtype != torch.float64:
-        raise ValueError(
-            f"the drafter's weights are {drafter.dtype}: small updates vanish in it, RMSNorms freeze "
-            "(Model-Optimizer#2322). Load it with dtype=torch.float32; bf16: true trains under autocast."
-        )
-    if args.shard_target and args.world_size == 1:
-        raise ValueError("shard_target: true spreads the target over processes, and there is one: remove the key")
-    if tokenizer is None:
-        raise ValueError("processing_class is missing: give the target's tokenizer")
-    config = drafter.config
-    if config._attn_implementation == "flex_attention" and args.device.type == "cpu":
-        raise ValueError(
-            "draft_attn_implementation: flex_attention trains on CUDA only (torch has no backward of it on CPU): "
-            "use sdpa"
-        )
-    is_domino = isinstance(config, DominoConfig)
-    if is_domino != (args.objective in DOMINO_OBJECTIVES):
-        wanted = DOMINO_OBJECTIVES if is_domino else OBJECTIVES
-        raise ValueError(
-            f"objective {args.objective!r} is not for a {config.model_type} drafter: its objective is one of "
-            f"{', '.join(wanted)}. Change objective, or drafter (dflash, domino) in the recipe."
-        )
-    if peft_config is not None:
-        check_adapter_names(drafter, peft_config)
-
-
-def check_adapter_names(drafter, peft_config: PeftConfig) -> None:
-    """Raise for a name that matches no module: PEFT leaves it out in silence as long as another name matches.
-
-    Raises:
-        ValueError: the key, the name and what there is.
-    """
-    modules = [name for name, _ in drafter.named_modules() if name]
-    for key, dot in (("target_modules", "."), ("modules_to_save", "")):  # as PEFT compares them
-        names = getattr(peft_config, key) or []
-        for name in [] if isinstance(names, str) else names:  # a string is a pattern, or all-linear
-            if not any(name == module or module.endswith(dot + name) for module in modules):
-                raise ValueError(
-                    f"lora_{key} names {name!r}, which no module of the drafter ends in: it would be left out in "
-                    f"silence. The names are {', '.join(sorted({module.split('.')[-1] for module in modules}))}."
-                )
-
-
-class AUFTrainer(TwoBranches, WorstCase, CompleteCheckpoints, Trainer):
+class AUFTrainer(TwoBranches, WorstCase, CompleteCheckpoints, Publishing, Trainer):
     """Trains a block drafter on its target's own hidden states.
 
     Args:
@@ -215,7 +158,9 @@ class AUFTrainer(TwoBranches, WorstCase, CompleteCheckpoints, Trainer):
         sample = rows[0]["input_ids"][:64]
         self.target.check(torch.tensor([sample], device=args.device))
         if "document_ids" in rows.column_names:
-            packed = [torch.tensor([rows[0][key]], device=args.device) for key in ("input_ids", "document_ids")]
+            some = rows.select(np.linspace(0, len(rows) - 1, min(len(rows), 200)).astype(int))
+            fullest = max(some, key=lambda row: row["document_ids"][-1])  # a row of one document would tell nothing
+            packed = [torch.tensor([fullest[key]], device=args.device) for key in ("input_ids", "document_ids")]
             self.target.check_packing(*packed)
         # numerator, denominator, ranks whose gradient is not finite, ranks that were told to stop
         self._step_sums = torch.zeros(4, dtype=torch.float64, device=args.device)
@@ -231,6 +176,12 @@ class AUFTrainer(TwoBranches, WorstCase, CompleteCheckpoints, Trainer):
         sharded = any(isinstance(p, DTensor) for p in self.model.parameters())
         if self.args.muon_learning_rate is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled or sharded):
             raise ValueError("muon_learning_rate needs whole matrices, and FSDP and DeepSpeed shard them: remove it")
+        borrows = self.adapter_base is not None and self.adapter_base.borrowed_layers is not None
+        if borrows and self.args.shard_target and self.args.push_to_hub and self.args.hub_strategy != HubStrategy.END:
+            raise ValueError(
+                f"hub_strategy is {self.args.hub_strategy.value}, and a checkpoint with borrowed layers is published "
+                "by reading the target's, which shard_target spreads over processes: set hub_strategy: end"
+            )
         if self.is_fsdp_enabled and self.args.bf16:
             # accelerate's own sums gradients in bf16, and casts what forward returns, also Domino's losses
             policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -276,14 +227,14 @@ class AUFTrainer(TwoBranches, WorstCase, CompleteCheckpoints, Trainer):
 
     # ---- the loss
 
-    def _fill_blocks(
-        self, model, inputs: dict, step: int, most_anchors: int, **loss_keys
+    def _run_blocks(
+        self, model, inputs: dict, step: int, anchors_per_row: int, **loss_keys
     ) -> tuple[Blocks, HeadLoss, HeadLoss | None]:
         """Draw anchors and fill their blocks -> the blocks, the loss on the logits that decoding uses, and that of
         Domino's base branch."""
         ids, documents = inputs["input_ids"], inputs["document_ids"]
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        anchors, real = sample_anchors(inputs["supervised"], documents, most_anchors, inputs["row_ids"], seed, step)
+        anchors, real = sample_anchors(inputs["supervised"], documents, anchors_per_row, inputs["row_ids"], seed, step)
         count = max(int(real.sum(1).max()), 1)  # rows with fewer candidates than N cost no more than they have
         anchors, real = anchors[:, :count], real[:, :count]
         mask_token_id = self.drafter_config.mask_token_id
@@ -311,7 +262,7 @@ class AUFTrainer(TwoBranches, WorstCase, CompleteCheckpoints, Trainer):
         """The loss numerator with its graph, and detached counters per row (B, len(COUNTERS)). In evaluation a Domino
         drafter's loss is its final branch's alone, so that it does not move with lambda."""
         args = self.args
-        blocks, found, base = self._fill_blocks(
+        blocks, found, base = self._run_blocks(
             model, inputs, step, args.anchors_per_row, objective=args.objective, gamma=self.gamma,
             normalisation=args.normalisation, every_prediction=every_prediction,
         )  # fmt: skip
@@ -343,8 +294,10 @@ class AUFTrainer(TwoBranches, WorstCase, CompleteCheckpoints, Trainer):
 
     @property
     def _nominal(self) -> float:
-        # keeps gradients near their final size until the true denominator is known
-        return float(self.args.per_device_train_batch_size * self.args.anchors_per_row * (self.block_size - 1))
+        # keeps gradients near their final size until the true denominator is known; a power of two, which divides
+        # without rounding, so that no gradient depends on the size of a micro-batch
+        slots = self.args.per_device_train_batch_size * self.args.anchors_per_row * (self.block_size - 1)
+        return 2.0 ** round(math.log2(slots))
 
     @property
     def _logs_this_step(self) -> bool:
@@ -352,7 +305,9 @@ class AUFTrainer(TwoBranches, WorstCase, CompleteCheckpoints, Trainer):
         step, args = self.state.global_step + 1, self.args
         if args.logging_strategy == IntervalStrategy.EPOCH:
             return step % max(round(self.state.max_steps / self.state.num_train_epochs), 1) == 0
-        return step % max(self.state.logging_steps, 1) == 0 or (step == 1 and args.logging_first_step)
+        if args.logging_strategy == IntervalStrategy.STEPS and step % max(self.state.logging_steps, 1) == 0:
+            return True
+        return step == 1 and args.logging_first_step
 
     def compute_loss(self, model, inputs, num_items_in_batch=None):
         """Numerator over a fixed constant; `training_step` makes it exact once all micro-batches and ranks are in."""
@@ -447,7 +402,8 @@ class AUFTrainer(TwoBranches, WorstCase, CompleteCheckpoints, Trainer):
         whole = AutoModel.from_config(config, dtype=torch.float32)
         if self._peft_config is not None:
             whole = get_peft_model(whole, self._peft_config)
-        whole.load_state_dict({k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in state.items()})
+        # one at a time on the accelerator
+        whole.load_state_dict({k: (v.full_tensor() if isinstance(v, DTensor) else v).cpu() for k, v in state.items()})
         return whole
 
     def eval_prompts(self, rows: Dataset | None = None) -> list[torch.Tensor]:
@@ -503,45 +459,28 @@ class AUFTrainer(TwoBranches, WorstCase, CompleteCheckpoints, Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if self._peft_config is not None:
-            theirs = AdapterBase.read(resume_from_checkpoint)
-            if theirs.fingerprint != self.adapter_base.fingerprint:
-                raise ValueError(
-                    f"{resume_from_checkpoint} adapts {theirs.name_or_path}, and this run starts from other weights "
-                    f"({self.adapter_base.name_or_path}): resume with the drafter, target and layers of that run"
-                )
+            self._check_resumed_adapter(resume_from_checkpoint)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
-    # ---- publishing
-
-    def push_to_hub(self, commit_message: str = "Upload drafter", **kwargs) -> CommitInfo | None:
-        """Publish `output_dir` by [`hub.push`]; Trainer would upload all of it, a pickle with the token among it."""
-        return self._push(self.args.output_dir, commit_message, allow_unmeasured=not self.args.eval_prompts)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # with hub_strategy every_save, checkpoint, all_checkpoints: the drafter of the checkpoint, as unmeasured
-        if self.args.hub_strategy != HubStrategy.END:
-            message = f"Training in progress, step {self.state.global_step}"
-            self._push(checkpoint_folder, message, allow_unmeasured=True)
-
-    def _push(self, folder: str, message: str, allow_unmeasured: bool) -> CommitInfo | None:
-        from .hub import push
-
-        info = None
-        if self.is_world_process_zero():
-            args = self.args
-            info = push(
-                folder, self.hub_model_id or args.hub_model_id, private=args.hub_private_repo, token=args.hub_token,
-                revision=args.hub_revision, commit_message=message, allow_unmeasured=allow_unmeasured,
-                target_model=self.target.model,
-            )  # fmt: skip
-            print(f"published: {info.commit_url}")
-        self.accelerator.wait_for_everyone()
-        return info
-
-    def create_model_card(self, **kwargs) -> None:
-        """Render our card into `output_dir`."""
-        from .model_card import render
-
-        if self.is_world_process_zero():
-            repo = self.hub_model_id or self.args.hub_model_id or f"you/{Path(self.args.output_dir).name}"
-            render(self.args.output_dir, repo).save(Path(self.args.output_dir, "README.md"))
+    def _check_resumed_adapter(self, folder: str) -> None:
+        if not Path(folder, "adapter_config.json").is_file():
+            raise ValueError(
+                f"{folder} holds a drafter trained in full, and this run trains an adapter: set use_peft: false"
+            )
+        theirs = AdapterBase.read(folder)
+        if theirs.fingerprint != self.adapter_base.fingerprint:
+            raise ValueError(
+                f"{folder} adapts {theirs.name_or_path}, and this run starts from other weights "
+                f"({self.adapter_base.name_or_path}): resume with the drafter, target and layers of that run"
+            )
+        saved, own = PeftConfig.from_pretrained(folder), self.model.peft_config["default"]
+        for key in ("r", "lora_alpha", "target_modules", "modules_to_save", "use_rslora", "use_dora"):
+            was, given = (
+                sorted(value) if isinstance(value, set | list) else value
+                for value in (getattr(config, key, None) for config in (saved, own))
+            )
+            if was != given:
+                raise ValueError(
+                    f"{folder} was trained with {key} {was}, and this run has {given}: resume with the LoRA keys of "
+                    "that run, or start afresh in another output_dir"
+                )

@@ -15,7 +15,7 @@ import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
-from accelerate.utils.launch import prepare_multi_gpu_env
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from conftest import ROOT, load_rows_file
 from peft import LoraConfig
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -33,7 +33,9 @@ FIXED = dict(
 def as_launched_with(recipe: str) -> None:
     """Set what `accelerate launch --config_file recipes/accelerate/...` sets."""
     words = ["--config_file", str(ROOT / "recipes/accelerate" / recipe), "a_script.py"]
-    os.environ |= prepare_multi_gpu_env(_validate_launch_command(launch_command_parser().parse_args(words))[0])
+    args = _validate_launch_command(launch_command_parser().parse_args(words))[0]
+    args.deepspeed_fields_from_accelerate_config = "zero_stage,gradient_accumulation_steps"  # as the launcher notes
+    os.environ |= prepare_deepspeed_cmd_env(args)[1] if args.use_deepspeed else prepare_multi_gpu_env(args)
 
 
 class InterruptOneRank(TrainerCallback):
@@ -63,7 +65,7 @@ def main(
     if launched_with is not None:
         as_launched_with(launched_with)
     args = AUFConfig(output_dir=str(out), **FIXED | keys)
-    if launched_with is not None:
+    if launched_with is not None and not args.deepspeed_plugin:
         # accelerate shards on accelerators only; all that it then does runs on CPUs as well
         PartialState().distributed_type = DistributedType.MULTI_GPU
     target = AutoModelForCausalLM.from_pretrained(folder / "target")

@@ -1,6 +1,7 @@
 """The Hub both ways, offline: a real client in its own processes against a server on this machine."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -309,6 +310,17 @@ def test_recipe_pushes_checkpoints_and_the_finished_drafter(files, run, hub, tra
     assert b"**not measured**" in contents(hub.repository("alice/auto"), history[-2]["oid"])["README.md"]
     config = json.loads(contents(hub.repository("alice/auto"))["config.json"])
     assert config["target_revision"] == hub.repository("alice/target").resolve("main")
+
+
+def test_a_checkpoint_that_cannot_be_published_is_kept_and_training_goes_on(files, run, hub, trained):
+    keys = dict(target_model_name_or_path=files / "target", dataset_name=files / "text.jsonl") | BASE
+    keys |= dict(output_dir=files / "unpushed", push_to_hub="true", hub_model_id="alice/local", save_steps=1)
+    words = [word for key, value in keys.items() for word in (f"--{key}", *str(value).split())]
+    code, printed = run("-m", "hf_specauf.train", *words, HF_DATASETS_CACHE=str(files / "cache"))
+    refused = [line for line in printed.splitlines() if "checkpoint-1 was not published: the drafter's target" in line]
+    assert len(refused) == 1 and "--target OWNER/NAME" in refused[0]
+    assert code == 1 and printed.splitlines()[-1].startswith("error: the drafter's target is the local path")
+    assert {"checkpoint-1", "checkpoint-2", "checkpoint-3", "eval.json"} <= set(os.listdir(files / "unpushed"))
 
 
 def test_domino_drafter_and_an_adapter_on_it_are_published_and_used_without_the_package(

@@ -17,7 +17,10 @@ from transformers.trainer_utils import get_last_checkpoint
 from hf_specauf.train import main
 
 STEPS, EVERY = 60, 5
-COMPLETE = {"config.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
+COMPLETE = {
+    "config.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json",
+    "saved_at",
+}  # fmt: skip
 
 
 def check_checkpoints(out: Path) -> int:
@@ -65,7 +68,7 @@ def test_killed_at_random_steps_and_inside_saves_ends_in_the_same_drafter(comman
         kills, inside = kills + 1, inside + was_saving
         kept = check_checkpoints(out)
         assert steps - kept <= EVERY
-    assert kills >= 3 and inside >= 1
+    assert kills >= 3 and 2 * inside >= kills - 1
     if not (out / "provenance.json").exists():
         main(command(max_steps=STEPS, save_steps=EVERY, output_dir=out, resume_from_checkpoint="true"))
     assert not (out / ".saving").exists()

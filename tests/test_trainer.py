@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from copy import deepcopy
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,6 +24,7 @@ from hf_specauf.blocks import EVALUATION_STEP, make_blocks, sample_anchors
 from hf_specauf.conversations import RowCollator
 from hf_specauf.generate import attach
 from hf_specauf.target import drafter_config
+from hf_specauf.train import resume_folder
 from hf_specauf.trainer import AUFConfig, AUFTrainer
 
 PROMPT, LENGTHS = 8, (42, 11, 24, 13, 36, 10, 18)
@@ -225,6 +227,22 @@ def test_losses_gradients_and_weights_do_not_depend_on_how_a_step_is_computed(
             assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-9), way
             assert {k: ours[k] for k in DIAGNOSTICS} == pytest.approx({k: theirs[k] for k in DIAGNOSTICS}), way
         assert_same(weights(split), weights(whole), rtol=1e-9)
+
+
+@pytest.mark.parametrize("keys", [dict(logging_steps=2), dict(logging_strategy="no")], ids=["steps", "no"])
+def test_accuracy_over_all_slots_costs_nothing_between_logs(build, pair, keys):
+    trainer = build(max_steps=4, **keys)
+    predicted = []
+
+    def note(head, args, output):
+        if not torch.is_grad_enabled():
+            predicted.append(trainer.state.global_step + 1)
+
+    handle = pair.target.lm_head.register_forward_hook(note)
+    logs = train(trainer)
+    handle.remove()
+    assert sorted(set(predicted)) == [log["step"] for log in logs] == ([2, 4] if "logging_steps" in keys else [])
+    assert all(0 < log["common_accuracy"] < 1 for log in logs)
 
 
 def test_gradient_checkpointing_recomputes_the_layers(build):
@@ -510,23 +528,21 @@ def test_the_best_checkpoint_stays_whatever_way_output_dir_is_written(build, tmp
     assert sorted(os.listdir(tmp_path / "out")) == ["checkpoint-1", "checkpoint-4"]
 
 
-@pytest.mark.parametrize("age", [0, 100], ids=["just written", "old"])
-def test_checkpoints_of_an_earlier_run_go_before_those_of_this_one(build, tmp_path, age):
-    for step in (900, 1000):
-        folder = tmp_path / "out" / f"checkpoint-{step}"
-        folder.mkdir(parents=True)
-        os.utime(folder, (folder.stat().st_mtime - age - 1000 / step,) * 2)
+def test_checkpoints_of_an_earlier_run_go_first_and_are_not_resumed_from(build, tmp_path):
+    build(max_steps=4, save_strategy="steps", save_steps=2).train()
     seen = []
 
     class Look(TrainerCallback):
-        def on_save(self, *args, **kwargs):
-            seen.append(sorted(os.listdir(tmp_path / "out"), key=lambda name: int(name.split("-")[1])))
+        def on_save(self, args, *others, **kwargs):
+            args.resume_from_checkpoint = True
+            seen.append((sorted(os.listdir(tmp_path / "out")), Path(resume_folder(args)).name))
 
-    build(max_steps=2, save_strategy="steps", save_steps=1, save_total_limit=2, callbacks=[Look()]).train()
-    assert "checkpoint-1" in seen[0] and "checkpoint-2" in seen[1]
-    assert [len(names) for names in seen] == [2, 2]
-    if age:
-        assert seen == [["checkpoint-1", "checkpoint-1000"], ["checkpoint-1", "checkpoint-2"]]
+    build(max_steps=3, save_strategy="steps", save_steps=1, save_total_limit=2, callbacks=[Look()]).train()
+    assert seen == [
+        (["checkpoint-1", "checkpoint-4"], "checkpoint-1"),
+        (["checkpoint-1", "checkpoint-2"], "checkpoint-2"),
+        (["checkpoint-2", "checkpoint-3"], "checkpoint-3"),
+    ]
 
 
 def test_training_leaves_the_target_untouched(build, pair, tmp_path):

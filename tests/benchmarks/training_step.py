@@ -39,7 +39,7 @@ from hf_specauf.target import FrozenTarget, drafter_config
 WAYS = ("plain", "chunked", "progressive")
 
 
-def tau_for(active: float, slots: int) -> float:
+def chance_for(active: float, slots: int) -> float:
     """Chance that a slot is right for which a share `active` of `slots` is supported, by bisection."""
     low, high = 0.0, 1.0
     for _ in range(50):
@@ -51,7 +51,7 @@ def tau_for(active: float, slots: int) -> float:
 def labels_for(logits_of, rows: torch.Tensor, active: float, vocabulary: int) -> torch.Tensor:
     """Labels for which the drafter is right in a random prefix of each block: (N, K-1, H) -> (N, K-1)."""
     blocks, slots, _ = rows.shape
-    chance = tau_for(active, slots)
+    chance = chance_for(active, slots)
     right = torch.rand(blocks, slots, device=rows.device) < chance
     best = torch.cat([logits_of(chunk).argmax(-1) for chunk in rows.flatten(0, 1).split(64)]).view(blocks, slots)
     return torch.where(right, best, (best + 1) % vocabulary)
@@ -93,9 +93,8 @@ class PeakMemory:
 def loss_of(way: str, rows, head, labels, valid, chunk: int):
     """Mean loss over AUF's support by one of the three ways; rows (N, K-1, H)."""
     if way == "plain":
-        logits = head(rows.flatten(0, 1).to(head.weight.dtype)).view(
-            *labels.shape, -1
-        )  # one product, not N small ones
+        # one product, not N small ones
+        logits = head(rows.flatten(0, 1).to(head.weight.dtype)).view(*labels.shape, -1)
         support = first_failure_support(logits.detach().argmax(-1) == labels, valid)
         losses = cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
         return (losses * support).sum() / support.sum()

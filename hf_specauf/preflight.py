@@ -1,0 +1,70 @@
+"""What would train a drafter that silently accepts nothing, refused before anything heavy is done."""
+
+import torch
+from peft import PeftConfig
+from transformers import PreTrainedTokenizerBase
+
+from .auf_config import AUFConfig
+from .drafters.configuration_domino import DominoConfig
+from .objectives import DOMINO_OBJECTIVES, OBJECTIVES
+
+
+def check_start(
+    drafter, args: AUFConfig, tokenizer: PreTrainedTokenizerBase | None, peft_config: PeftConfig | None
+) -> None:
+    """Raise for what would train a drafter that silently accepts nothing, before anything heavy is done.
+
+    Raises:
+        ValueError: what was found, and the key or command that mends it.
+    """
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"{args.n_gpu} GPUs are visible to one process, and Trainer would fall back to nn.DataParallel, which "
+            "breaks the exact loss. Start with `accelerate launch -m hf_specauf.train ...`, or set "
+            "CUDA_VISIBLE_DEVICES=0."
+        )
+    if args.device.type == "mps":
+        raise ValueError(
+            "the device is mps, which has no float64, and the exact loss adds up its counters in it: set use_cpu: true"
+        )
+    if drafter.dtype != torch.float32 and drafter.dtype != torch.float64:
+        raise ValueError(
+            f"the drafter's weights are {drafter.dtype}: small updates vanish in it, RMSNorms freeze "
+            "(Model-Optimizer#2322). Load it with dtype=torch.float32; bf16: true trains under autocast."
+        )
+    if args.shard_target and args.world_size == 1:
+        raise ValueError("shard_target: true spreads the target over processes, and there is one: remove the key")
+    if tokenizer is None:
+        raise ValueError("processing_class is missing: give the target's tokenizer")
+    config = drafter.config
+    if config._attn_implementation == "flex_attention" and args.device.type == "cpu":
+        raise ValueError(
+            "draft_attn_implementation: flex_attention trains on CUDA only (torch has no backward of it on CPU): "
+            "use sdpa"
+        )
+    is_domino = isinstance(config, DominoConfig)
+    if is_domino != (args.objective in DOMINO_OBJECTIVES):
+        wanted = DOMINO_OBJECTIVES if is_domino else OBJECTIVES
+        raise ValueError(
+            f"objective {args.objective!r} is not for a {config.model_type} drafter: its objective is one of "
+            f"{', '.join(wanted)}. Change objective, or drafter (dflash, domino) in the recipe."
+        )
+    if peft_config is not None:
+        check_adapter_names(drafter, peft_config)
+
+
+def check_adapter_names(drafter, peft_config: PeftConfig) -> None:
+    """Raise for a name that matches no module: PEFT leaves it out in silence as long as another name matches.
+
+    Raises:
+        ValueError: the key, the name and what there is.
+    """
+    modules = [name for name, _ in drafter.named_modules() if name]
+    for key, dot in (("target_modules", "."), ("modules_to_save", "")):  # as PEFT compares them
+        names = getattr(peft_config, key) or []
+        for name in [] if isinstance(names, str) else names:  # a string is a pattern, or all-linear
+            if not any(name == module or module.endswith(dot + name) for module in modules):
+                raise ValueError(
+                    f"lora_{key} names {name!r}, which no module of the drafter ends in: it would be left out in "
+                    f"silence. The names are {', '.join(sorted({module.split('.')[-1] for module in modules}))}."
+                )
