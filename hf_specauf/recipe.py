@@ -203,7 +203,7 @@ class DrafterArguments:
 
     def peft_config(self) -> PeftConfig | None:
         """LoRA's configuration by trl's own reading of these keys, or `None` for full training."""
-        return get_peft_config(
+        config = get_peft_config(
             ModelConfig(
                 use_peft=self.use_peft, lora_r=self.lora_r, lora_alpha=self.lora_alpha, lora_dropout=self.lora_dropout,
                 lora_target_modules=self.lora_target_modules or ["all-linear"],
@@ -211,6 +211,9 @@ class DrafterArguments:
                 lora_task_type=None,  # CAUSAL_LM asks for a model that generates by itself
             )
         )  # fmt: skip
+        if config is not None and self.lora_target_modules not in (None, ["all-linear"]):
+            config.target_modules = set(self.lora_target_modules)  # trl makes one name a string, which PEFT full-matches
+        return config
 
     @property
     def domino(self) -> dict | None:

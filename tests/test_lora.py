@@ -372,6 +372,13 @@ def test_keys_that_say_nothing_are_refused(keys, said):
         DrafterArguments(**keys)
 
 
+@pytest.mark.parametrize("names", [["q_proj"], ["q_proj", "fc"]], ids=str)
+def test_lora_is_put_on_the_modules_that_are_named(names):
+    keys = DrafterArguments(use_peft=True, drafter_name_or_path="a/b", lora_target_modules=names)
+    model = get_peft_model(make_drafter(make_target()), keys.peft_config())
+    assert {name.split(".")[-1] for name, part in model.named_modules() if hasattr(part, "lora_A")} == set(names)
+
+
 @pytest.mark.parametrize(
     "keys, said",
     [
