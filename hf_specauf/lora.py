@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from safetensors import safe_open
 from transformers import AutoModel, PreTrainedModel
 
 from .drafters.configuration_dflash import DFlashConfig
@@ -199,6 +200,44 @@ def plain_state(drafter: PreTrainedModel | PeftModel) -> dict[str, torch.Tensor]
     }
 
 
+def _check_beside(
+    drafter: PeftModel, folder: Path, base: AdapterBase, folder_or_repo: str | Path, adapter_name: str
+) -> None:
+    """Raise unless an adapter can be added to those already on a drafter, and each act alone when it is active."""
+    if adapter_name in drafter.peft_config:
+        raise ValueError(
+            f"adapter_name is {adapter_name!r}, and so is that of an adapter already on this drafter, over which PEFT "
+            "would write: give another name"
+        )
+    instead = "Merge one of them (load_drafter loads an adapter merged), or use two drafters."
+    config, trained_for = innermost(drafter).config, dict(base.trained_for or {})
+    if config.target_fingerprint and config.target_fingerprint == trained_for.get("target_fingerprint"):
+        trained_for |= {key: getattr(config, key) for key in TARGET_KEYS[:2]}  # the same under another name
+    for key, value in trained_for.items():
+        if value != getattr(config, key):
+            raise ValueError(
+                f"the adapter in {folder_or_repo} was trained for another target or another prompt than those already "
+                f"on this drafter ({key} {value!r}, theirs is {getattr(config, key)!r}), and a drafter's config names "
+                f"one. {instead}"
+            )
+
+    def modules(names) -> tuple[set[str], set[str]]:  # in full, by LoRA
+        lora = {name for name in names if ".lora_" in name}
+        return {name.rpartition(".")[0] for name in {*names} - lora}, {name.split(".lora_")[0] for name in lora}
+
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        full, lora = modules(file.keys())
+    for other in drafter.peft_config:
+        state = get_peft_model_state_dict(drafter, adapter_name=other, save_embedding_layers=False)
+        their_full, their_lora = modules(state)
+        if both := sorted((full & their_lora) | (lora & their_full)):
+            names = ", ".join(name.removeprefix("base_model.model.") for name in both)
+            raise ValueError(
+                f"of the adapter in {folder_or_repo} and {other!r}, one adapts {names} in full and the other by LoRA, "
+                f"and PEFT would drop or mix their weights. {instead}"
+            )
+
+
 def add_adapter(
     drafter: PreTrainedModel | PeftModel,
     folder_or_repo: str | Path,
@@ -209,13 +248,15 @@ def add_adapter(
     between `generate` calls, and left out inside `with drafter.disable_adapter():`. The target is never touched.
 
     Args:
-        drafter (`PreTrainedModel` or `PeftModel`): the base, or the base with other adapters already on it. Its
-            config then names the target of the adapter that was added last.
+        drafter (`PreTrainedModel` or `PeftModel`): the base, or the base with other adapters for the same target
+            already on it. Its config then names their target.
         folder_or_repo (`str` or `Path`): of the adapter, or its Hub id.
+        adapter_name (`str`, *optional*, defaults to `default`): one that no adapter on the drafter has.
         revision (`str`, *optional*): branch, tag or commit on the Hub.
 
     Raises:
-        ValueError: the drafter is not the one the adapter was trained on.
+        ValueError: the drafter is not the one the adapter was trained on, or the adapter cannot lie beside those
+            already on it.
     """
     folder, _ = fetch(folder_or_repo, revision, "folder_or_repo")
     base = AdapterBase.read(folder)
@@ -229,10 +270,12 @@ def add_adapter(
             f"the adapter in {folder_or_repo} was trained on {base.name_or_path}{at}, and this drafter has other "
             "weights: its drafts would be worthless. Load that base, at that revision."
         )
-    for key, value in (base.trained_for or {}).items():
-        setattr(innermost(drafter).config, key, value)
     if isinstance(drafter, PeftModel):
+        _check_beside(drafter, folder, base, folder_or_repo, adapter_name)
         drafter.load_adapter(str(folder), adapter_name)
         drafter.set_adapter(adapter_name)
-        return drafter
-    return PeftModel.from_pretrained(drafter, str(folder), adapter_name=adapter_name).eval()
+    else:
+        drafter = PeftModel.from_pretrained(drafter, str(folder), adapter_name=adapter_name).eval()
+    for key, value in (base.trained_for or {}).items():
+        setattr(innermost(drafter).config, key, value)
+    return drafter

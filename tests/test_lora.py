@@ -5,7 +5,18 @@ import shutil
 
 import pytest
 import torch
-from conftest import BASE, MASK, SHAPE, load_rows_file, make_drafter, make_target, overfit, random_prompts
+from conftest import (
+    BASE,
+    MASK,
+    SHAPE,
+    load_rows_file,
+    make_domino,
+    make_drafter,
+    make_target,
+    overfit,
+    random_prompts,
+    same,
+)
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_convert import z_lab
@@ -34,10 +45,12 @@ def adapter_on(drafter, folder, seed=0, **keys):
     """An adapter with weights that change the drafts, saved as training saves it."""
     base = AdapterBase.of_drafter(drafter)
     torch.manual_seed(seed)
-    model = get_peft_model(drafter, LoraConfig(target_modules="all-linear", **dict(r=4) | keys))
+    model = get_peft_model(drafter, LoraConfig(**dict(target_modules="all-linear", r=4) | keys))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3)
+        if "modules_to_save" in name:
+            parameter.data.mul_(1.5)
     model.save_pretrained(folder)
     finish_adapter(folder, base, drafter.config)
     return model.unload()
@@ -240,6 +253,74 @@ def test_adapter_of_another_base_is_refused(base, tmp_path):
     (tmp_path / "a/base.json").unlink()
     with pytest.raises(ValueError, match="adapter without base.json"):
         load_drafter(tmp_path / "a")
+
+
+def refused_beside(first, second, said, name="two") -> None:
+    """Adding the second adapter beside the first is refused, and changes nothing."""
+    model = add_adapter(load_drafter(AdapterBase.read(first).name_or_path), first, "one")
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    config = model.get_base_model().config.to_dict()
+    with pytest.raises(ValueError, match=said):
+        add_adapter(model, second, name)
+    assert same(model.state_dict(), before) and [*model.peft_config] == [model.active_adapter] == ["one"]
+    assert model.get_base_model().config.to_dict() == config
+
+
+def test_an_adapter_under_a_name_that_is_taken_is_refused(base, tmp_path):
+    for seed, name in enumerate("ab"):
+        adapter_on(load_drafter(base), tmp_path / name, seed)
+    refused_beside(tmp_path / "a", tmp_path / "b", "adapter_name is 'one'.*give another name", "one")
+
+
+@pytest.mark.parametrize("kind, full, beside", [("dflash", ["fc", "norm"], ["norm"]),
+                                                ("domino", ["prefix_gru", "embed_proj"], ["prefix_gru"])])  # fmt: skip
+def test_adapters_that_train_a_module_in_full_and_by_lora_are_refused_and_others_act_alone(
+    tmp_path, kind, full, beside
+):
+    make = make_domino if kind == "domino" else make_drafter
+    make(make_target(dtype=torch.float32)).save_pretrained(tmp_path / "base")
+    makes = {"lora": {}, "full": dict(target_modules=["q_proj"], modules_to_save=full),
+             "beside": dict(target_modules=["k_proj"], modules_to_save=beside)}  # fmt: skip
+    for seed, (name, keys) in enumerate(makes.items()):
+        adapter_on(load_drafter(tmp_path / "base"), tmp_path / name, seed, **keys)
+    what = "embed_proj.0, embed_proj.2 in full" if kind == "domino" else "fc in full"
+    for first, second in (("full", "lora"), ("lora", "full")):
+        refused_beside(tmp_path / first, tmp_path / second, f"one adapts {what} and the other by LoRA")
+
+    def output(model) -> torch.Tensor:
+        with torch.no_grad():
+            generator = torch.Generator().manual_seed(0)
+            noise, context = torch.randn(1, 4, 32, generator=generator), torch.randn(1, 9, 64, generator=generator)
+            if kind == "dflash":
+                return model(noise, context).last_hidden_state
+            told = torch.randn(1, 1, 4, 32, generator=generator)
+            return model(noise, context, prev_embeds=told, reduce=lambda h, rows, project: h.sum() + project(rows)).reduced
+
+    alone = {name: output(load_drafter(tmp_path / name)) for name in ("lora", "beside")}
+    model = load_drafter(tmp_path / "base")
+    off = output(model)
+    for name in alone:
+        model = add_adapter(model, tmp_path / name, name)
+    for name in ("lora", "beside", "lora", "off", "beside"):
+        if name == "off":
+            with model.disable_adapter():
+                torch.testing.assert_close(output(model), off)
+        else:
+            model.set_adapter(name)
+            torch.testing.assert_close(output(model), alone[name], rtol=1e-4, atol=1e-5)
+            assert not torch.allclose(output(model), off, atol=1e-3)
+
+
+def test_adapters_for_two_targets_are_refused_on_one_drafter(base, tmp_path):
+    for seed, name in enumerate("abc"):
+        adapter_on(load_drafter(base), tmp_path / name, seed)
+    for name, changes in dict(b=dict(target_model_name_or_path="its/copy"), c=dict(target_fingerprint="0" * 16)).items():
+        record = json.loads((tmp_path / name / "base.json").read_text())
+        record["trained_for"] |= changes
+        (tmp_path / name / "base.json").write_text(json.dumps(record))
+    both = add_adapter(add_adapter(load_drafter(base), tmp_path / "a", "a"), tmp_path / "b", "b")
+    assert both.get_base_model().config.target_model_name_or_path == "its/copy"  # the same weights by another name
+    refused_beside(tmp_path / "a", tmp_path / "c", "another target or another prompt.*target_fingerprint '0000.*Merge one")
 
 
 # ---- borrow
