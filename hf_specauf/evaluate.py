@@ -16,8 +16,9 @@ from trl import TrlParser
 
 from .acceptance import TAU_DEFINITION
 from .conversations import prompt_length
-from .convert import fetch, load_drafter
+from .convert import load_drafter
 from .generate import attach
+from .lora import fetch
 from .model_card import number
 from .records import environment, errors_in_one_line, same_target, write_record
 from .sources import UnusableRow, chat_messages, load_rows, row_format, row_tools
@@ -310,8 +311,8 @@ def main(argv: list[str] | None = None) -> None:
     (args,) = TrlParser(EvaluateArguments, prog="python -m hf_specauf.evaluate").parse_args_and_config(argv)
     target, tokenizer = load_target(args.target, args.target_revision, key="--target", dtype=args.dtype)
     target.to(args.device)
-    folder, commit = fetch(args.drafter, args.drafter_revision)
-    drafter = load_drafter(folder, target=target, dtype=args.dtype).to(args.device)
+    folder, commit = fetch(args.drafter, args.drafter_revision, "--drafter")
+    drafter = load_drafter(folder, target=target, dtype=args.dtype, key="--drafter").to(args.device)
     out, config = Path(args.out), drafter.config
     found = {"target": measured_target(target) | {"name_or_path": args.target}}
     if out.resolve() == folder.resolve() and config.target_model_name_or_path and not same_target(found, config):

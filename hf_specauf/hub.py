@@ -288,7 +288,7 @@ def stage(
     """
     drafter = Path(drafter)
     check_folder(drafter, allow_unmeasured)
-    model = load_drafter(drafter, target=target_model)
+    model = load_drafter(drafter, target=target_model, key="drafter")
     own = model.config.target_model_name_or_path
     name_target(model.config, target, target_revision, token)
     vars(model.config).pop("use_cache", None)

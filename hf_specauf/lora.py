@@ -7,6 +7,7 @@ folder says in `base.json` what it was trained on, down to a fingerprint of the 
 
 import hashlib
 import json
+import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -28,8 +29,8 @@ TARGET_KEYS = (
 )  # fmt: skip
 
 
-def fetch(name_or_path: str | Path, revision: str | None = None, key: str = "--drafter") -> tuple[Path, str | None]:
-    """A drafter's folder and, from the Hub, its commit. Pickles and code are not fetched.
+def fetch(name_or_path: str | Path, revision: str | None = None, key: str = "name_or_path") -> tuple[Path, str | None]:
+    """A drafter's folder and, from the Hub, its commit; errors name the `key` that asked. No pickles, no code.
 
     Raises:
         OSError: there is no such folder, and no Hub id can be read in it.
@@ -42,6 +43,11 @@ def fetch(name_or_path: str | Path, revision: str | None = None, key: str = "--d
         raise OSError(f"{key}: {str(name_or_path)!r} is neither a folder nor a Hub id (OWNER/NAME)")
     folder = Path(snapshot_download(str(name_or_path), revision=revision, allow_patterns=["*.json", "*.safetensors"]))
     return folder, folder.name
+
+
+def absolute(name_or_path: str | Path) -> str:
+    """A folder by its absolute path, as from elsewhere `out/base` is taken for a Hub id; other names as they are."""
+    return os.path.abspath(name_or_path) if os.path.isdir(name_or_path) else str(name_or_path)
 
 
 @dataclass
@@ -58,16 +64,16 @@ class AdapterBase:
     @classmethod
     def of_drafter(cls, drafter: PreTrainedModel) -> "AdapterBase":
         """A drafter under the name, and if `load_drafter` loaded it at the commit, that it was loaded by."""
-        name = str(drafter.config._name_or_path)
+        name = absolute(drafter.config._name_or_path)
         origin = getattr(drafter, "origin", dict(name_or_path=name, revision=None, loadable=bool(name)))
         return cls(**origin, fingerprint=fingerprint(drafter.state_dict()))
 
     @classmethod
     def of_layers(cls, target: PreTrainedModel, layer_ids: list[int]) -> "AdapterBase":
-        """Layers of a target, which `load_target` loaded."""
+        """Layers of a target, with its commit if `load_target` loaded it."""
         target = innermost(target)
-        tensors = borrowed_tensors(target, layer_ids)
-        return cls(str(target.config._name_or_path), target.loaded_commit, fingerprint(tensors), list(layer_ids))
+        name, commit = absolute(target.config._name_or_path), getattr(target, "loaded_commit", None)
+        return cls(name, commit, fingerprint(borrowed_tensors(target, layer_ids)), list(layer_ids))
 
     def write(self, folder: str | Path) -> None:
         """Write `base.json` into an adapter's folder."""

@@ -212,7 +212,9 @@ class DrafterArguments:
             )
         )  # fmt: skip
         if config is not None and self.lora_target_modules not in (None, ["all-linear"]):
-            config.target_modules = set(self.lora_target_modules)  # trl makes one name a string, which PEFT full-matches
+            config.target_modules = set(
+                self.lora_target_modules
+            )  # trl makes one name a string, which PEFT full-matches
         return config
 
     @property

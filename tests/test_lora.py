@@ -179,6 +179,16 @@ def test_dtypes_may_be_names(base, files, tmp_path):
             assert load_drafter(folder, dtype=name).dtype == getattr(torch, name)
 
 
+def test_a_base_by_a_relative_path_is_found_from_anywhere(base, tmp_path, monkeypatch):
+    monkeypatch.chdir(base.parents[1])
+    name = f"{base.parent.name}/{base.name}"
+    for drafter in (load_drafter(name), AutoModel.from_pretrained(name)):
+        adapter_on(drafter, tmp_path / "a")
+        assert AdapterBase.read(tmp_path / "a").name_or_path == str(base)
+    monkeypatch.chdir("/")
+    assert load_drafter(tmp_path / "a")
+
+
 def test_unmerged_and_merged_give_the_same_drafts(base, tmp_path):
     drafter = adapter_on(load_drafter(base), tmp_path / "a")
     peft = add_adapter(drafter, tmp_path / "a")
@@ -294,7 +304,9 @@ def test_adapters_that_train_a_module_in_full_and_by_lora_are_refused_and_others
             if kind == "dflash":
                 return model(noise, context).last_hidden_state
             told = torch.randn(1, 1, 4, 32, generator=generator)
-            return model(noise, context, prev_embeds=told, reduce=lambda h, rows, project: h.sum() + project(rows)).reduced
+            return model(
+                noise, context, prev_embeds=told, reduce=lambda h, rows, project: h.sum() + project(rows)
+            ).reduced
 
     alone = {name: output(load_drafter(tmp_path / name)) for name in ("lora", "beside")}
     model = load_drafter(tmp_path / "base")
@@ -314,13 +326,17 @@ def test_adapters_that_train_a_module_in_full_and_by_lora_are_refused_and_others
 def test_adapters_for_two_targets_are_refused_on_one_drafter(base, tmp_path):
     for seed, name in enumerate("abc"):
         adapter_on(load_drafter(base), tmp_path / name, seed)
-    for name, changes in dict(b=dict(target_model_name_or_path="its/copy"), c=dict(target_fingerprint="0" * 16)).items():
+    for name, changes in dict(
+        b=dict(target_model_name_or_path="its/copy"), c=dict(target_fingerprint="0" * 16)
+    ).items():
         record = json.loads((tmp_path / name / "base.json").read_text())
         record["trained_for"] |= changes
         (tmp_path / name / "base.json").write_text(json.dumps(record))
     both = add_adapter(add_adapter(load_drafter(base), tmp_path / "a", "a"), tmp_path / "b", "b")
     assert both.get_base_model().config.target_model_name_or_path == "its/copy"  # the same weights by another name
-    refused_beside(tmp_path / "a", tmp_path / "c", "another target or another prompt.*target_fingerprint '0000.*Merge one")
+    refused_beside(
+        tmp_path / "a", tmp_path / "c", "another target or another prompt.*target_fingerprint '0000.*Merge one"
+    )
 
 
 # ---- borrow
@@ -340,6 +356,7 @@ def test_borrowed_layers_are_the_targets_and_only_the_rest_is_trained(command, f
             for name, tensor in rebuilt.state_dict().items():
                 torch.testing.assert_close(tensor, merged.state_dict()[name])
             assert rebuilt.config.target_fingerprint == merged.config.target_fingerprint
+            assert AdapterBase.of_drafter(rebuilt).name_or_path == str(folder)
     assert from_target(target, out / "adapter", dtype="bfloat16").dtype == torch.bfloat16
     # nothing may attach itself to the target, or load without it
     assert json.loads((out / "checkpoint-3/adapter_config.json").read_text())["base_model_name_or_path"] is None
@@ -349,6 +366,9 @@ def test_borrowed_layers_are_the_targets_and_only_the_rest_is_trained(command, f
         load_drafter(out / "checkpoint-3")
     with pytest.raises(ValueError, match="use from_target"):
         add_adapter(merged, out / "adapter")
+    target.model.norm.weight.data[0] += 1
+    with pytest.raises(ValueError, match=r"layers \[1, 6\] are those .* borrows, but other weights of it differ from"):
+        from_target(target, out / "checkpoint-3")
     target.get_submodule("model.layers.6.mlp.up_proj").weight.data[0, 0] += 1
     with pytest.raises(ValueError, match=r"borrows layers \[1, 6\] of .*, and this target's layers are other weights"):
         from_target(target, out / "checkpoint-3")
@@ -372,7 +392,6 @@ def test_a_domino_drafter_on_borrowed_layers_is_rebuilt_with_the_head_it_was_tra
 
 def test_a_rebuilt_drafter_never_has_weights_that_were_not_saved(tmp_path):
     target = make_target(dtype=torch.float16)
-    target.loaded_commit = None
     base = AdapterBase.of_layers(target, [1, 3])
     for saved in (["fc"], None):
         drafter = borrow(target, config_for(target), [1, 3], frozen=True)
