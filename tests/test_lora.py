@@ -482,7 +482,8 @@ def test_lora_is_put_on_the_modules_that_are_named(names):
 @pytest.mark.parametrize(
     "keys, said",
     [
-        (dict(block_size=8), "block_size is 8, and the drafter .* has 4"),
+        (dict(block_size=16), "block_size is 16, and the drafter .* has 4"),  # also where it is the default
+        (dict(num_draft_layers=5), "num_draft_layers is 5, and the drafter .* has 1"),
         (dict(target_layer_ids="0 3"), "target_layer_ids is"),
         (dict(mask_token_id=3), "mask_token_id is 3"),
         (dict(drafter="domino"), "drafter is domino, and the drafter .* has dflash"),
