@@ -117,8 +117,10 @@ def adaptation(provenance: dict) -> str:
         return ""
     how, commit = "trained in full", f" at {base['revision']}" if base["revision"] else ""
     if recipe.get("use_peft"):
-        kind = " with rsLoRA" if recipe.get("use_rslora") else " with DoRA" if recipe.get("use_dora") else ""
-        how = f"LoRA{kind}, r {recipe['lora_r']}, alpha {recipe['lora_alpha']}"
+        kinds = [name for name, key in (("rsLoRA", "use_rslora"), ("DoRA", "use_dora")) if recipe.get(key)]
+        how = (
+            f"LoRA{' with ' if kinds else ''}{' and '.join(kinds)}, r {recipe['lora_r']}, alpha {recipe['lora_alpha']}"
+        )
         in_full = recipe.get("lora_modules_to_save")
         how += f", and {', '.join(in_full)} in full" if in_full else ""
     if base["borrowed_layers"] is not None:
