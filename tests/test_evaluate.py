@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from hf_specauf.acceptance import TAU_DEFINITION
 from hf_specauf.drafters.modeling_dflash import DFlashDraftModel
 from hf_specauf.evaluate import compare, first_difference, main, near_tie_bound, repetition, transfer_verdict
 from hf_specauf.generate import attach
+from hf_specauf.recipe import parse
 from hf_specauf.target import drafter_config
 
 PROMPT, NEW, K = 12, 24, 4
@@ -319,9 +321,11 @@ def test_measuring_on_another_target_leaves_what_the_drafter_reached_on_its_own(
     assert record["target"]["fingerprint"] not in (None, json.loads(before)["target"]["fingerprint"])
 
 
-def test_the_suggested_command_names_the_drafter_as_it_was_given(folders, tmp_path, capsys, monkeypatch):
+def test_the_suggested_command_is_one_line_that_parses_and_names_the_drafter_as_it_was_given(
+    folders, tmp_path, capsys, monkeypatch
+):
     monkeypatch.chdir(folders)
-    folder, drafter = tmp_path / "z-lab", load_drafter(folders / "drafter")
+    folder, drafter = tmp_path / "z-lab [a copy]", load_drafter(folders / "drafter")
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(z_lab(drafter)))
     save_file(drafter.state_dict(), folder / "model.safetensors")
@@ -329,6 +333,10 @@ def test_the_suggested_command_names_the_drafter_as_it_was_given(folders, tmp_pa
     words = arguments(folders, tmp_path / "out", target="target")
     words[words.index("--drafter") + 1] = name
     main(words)
-    printed = "".join(capsys.readouterr().out.split())
-    assert "doesnotsaywhichtargetitwastrainedfor" in printed
-    assert f"--drafter_name_or_path{name}--target_model_name_or_pathtarget--dataset_nameYOUR_DATA" in printed
+    [said] = [line for line in capsys.readouterr().out.splitlines() if "accelerate launch" in line]
+    assert "does not say which target it was trained for" in said
+    command = shlex.split(said[said.index("accelerate launch") :])
+    assert command[:4] == ["accelerate", "launch", "-m", "hf_specauf.train"]
+    target, draft, data, args = parse([*command[4:], "--use_cpu", "true"])
+    assert (draft.drafter_name_or_path, draft.use_peft, target.target_model_name_or_path) == (name, True, "target")
+    assert (data.dataset_name, args.learning_rate, args.output_dir) == ("YOUR_DATA", 0.002, "adapted")
