@@ -75,13 +75,16 @@ def decoding_config(
     return config
 
 
-def prompt_row(prompt: torch.Tensor, outputs: dict[str, torch.Tensor], rounds: list[Round]) -> dict:
-    """What is noted of one prompt (1, S) and its outputs (1, T), plain and assisted."""
+def prompt_row(prompt: torch.Tensor, plain: tuple, assisted: tuple, rounds: list[Round], difference) -> dict:
+    """What is noted of one prompt (1, S) and its (output (1, T), seconds), plain and assisted."""
     return {
         "prompt_tokens": prompt.shape[1],
-        "new_tokens": outputs["assisted"].shape[1] - prompt.shape[1],
+        "new_tokens": assisted[0].shape[1] - prompt.shape[1],
         "tau": sum(r.emitted for r in rounds) / len(rounds) if rounds else None,
-        "repetition": repetition(outputs["plain"][0, prompt.shape[1] :].tolist()),
+        "plain_seconds": plain[1],
+        "assisted_seconds": assisted[1],
+        "difference": difference,
+        "repetition": repetition(plain[0][0, prompt.shape[1] :].tolist()),
     }
 
 
@@ -131,14 +134,12 @@ def compare(
         attachment.generations.clear()
         for turn, prompt in enumerate(track(prompts, "decoding", disable=not show_progress, transient=True)):
             found = {kind: run(prompt, assistant) for kind, assistant in (kinds if turn % 2 else kinds[::-1])}
-            outputs = {kind: output for kind, (output, _) in found.items()}
-            difference = first_difference(model, outputs["plain"], outputs["assisted"]) if temperature == 0 else None
+            difference = first_difference(model, found["plain"][0], found["assisted"][0]) if temperature == 0 else None
             verdict = "identical" if difference is None else "near_tie" if difference["near_tie"] else "different"
             counts[verdict] += temperature == 0
-            for kind, output in outputs.items():
+            for kind, (output, _) in found.items():
                 tokens[kind] += output.shape[1] - prompt.shape[1]
-            seconds = {f"{kind}_seconds": taken for kind, (_, taken) in found.items()}
-            rows.append(prompt_row(prompt, outputs, attachment.generations[-1]) | seconds | {"difference": difference})
+            rows.append(prompt_row(prompt, **found, rounds=attachment.generations[-1], difference=difference))
         acceptance = attachment.acceptance()
     rate = {kind: tokens[kind] / sum(row[f"{kind}_seconds"] for row in rows) for kind in tokens}
     return {
