@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModel, set_seed
 from transformers.generation import LogitsProcessorList
 
 import hf_specauf
-from hf_specauf import DominoConfig, DominoDraftModel
+from hf_specauf import DFlashConfig, DominoConfig, DominoDraftModel
 from hf_specauf.blocks import make_blocks
 from hf_specauf.domino_loss import branch_objectives, domino_losses
 from hf_specauf.drafters.generation_block import BlockCandidateGenerator, add_correction, apply_head
@@ -437,6 +437,7 @@ def test_config_has_the_keys_sglang_reads_in_both_places_and_comes_back(tmp_path
     drafter.save_pretrained(tmp_path)
     written = AutoConfig.from_pretrained(tmp_path)
     assert type(written) is DominoConfig and written.architectures == ["DominoDraftModel"]
+    assert written.predictions == K and DFlashConfig(block_size=K).predictions == K - 1
     mirrored = written.to_dict()["dflash_config"]
     assert mirrored == {
         "projector_type": "domino", "emb_dim": 8, "gru_hidden_dim": 12, "pure_draft_prefix_len": 1,
