@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import EOS, MASK, PAD, make_drafter, make_target, overfit, random_prompts
+from conftest import EOS, MASK, PAD, make_domino, make_drafter, make_target, overfit, random_prompts
 from safetensors.torch import save_file
 from test_convert import z_lab
 from transformers import AutoModelForCausalLM, GenerationConfig, set_seed
@@ -178,7 +178,8 @@ def folders(tokenizer, tmp_path_factory):
         target, num_hidden_layers=1, block_size=K, mask_token_id=tokenizer.mask_token_id, target_layer_ids=[0, 2]
     )
     set_seed(0)
-    for name, part in dict(target=target, drafter=DFlashDraftModel(config)).items():
+    domino = make_domino(target, K, gru_hidden_dim=6, emb_dim=4)
+    for name, part in dict(target=target, drafter=DFlashDraftModel(config), domino=domino).items():
         part.save_pretrained(folder / name)
     tokenizer.save_pretrained(folder / "target")
     texts = [{"text": f"the quick brown fox jumps over {i} lazy dogs"} for i in range(3)]
@@ -225,8 +226,9 @@ def test_the_command_line_writes_results_and_a_plot(folders, tmp_path):
     assert ("SLOWER" in done.stdout) == (record["speedup"] <= 1)
 
 
-def test_conversations_are_prompted_up_to_the_first_answer(folders, tokenizer, tmp_path, capsys):
-    main(arguments(folders, tmp_path / "out", prompts="chat.jsonl", temperature=0.0))
+@pytest.mark.parametrize("drafter", ["drafter", "domino"])
+def test_conversations_are_prompted_up_to_the_first_answer(folders, tokenizer, tmp_path, capsys, drafter):
+    main(arguments(folders, tmp_path / "out", prompts="chat.jsonl", temperature=0.0, drafter=drafter))
     lengths = [
         len(tokenizer(f"<|user|>the quick brown fox jumps over {i} lazy dogs<|end|><|assistant|>")["input_ids"])
         for i in range(2)

@@ -218,10 +218,11 @@ def test_adapter_resumes_and_refuses_another_base(command, base, tmp_path):
         main(command(drafter_name_or_path=other, save_steps=1, resume_from_checkpoint="true", **LORA))
 
 
-def test_adapters_switch_between_generate_calls_and_do_not_leak(tmp_path):
+@pytest.mark.parametrize("make", [make_drafter, make_domino])
+def test_adapters_switch_between_generate_calls_and_do_not_leak(tmp_path, make):
     target = make_target()
     texts = target.generate(random_prompts(4, 8), max_new_tokens=24, do_sample=False, suppress_tokens=[MASK])
-    drafter = overfit(make_drafter(target, dtype=torch.float64), target, texts, 8, steps=60)
+    drafter = overfit(make(target, dtype=torch.float64), target, texts, 8, steps=60)
     drafter.save_pretrained(tmp_path / "base")
     drafter = load_drafter(tmp_path / "base")
     for name, seed in (("a", 1), ("b", 2)):
