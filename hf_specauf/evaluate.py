@@ -17,7 +17,7 @@ from trl import TrlParser
 
 from .acceptance import TAU_DEFINITION
 from .conversations import prompt_length
-from .convert import load_drafter
+from .convert import load_drafter, torch_dtype
 from .drafters.generation_block import Round
 from .generate import attach
 from .lora import fetch
@@ -318,10 +318,11 @@ def adapting(args: EvaluateArguments) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Command line of `python -m hf_specauf.evaluate`."""
     (args,) = TrlParser(EvaluateArguments, prog="python -m hf_specauf.evaluate").parse_args_and_config(argv)
-    target, tokenizer = load_target(args.target, args.target_revision, key="--target", dtype=args.dtype)
+    dtype = torch_dtype(args.dtype)
+    target, tokenizer = load_target(args.target, args.target_revision, key="--target", dtype=dtype)
     target.to(args.device)
     folder, commit = fetch(args.drafter, args.drafter_revision, "--drafter")
-    drafter = load_drafter(folder, target=target, dtype=args.dtype, key="--drafter").to(args.device)
+    drafter = load_drafter(folder, target=target, dtype=dtype, key="--drafter").to(args.device)
     out, config = Path(args.out), drafter.config
     found = {"target": measured_target(target) | {"name_or_path": args.target}}
     if out.resolve() == folder.resolve() and config.target_model_name_or_path and not same_target(found, config):

@@ -250,10 +250,11 @@ def test_the_command_line_fails_in_one_clear_line(folders, tmp_path):
     [
         (dict(drafter="target"), "target says nothing about block_size.*it is not a DFlash drafter"),
         (dict(drafter="empty"), "empty"),
+        (dict(dtype="bf16"), "dtype is 'bf16'; it must be auto"),
         (dict(max_draft_tokens=K), r"must be in 1\.\.3"),
         (dict(prompts="columns.jsonl"), "none of `messages`, `conversations`"),
     ],
-    ids=["a target as drafter", "an empty folder", "cap", "columns"],
+    ids=["a target as drafter", "an empty folder", "dtype", "cap", "columns"],
 )
 def test_what_cannot_be_evaluated_is_one_line_of_advice(folders, tmp_path, more, advice):
     (folders / "empty").mkdir(exist_ok=True)
