@@ -216,11 +216,11 @@ def _check_beside(
             "would write: give another name"
         )
     instead = "Merge one of them (load_drafter loads an adapter merged), or use two drafters."
-    config, trained_for = innermost(drafter).config, dict(base.trained_for or {})
-    if config.target_fingerprint and config.target_fingerprint == trained_for.get("target_fingerprint"):
-        trained_for |= {key: getattr(config, key) for key in TARGET_KEYS[:2]}  # the same under another name
+    config, trained_for = innermost(drafter).config, base.trained_for or {}
+    weights_known = None not in (config.target_fingerprint, trained_for.get("target_fingerprint"))
+    left_out = TARGET_KEYS[:2] if weights_known else ("target_fingerprint",)  # names say less than weights
     for key, value in trained_for.items():
-        if value != getattr(config, key):
+        if key not in left_out and value != getattr(config, key):
             raise ValueError(
                 f"the adapter in {folder_or_repo} was trained for another target or another prompt than those already "
                 f"on this drafter ({key} {value!r}, theirs is {getattr(config, key)!r}), and a drafter's config names "

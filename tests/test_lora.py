@@ -325,7 +325,7 @@ def test_adapters_that_train_a_module_in_full_and_by_lora_are_refused_and_others
 
 
 def test_adapters_for_two_targets_are_refused_on_one_drafter(base, tmp_path):
-    for seed, name in enumerate("abc"):
+    for seed, name in enumerate("abcd"):
         adapter_on(load_drafter(base), tmp_path / name, seed)
     for name, changes in dict(
         b=dict(target_model_name_or_path="its/copy"), c=dict(target_fingerprint="0" * 16)
@@ -333,6 +333,10 @@ def test_adapters_for_two_targets_are_refused_on_one_drafter(base, tmp_path):
         record = json.loads((tmp_path / name / "base.json").read_text())
         record["trained_for"] |= changes
         (tmp_path / name / "base.json").write_text(json.dumps(record))
+    record = json.loads((tmp_path / "a" / "base.json").read_text())
+    record["trained_for"]["target_fingerprint"] = None  # of a quantised target: the name decides
+    (tmp_path / "d/base.json").write_text(json.dumps(record))
+    assert add_adapter(add_adapter(load_drafter(base), tmp_path / "a", "a"), tmp_path / "d", "d")
     both = add_adapter(add_adapter(load_drafter(base), tmp_path / "a", "a"), tmp_path / "b", "b")
     assert both.get_base_model().config.target_model_name_or_path == "its/copy"  # the same weights by another name
     refused_beside(
