@@ -5,6 +5,7 @@ python -m hf_specauf.convert --drafter z-lab/Qwen3-8B-DFlash-b16 --out DIR
 
 import argparse
 import json
+from functools import reduce
 from pathlib import Path
 
 import torch
@@ -15,8 +16,9 @@ from transformers import AutoModel, PreTrainedModel
 
 from .drafters.configuration_dflash import DFlashConfig
 from .drafters.configuration_domino import DominoConfig
-from .lora import AdapterBase, add_adapter, borrow, borrowed_tensors, fetch, fingerprint
+from .lora import AdapterBase, absolute, add_adapter, borrow, borrowed_tensors, fetch, fingerprint
 from .records import errors_in_one_line
+from .target import target_fingerprint
 
 # What other trainers write into config.json that says nothing about the computation
 IGNORED = {
@@ -35,12 +37,12 @@ MUST_BE_NESTED = {
 RENAMED = {"encoder.fc.weight": "fc.weight", "encoder.output_norm_enc.weight": "hidden_norm.weight"}
 
 
-def is_plain(folder: Path) -> bool:
-    """Whether a folder is a whole drafter in our layout, which `AutoModel.from_pretrained` loads."""
-    if (folder / "adapter_config.json").is_file() or not (folder / "config.json").is_file():
-        return False
-    config = json.loads((folder / "config.json").read_text())
-    return str(config.get("model_type")).startswith("specauf_") and not config.get("borrowed_layers")
+def torch_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
+    """A dtype by its name in torch; `auto` as it is."""
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) and dtype != "auto" else dtype
+    if dtype != "auto" and not isinstance(found, torch.dtype):
+        raise ValueError(f"dtype is {dtype!r}; it must be auto (as stored), bfloat16, float32 or a torch.dtype")
+    return found
 
 
 def load_drafter(
@@ -49,7 +51,7 @@ def load_drafter(
     *,
     target: PreTrainedModel | None = None,
     dtype: str | torch.dtype = "auto",
-    key: str = "--drafter",
+    key: str = "name_or_path",
 ) -> PreTrainedModel:
     """A plain drafter from a folder or a Hub id; adapters come merged on the base they pin.
 
@@ -59,15 +61,16 @@ def load_drafter(
         revision (`str`, *optional*): branch, tag or commit on the Hub.
         target (`PreTrainedModel`, *optional*): needed by drafters on borrowed layers.
         dtype (*optional*, defaults to `auto`): as stored.
+        key (`str`, *optional*): what errors call `name_or_path`, where a command or a recipe gave it.
 
     Raises:
         ValueError: what the folder holds instead, or what of it is ambiguous or unknown.
     """
+    dtype = torch_dtype(dtype)
     folder, commit = fetch(name_or_path, revision, key)
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
     path = folder / "config.json"
     config = json.loads(path.read_text()) if path.is_file() else {}
-    loadable = is_plain(folder)
+    loadable = False  # by AutoModel
     if config.get("borrowed_layers"):
         drafter = from_target(target, name_or_path, revision, dtype=dtype)
     elif (folder / "adapter_config.json").is_file():
@@ -75,13 +78,22 @@ def load_drafter(
         drafter = load_drafter(base.name_or_path, base.revision, target=target, key="the adapter's base")
         stored = drafter.dtype if dtype == "auto" else dtype
         drafter = add_adapter(drafter.float(), folder).merge_and_unload().to(stored)
-    elif loadable:
-        drafter = AutoModel.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+    elif str(config.get("model_type")).startswith("specauf_"):
+        loadable = True
+        drafter, found = AutoModel.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+        other_shape = {name for name, *_ in found["mismatched_keys"]}
+        if odd := sorted(other_shape.union(found["missing_keys"], found["unexpected_keys"])):
+            raise ValueError(
+                f"{key}: the weights in {name_or_path} are not those its config asks for: {named(odd)} missing, "
+                "unknown or of another shape would be random or left out. Save the drafter again with save_pretrained."
+            )
     elif config:
         drafter = _foreign(folder, config, dtype)
     else:
         raise ValueError(f"{key}: {name_or_path} is no drafter's folder: it holds no config.json")
-    drafter.origin = dict(name_or_path=str(name_or_path), revision=commit, loadable=loadable)
+    drafter.origin = dict(name_or_path=absolute(name_or_path), revision=commit, loadable=loadable)
     # PEFT reads the config of what is named here
     drafter.config._name_or_path = drafter.name_or_path = str(name_or_path) if loadable else ""
     return drafter.eval()
@@ -109,7 +121,8 @@ def from_target(
             f"{folder_or_repo} is a drafter on layers borrowed from its target: load the target and call "
             f"hf_specauf.from_target(target, {str(folder_or_repo)!r})"
         )
-    folder, _ = fetch(folder_or_repo, revision)
+    dtype = torch_dtype(dtype)
+    folder, commit = fetch(folder_or_repo, revision, "folder_or_repo")
     adapter = folder if (folder / "adapter_config.json").is_file() else folder / "adapter"
     base = AdapterBase.read(adapter)
     if base.borrowed_layers is None:
@@ -119,6 +132,13 @@ def from_target(
         raise ValueError(
             f"{folder_or_repo} borrows layers {base.borrowed_layers} of {base.name_or_path}{at}, and this target's "
             "layers are other weights: load that target, at that revision"
+        )
+    trained, found = (base.trained_for or {}).get("target_fingerprint"), target_fingerprint(target)
+    if trained and found and trained != found:
+        raise ValueError(
+            f"this target's layers {base.borrowed_layers} are those {folder_or_repo} borrows, but other weights of it "
+            f"differ from {base.trained_for['target_model_name_or_path']}, whose hidden states the drafter was "
+            "trained on: load that target, at that revision"
         )
     given = json.loads((adapter / "config.json").read_text()) | {"borrowed_layers": None}
     config = (DominoConfig if given["model_type"] == DominoConfig.model_type else DFlashConfig).from_dict(given)
@@ -136,9 +156,15 @@ def from_target(
             "random: train it again with their modules among lora_modules_to_save (modules_to_save)"
         )
     drafter = PeftModel.from_pretrained(drafter, str(adapter)).merge_and_unload()
+    drafter.origin = dict(name_or_path=absolute(folder_or_repo), revision=commit, loadable=False)
     if dtype == "auto":
         dtype = torch.bfloat16 if target.dtype == torch.float16 else target.dtype
-    return drafter.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype).eval()
+    return drafter.to(dtype).eval()
+
+
+def named(odd: list[str]) -> str:
+    """The first five of some names."""
+    return ", ".join(odd[:5]) + (", ..." if len(odd) > 5 else "")
 
 
 def _foreign(folder: Path, config: dict, dtype: str | torch.dtype) -> PreTrainedModel:
@@ -147,17 +173,26 @@ def _foreign(folder: Path, config: dict, dtype: str | torch.dtype) -> PreTrained
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ValueError(f"{folder} holds no .safetensors file: pickled weights are not loaded")
-    given = {RENAMED.get(name, name): tensor for file in files for name, tensor in load_file(file).items()}
+    given = {}
+    for file in files:
+        for name, tensor in load_file(file).items():
+            name = RENAMED.get(name, name)
+            if name in given:
+                raise ValueError(
+                    f"{folder} holds {name} twice (the second time in {file.name}), maybe under an older name: "
+                    "nothing says which one is meant. Remove the other"
+                )
+            given[name] = tensor
     ours = drafter.state_dict()
     odd = sorted(set(ours) ^ set(given)) or sorted(n for n in ours if ours[n].shape != given[n].shape)
     if odd:
         raise ValueError(
             f"{folder} is not a plain DFlash drafter: {len(odd)} tensors are unknown, missing or of another shape "
-            f"than its config says ({', '.join(odd[:5])}{', ...' if len(odd) > 5 else ''}). Leaving them out "
+            f"than its config says ({named(odd)}). Leaving them out "
             "would change what it drafts."
         )
-    stored = given["norm.weight"].dtype
     if dtype == "auto":
+        stored = reduce(torch.promote_types, (tensor.dtype for tensor in given.values()))
         dtype = torch.float32 if stored == torch.float16 else stored  # fp16 drafters accept nothing
     drafter.to(dtype).load_state_dict(given)
     return drafter
@@ -169,29 +204,34 @@ def foreign_config(config: dict, folder: str | Path = "config.json") -> DFlashCo
     Raises:
         ValueError: a key is missing, contradicts itself, or asks for a computation that a DFlash drafter has not.
     """
-    nested = dict(config.get("dflash_config") or {})
+    nested, head = (config.get(f"{name}_config") or {} for name in ("dflash", "domino"))
     domino = nested.get("projector_type") == "domino"
     kind = DominoConfig if domino else DFlashConfig
     keys = set(kind.required_keys) - {"rope_parameters"} - (set() if domino else {"shift_label"})
     must_be_nested = MUST_BE_NESTED | ({"projector_type": "domino"} if domino else {})
     found = {} if domino else {"shift_label": False}
     for name in sorted(keys):
-        values = [part[name] for part in (config, nested) if part.get(name) is not None]
+        values = [part[name] for part in (config, nested, head) if part.get(name) is not None]
         if not values:
             raise ValueError(
                 f"{folder} says nothing about {name}, which decides what a DFlash drafter computes and is never "
                 "guessed: it is not a DFlash drafter of z-lab or SpecForge, or its config.json was cut"
             )
-        if any(value != values[0] for value in values):
-            raise ValueError(f"{folder} gives {name} twice, as {values[0]!r} and {values[1]!r}: correct config.json")
+        if other := [value for value in values if value != values[0]]:
+            raise ValueError(f"{folder} gives {name} twice, as {values[0]!r} and {other[0]!r}: correct config.json")
         found[name] = values[0]
-    rope = config.get("rope_parameters") or {"rope_type": "default", "rope_theta": config.get("rope_theta")}
-    if rope.get("rope_theta") is None:
+    rope = config.get("rope_parameters") or {"rope_type": "default"}
+    thetas = [part["rope_theta"] for part in (config, rope) if part.get("rope_theta") is not None]
+    if not thetas:
         raise ValueError(f"{folder} says nothing about rope_theta, which is never guessed")
+    if thetas[0] != thetas[-1]:
+        raise ValueError(f"{folder} gives rope_theta twice, as {thetas[0]!r} and {thetas[-1]!r}: correct config.json")
     special = {key: config.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     layers = config.get("layer_types")
-    known = keys | IGNORED | set(special) | {"dflash_config", "rope_parameters", "rope_theta", "layer_types"}
-    places = (("", config, known, MUST_BE), ("dflash_config.", nested, keys, must_be_nested))
+    known = keys | IGNORED | set(special) | {"dflash_config", "domino_config"}
+    known |= {"rope_parameters", "rope_theta", "layer_types"}
+    places = (("", config, known, MUST_BE), ("dflash_config.", nested, keys, must_be_nested),
+              ("domino_config.", head, keys, must_be_nested))  # fmt: skip
     odd = [
         place + key
         for place, part, read, must_be in places
@@ -203,7 +243,7 @@ def foreign_config(config: dict, folder: str | Path = "config.json") -> DFlashCo
             f"{folder} asks for what a DFlash drafter of this package does not compute, or nobody here knows: "
             f"{', '.join(odd)}. Converted without it, the drafter would silently accept little."
         )
-    return kind(**found, rope_parameters=rope, layer_types=layers, **special)
+    return kind(**found, rope_parameters=rope | {"rope_theta": thetas[0]}, layer_types=layers, **special)
 
 
 @errors_in_one_line()
@@ -218,7 +258,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--target", help="Hub id of its target, noted in config.json")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     args = parser.parse_args(argv)
-    drafter = load_drafter(args.drafter, args.revision)
+    drafter = load_drafter(args.drafter, args.revision, key="--drafter")
     if args.target is not None:
         drafter.config.target_model_name_or_path = args.target
     drafter.save_pretrained(args.out)

@@ -1,6 +1,7 @@
 """`python -m hf_specauf.evaluate`: plain against assisted decoding in one run -> eval.json, a plot, a verdict."""
 
 import json
+import shlex
 import sys
 import time
 from dataclasses import dataclass, field
@@ -16,8 +17,10 @@ from trl import TrlParser
 
 from .acceptance import TAU_DEFINITION
 from .conversations import prompt_length
-from .convert import fetch, load_drafter
+from .convert import load_drafter, torch_dtype
+from .drafters.generation_block import Round
 from .generate import attach
+from .lora import fetch
 from .model_card import number
 from .records import environment, errors_in_one_line, same_target, write_record
 from .sources import UnusableRow, chat_messages, load_rows, row_format, row_tools
@@ -72,6 +75,19 @@ def decoding_config(
     return config
 
 
+def prompt_row(prompt: torch.Tensor, plain: tuple, assisted: tuple, rounds: list[Round], difference) -> dict:
+    """What is noted of one prompt (1, S) and its (output (1, T), seconds), plain and assisted."""
+    return {
+        "prompt_tokens": prompt.shape[1],
+        "new_tokens": assisted[0].shape[1] - prompt.shape[1],
+        "tau": sum(r.emitted for r in rounds) / len(rounds) if rounds else None,
+        "plain_seconds": plain[1],
+        "assisted_seconds": assisted[1],
+        "difference": difference,
+        "repetition": repetition(plain[0][0, prompt.shape[1] :].tolist()),
+    }
+
+
 def compare(
     target,
     drafter,
@@ -99,11 +115,10 @@ def compare(
     """
     model = innermost(target)
     config = decoding_config(model, max_new_tokens, pad_token_id, temperature)
-    seconds, tokens = {"plain": 0.0, "assisted": 0.0}, {"plain": 0, "assisted": 0}
-    latest: dict[str, float] = {}
-    rows, counts = [], {"identical": 0, "near_tie": 0, "different": 0}
+    kinds = [("plain", None), ("assisted", drafter)]
+    tokens, rows, counts = {"plain": 0, "assisted": 0}, [], {"identical": 0, "near_tie": 0, "different": 0}
 
-    def run(kind: str, prompt: torch.Tensor, assistant) -> torch.Tensor:
+    def run(prompt: torch.Tensor, assistant) -> tuple[torch.Tensor, float]:
         torch.manual_seed(seed)
         start = time.perf_counter()
         output = target.generate(
@@ -111,38 +126,22 @@ def compare(
         )
         if output.is_cuda:
             torch.cuda.synchronize()
-        latest[kind] = time.perf_counter() - start
-        seconds[kind] += latest[kind]
-        tokens[kind] += output.shape[1] - prompt.shape[1]
-        return output
+        return output, time.perf_counter() - start
 
     with attach(target, drafter, max_draft_tokens=max_draft_tokens) as attachment, torch.no_grad():
-        for kind, assistant in (("plain", None), ("assisted", drafter)):  # warm up, not counted
-            run(kind, prompts[0], assistant)
+        for _, assistant in kinds:  # warm up, not counted
+            run(prompts[0], assistant)
         attachment.generations.clear()
-        seconds, tokens = dict.fromkeys(seconds, 0.0), dict.fromkeys(tokens, 0)
-        for number, prompt in enumerate(track(prompts, "decoding", disable=not show_progress, transient=True)):
-            order = [("plain", None), ("assisted", drafter)]
-            outputs = {
-                kind: run(kind, prompt, assistant) for kind, assistant in (order if number % 2 else order[::-1])
-            }
-            difference = first_difference(model, outputs["plain"], outputs["assisted"]) if temperature == 0 else None
+        for turn, prompt in enumerate(track(prompts, "decoding", disable=not show_progress, transient=True)):
+            found = {kind: run(prompt, assistant) for kind, assistant in (kinds if turn % 2 else kinds[::-1])}
+            difference = first_difference(model, found["plain"][0], found["assisted"][0]) if temperature == 0 else None
             verdict = "identical" if difference is None else "near_tie" if difference["near_tie"] else "different"
             counts[verdict] += temperature == 0
-            rounds = attachment.generations[-1]
-            rows.append(
-                {
-                    "prompt_tokens": prompt.shape[1],
-                    "new_tokens": outputs["assisted"].shape[1] - prompt.shape[1],
-                    "tau": sum(r.emitted for r in rounds) / len(rounds) if rounds else None,
-                    "plain_seconds": latest["plain"],
-                    "assisted_seconds": latest["assisted"],
-                    "difference": difference,
-                    "repetition": repetition(outputs["plain"][0, prompt.shape[1] :].tolist()),
-                }
-            )
+            for kind, (output, _) in found.items():
+                tokens[kind] += output.shape[1] - prompt.shape[1]
+            rows.append(prompt_row(prompt, **found, rounds=attachment.generations[-1], difference=difference))
         acceptance = attachment.acceptance()
-    rate = {kind: tokens[kind] / seconds[kind] for kind in seconds}
+    rate = {kind: tokens[kind] / sum(row[f"{kind}_seconds"] for row in rows) for kind in tokens}
     return {
         "acceptance": acceptance.to_dict(),
         "plain_tokens_per_second": rate["plain"],
@@ -304,14 +303,26 @@ class EvaluateArguments:
     out: str = field(default="eval", metadata={"help": "Folder for eval.json and alpha.png."})
 
 
+def adapting(args: EvaluateArguments) -> str:
+    """The command that adapts the drafter to the target, by LoRA."""
+    keys = {
+        "drafter_name_or_path": args.drafter, "drafter_revision": args.drafter_revision,
+        "target_model_name_or_path": args.target, "target_revision": args.target_revision,
+        "dataset_name": "YOUR_DATA", "use_peft": "true", "learning_rate": 2e-3, "output_dir": "adapted",
+    }  # fmt: skip
+    words = [word for key, value in keys.items() if value is not None for word in (f"--{key}", str(value))]
+    return shlex.join(["accelerate", "launch", "-m", "hf_specauf.train", *words])
+
+
 @errors_in_one_line()
 def main(argv: list[str] | None = None) -> None:
     """Command line of `python -m hf_specauf.evaluate`."""
     (args,) = TrlParser(EvaluateArguments, prog="python -m hf_specauf.evaluate").parse_args_and_config(argv)
-    target, tokenizer = load_target(args.target, args.target_revision, key="--target", dtype=args.dtype)
+    dtype = torch_dtype(args.dtype)
+    target, tokenizer = load_target(args.target, args.target_revision, key="--target", dtype=dtype)
     target.to(args.device)
-    folder, commit = fetch(args.drafter, args.drafter_revision)
-    drafter = load_drafter(folder, target=target, dtype=args.dtype).to(args.device)
+    folder, commit = fetch(args.drafter, args.drafter_revision, "--drafter")
+    drafter = load_drafter(folder, target=target, dtype=dtype, key="--drafter").to(args.device)
     out, config = Path(args.out), drafter.config
     found = {"target": measured_target(target) | {"name_or_path": args.target}}
     if out.resolve() == folder.resolve() and config.target_model_name_or_path and not same_target(found, config):
@@ -341,12 +352,8 @@ def main(argv: list[str] | None = None) -> None:
     plot_alpha({Path(args.drafter).name: results["acceptance"]["alpha"]}, out / "alpha.png")
     console = Console()
     show(results, console)
-    given = {"drafter_name_or_path": args.drafter, "drafter_revision": args.drafter_revision}
-    given |= {"target_model_name_or_path": args.target, "target_revision": args.target_revision}
-    words = [f"--{key} {value}" for key, value in (given | {"dataset_name": "YOUR_DATA"}).items() if value is not None]
-    command = " ".join(["accelerate launch -m hf_specauf.train --config recipes/qwen3-8b/lora_adapt.yaml", *words])
-    if verdict := transfer_verdict(record, config, reference, command):
-        console.print(verdict)
+    if verdict := transfer_verdict(record, config, reference, adapting(args)):
+        console.print(verdict, markup=False, soft_wrap=True)  # the command stays one line
     console.print(f"written: {out / 'eval.json'}, {out / 'alpha.png'}")
 
 

@@ -254,6 +254,26 @@ def public_record(record: dict, config, base: AdapterBase | None) -> dict:
     return record
 
 
+def stage_records(drafter: Path, into: Path, config, own: str | None, base: AdapterBase | None) -> None:
+    """Copy what training and evaluation wrote, without local traces.
+
+    Args:
+        own (`str`, *optional*): what the drafter's target is called in them.
+
+    Raises:
+        ValueError: an evaluation is of another target.
+    """
+    for path in [drafter / "provenance.json", *sorted(drafter.glob("eval*.json"))]:
+        if path.is_file():
+            record = json.loads(path.read_text())
+            if path.name != "provenance.json" and not same_target(record, config, own):
+                raise ValueError(
+                    f"{path} was measured on {record['target']['name_or_path']}, and the drafter's target is {own}: "
+                    "its tau would pass for tau on that. Move it away, and measure the drafter on its own target."
+                )
+            write_record(into / path.name, public_record(record, config, base))
+
+
 def stage(
     drafter: str | Path,
     into: Path,
@@ -288,7 +308,7 @@ def stage(
     """
     drafter = Path(drafter)
     check_folder(drafter, allow_unmeasured)
-    model = load_drafter(drafter, target=target_model)
+    model = load_drafter(drafter, target=target_model, key="drafter")
     own = model.config.target_model_name_or_path
     name_target(model.config, target, target_revision, token)
     vars(model.config).pop("use_cache", None)
@@ -299,15 +319,7 @@ def stage(
     if adapter is not None:
         base_record = public_base(AdapterBase.read(adapter), model.config, base, base_revision, small, token)
     model.save_pretrained(into)
-    for path in [drafter / "provenance.json", *sorted(drafter.glob("eval*.json"))]:
-        if path.is_file():
-            record = json.loads(path.read_text())
-            if path.name != "provenance.json" and not same_target(record, model.config, own):
-                raise ValueError(
-                    f"{path} was measured on {record['target']['name_or_path']}, and the drafter's target is {own}: "
-                    "its tau would pass for tau on that. Move it away, and measure the drafter on its own target."
-                )
-            write_record(into / path.name, public_record(record, model.config, base_record))
+    stage_records(drafter, into, model.config, own, base_record)
     for name in PLOTS:
         if (drafter / name).is_file():
             shutil.copyfile(drafter / name, into / name)

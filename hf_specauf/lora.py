@@ -7,12 +7,14 @@ folder says in `base.json` what it was trained on, down to a fingerprint of the 
 
 import hashlib
 import json
+import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from safetensors import safe_open
 from transformers import AutoModel, PreTrainedModel
 
 from .drafters.configuration_dflash import DFlashConfig
@@ -27,8 +29,8 @@ TARGET_KEYS = (
 )  # fmt: skip
 
 
-def fetch(name_or_path: str | Path, revision: str | None = None, key: str = "--drafter") -> tuple[Path, str | None]:
-    """A drafter's folder and, from the Hub, its commit. Pickles and code are not fetched.
+def fetch(name_or_path: str | Path, revision: str | None = None, key: str = "name_or_path") -> tuple[Path, str | None]:
+    """A drafter's folder and, from the Hub, its commit; errors name the `key` that asked. No pickles, no code.
 
     Raises:
         OSError: there is no such folder, and no Hub id can be read in it.
@@ -41,6 +43,11 @@ def fetch(name_or_path: str | Path, revision: str | None = None, key: str = "--d
         raise OSError(f"{key}: {str(name_or_path)!r} is neither a folder nor a Hub id (OWNER/NAME)")
     folder = Path(snapshot_download(str(name_or_path), revision=revision, allow_patterns=["*.json", "*.safetensors"]))
     return folder, folder.name
+
+
+def absolute(name_or_path: str | Path) -> str:
+    """A folder by its absolute path, as from elsewhere `out/base` is taken for a Hub id; other names as they are."""
+    return os.path.abspath(name_or_path) if os.path.isdir(name_or_path) else str(name_or_path)
 
 
 @dataclass
@@ -57,16 +64,16 @@ class AdapterBase:
     @classmethod
     def of_drafter(cls, drafter: PreTrainedModel) -> "AdapterBase":
         """A drafter under the name, and if `load_drafter` loaded it at the commit, that it was loaded by."""
-        name = str(drafter.config._name_or_path)
+        name = absolute(drafter.config._name_or_path)
         origin = getattr(drafter, "origin", dict(name_or_path=name, revision=None, loadable=bool(name)))
         return cls(**origin, fingerprint=fingerprint(drafter.state_dict()))
 
     @classmethod
     def of_layers(cls, target: PreTrainedModel, layer_ids: list[int]) -> "AdapterBase":
-        """Layers of a target, which `load_target` loaded."""
+        """Layers of a target, with its commit if `load_target` loaded it."""
         target = innermost(target)
-        tensors = borrowed_tensors(target, layer_ids)
-        return cls(str(target.config._name_or_path), target.loaded_commit, fingerprint(tensors), list(layer_ids))
+        name, commit = absolute(target.config._name_or_path), getattr(target, "loaded_commit", None)
+        return cls(name, commit, fingerprint(borrowed_tensors(target, layer_ids)), list(layer_ids))
 
     def write(self, folder: str | Path) -> None:
         """Write `base.json` into an adapter's folder."""
@@ -199,6 +206,44 @@ def plain_state(drafter: PreTrainedModel | PeftModel) -> dict[str, torch.Tensor]
     }
 
 
+def _check_beside(
+    drafter: PeftModel, folder: Path, base: AdapterBase, folder_or_repo: str | Path, adapter_name: str
+) -> None:
+    """Raise unless an adapter can be added to those already on a drafter, and each act alone when it is active."""
+    if adapter_name in drafter.peft_config:
+        raise ValueError(
+            f"adapter_name is {adapter_name!r}, and so is that of an adapter already on this drafter, over which PEFT "
+            "would write: give another name"
+        )
+    instead = "Merge one of them (load_drafter loads an adapter merged), or use two drafters."
+    config, trained_for = innermost(drafter).config, base.trained_for or {}
+    weights_known = None not in (config.target_fingerprint, trained_for.get("target_fingerprint"))
+    left_out = TARGET_KEYS[:2] if weights_known else ("target_fingerprint",)  # names say less than weights
+    for key, value in trained_for.items():
+        if key not in left_out and value != getattr(config, key):
+            raise ValueError(
+                f"the adapter in {folder_or_repo} was trained for another target or another prompt than those already "
+                f"on this drafter ({key} {value!r}, theirs is {getattr(config, key)!r}), and a drafter's config names "
+                f"one. {instead}"
+            )
+
+    def modules(names) -> tuple[set[str], set[str]]:  # in full, by LoRA
+        lora = {name for name in names if ".lora_" in name}
+        return {name.rpartition(".")[0] for name in {*names} - lora}, {name.split(".lora_")[0] for name in lora}
+
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        full, lora = modules(file.keys())
+    for other in drafter.peft_config:
+        state = get_peft_model_state_dict(drafter, adapter_name=other, save_embedding_layers=False)
+        their_full, their_lora = modules(state)
+        if both := sorted((full & their_lora) | (lora & their_full)):
+            names = ", ".join(name.removeprefix("base_model.model.") for name in both)
+            raise ValueError(
+                f"of the adapter in {folder_or_repo} and {other!r}, one adapts {names} in full and the other by LoRA, "
+                f"and PEFT would drop or mix their weights. {instead}"
+            )
+
+
 def add_adapter(
     drafter: PreTrainedModel | PeftModel,
     folder_or_repo: str | Path,
@@ -209,13 +254,15 @@ def add_adapter(
     between `generate` calls, and left out inside `with drafter.disable_adapter():`. The target is never touched.
 
     Args:
-        drafter (`PreTrainedModel` or `PeftModel`): the base, or the base with other adapters already on it. Its
-            config then names the target of the adapter that was added last.
+        drafter (`PreTrainedModel` or `PeftModel`): the base, or the base with other adapters for the same target
+            already on it. Its config then names their target.
         folder_or_repo (`str` or `Path`): of the adapter, or its Hub id.
+        adapter_name (`str`, *optional*, defaults to `default`): one that no adapter on the drafter has.
         revision (`str`, *optional*): branch, tag or commit on the Hub.
 
     Raises:
-        ValueError: the drafter is not the one the adapter was trained on.
+        ValueError: the drafter is not the one the adapter was trained on, or the adapter cannot lie beside those
+            already on it.
     """
     folder, _ = fetch(folder_or_repo, revision, "folder_or_repo")
     base = AdapterBase.read(folder)
@@ -229,10 +276,12 @@ def add_adapter(
             f"the adapter in {folder_or_repo} was trained on {base.name_or_path}{at}, and this drafter has other "
             "weights: its drafts would be worthless. Load that base, at that revision."
         )
-    for key, value in (base.trained_for or {}).items():
-        setattr(innermost(drafter).config, key, value)
     if isinstance(drafter, PeftModel):
+        _check_beside(drafter, folder, base, folder_or_repo, adapter_name)
         drafter.load_adapter(str(folder), adapter_name)
         drafter.set_adapter(adapter_name)
-        return drafter
-    return PeftModel.from_pretrained(drafter, str(folder), adapter_name=adapter_name).eval()
+    else:
+        drafter = PeftModel.from_pretrained(drafter, str(folder), adapter_name=adapter_name).eval()
+    for key, value in (base.trained_for or {}).items():
+        setattr(innermost(drafter).config, key, value)
+    return drafter

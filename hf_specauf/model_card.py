@@ -117,8 +117,10 @@ def adaptation(provenance: dict) -> str:
         return ""
     how, commit = "trained in full", f" at {base['revision']}" if base["revision"] else ""
     if recipe.get("use_peft"):
-        kind = " with rsLoRA" if recipe.get("use_rslora") else " with DoRA" if recipe.get("use_dora") else ""
-        how = f"LoRA{kind}, r {recipe['lora_r']}, alpha {recipe['lora_alpha']}"
+        kinds = [name for name, key in (("rsLoRA", "use_rslora"), ("DoRA", "use_dora")) if recipe.get(key)]
+        how = (
+            f"LoRA{' with ' if kinds else ''}{' and '.join(kinds)}, r {recipe['lora_r']}, alpha {recipe['lora_alpha']}"
+        )
         in_full = recipe.get("lora_modules_to_save")
         how += f", and {', '.join(in_full)} in full" if in_full else ""
     if base["borrowed_layers"] is not None:
@@ -127,6 +129,37 @@ def adaptation(provenance: dict) -> str:
     after = [entry["eval_tau"] for entry in provenance["history"] if "eval_tau" in entry]
     before, after = number(provenance.get("tau_before")), number(after[-1] if after else None)
     return f"`{base['name_or_path']}`{commit}; {how}; tau on the same held-out prompts {before} before, {after} after"
+
+
+def sources(provenance: dict) -> list[str]:
+    """The datasets a drafter was trained on."""
+    recipe = provenance.get("recipe", {})
+    mixed = [source["name"] for source in recipe.get("dataset_mixture") or []]
+    return mixed or [name for name in [recipe.get("dataset_name")] if name]
+
+
+def training_lines(provenance: dict) -> dict:
+    """What a card says of the training, as words."""
+    recipe, found = provenance.get("recipe", {}), provenance.get("environment", {})
+    objective, size, data = recipe.get("objective"), provenance.get("trainable_parameters"), sources(provenance)
+    names = {"auf": "Accept-Until-Fail", "auf_decay": "Accept-Until-Fail and decay", "decay": "decay weights"}
+    names |= {
+        f"{letter}_auf{decay}": f"{letter.upper()}-AUF (Accept-Until-Fail){words}"
+        for letter in "bsf" for decay, words in (("", ""), ("_decay", " and decay"))
+    } | {"domino_decay": "decay weights"}  # fmt: skip
+    steps = f"{provenance['steps']} steps, {provenance['seconds'] / 60:.0f} minutes" if provenance else NOT_MEASURED
+    packages = found.get("packages", {})
+    versions = [f"{key} {packages[key]}" for key in ("hf-specauf", "torch", "transformers") if key in packages]
+    return {
+        "method": names.get(objective, objective or "an objective that was not recorded"),
+        "objective": f"{objective}, {recipe.get('normalisation')}" if objective else "not recorded",
+        "parameters": f"{size / 1e6:.1f} M" if size else "not recorded",
+        "data": f"{', '.join(data)} ({provenance['rows']} rows)" if data else "not recorded",
+        "training": f"{steps} on {found.get('hardware')}, seed {recipe['seed']}" if recipe else "not recorded",
+        "software": ", ".join(versions) or "not recorded",
+        "recipe": changed_recipe(recipe) if recipe else "",
+        "adapted": adaptation(provenance),
+    }
 
 
 def render(
@@ -154,42 +187,23 @@ def render(
         raise ValueError(f"{folder} is not a drafter's folder: its config.json is missing or of another model type")
     provenance = read(folder, "provenance.json") or {}
     records = [read(folder, path.name) for path in sorted(folder.glob("eval*.json"))]
-    recipe = provenance.get("recipe", {})
+    rows = [evaluation_row(record) for record in records]
     first = records[0] if records else None
-    target = config["target_model_name_or_path"] or "unnamed target"
-    objective = recipe.get("objective")
+    conditions = {} if first is None else first["conditions"]
+    target, commit = config["target_model_name_or_path"] or "unnamed target", config.get("target_revision")
     domino = config["model_type"] == "specauf_domino"
-    names = {"auf": "Accept-Until-Fail", "auf_decay": "Accept-Until-Fail and decay", "decay": "decay weights"}
-    names |= {
-        f"{letter}_auf{decay}": f"{letter.upper()}-AUF (Accept-Until-Fail){words}"
-        for letter in "bsf" for decay, words in (("", ""), ("_decay", " and decay"))
-    } | {"domino_decay": "decay weights"}  # fmt: skip
-    kind = ["domino", "arxiv:2605.29707"] if domino else ["dflash"]
-    commit = config.get("target_revision")
-    sources = [source["name"] for source in recipe.get("dataset_mixture") or []] or [recipe.get("dataset_name")]
-    data = ", ".join(filter(None, sources))
-    data_card = [name for name in sources if name and HUB_ID.fullmatch(name)] or None
     base = small or provenance.get("base") or {}
     borrowed = config.get("borrowed_layers") or (small and small["borrowed_layers"])
     form = "borrowed" if borrowed else "adapter" if small else "plain"
+    kind = ["domino", "arxiv:2605.29707"] if domino else ["dflash"]
     tags = ["speculative-decoding", *kind, "spec-auf", "custom_code", "arxiv:2607.01893", "arxiv:2602.06036"]
     card_data = ModelCardData(
         base_model=base["name_or_path"] if form == "adapter" else target, base_model_relation="adapter",
         library_name="transformers", license=licence,
-        tags=tags + (["lora"] if recipe.get("use_peft") else []),
-        datasets=data_card, model_name=repo.split("/")[-1], eval_results=eval_results(records) or None,
+        tags=tags + (["lora"] if provenance.get("recipe", {}).get("use_peft") else []),
+        datasets=[name for name in sources(provenance) if HUB_ID.fullmatch(name)] or None,
+        model_name=repo.split("/")[-1], eval_results=eval_results(records) or None,
     )  # fmt: skip
-    packages = provenance.get("environment", {}).get("packages", {})
-    versions = ", ".join(
-        f"{key} {packages[key]}" for key in ("hf-specauf", "torch", "transformers") if key in packages
-    )
-    hardware = provenance.get("environment", {}).get("hardware")
-    steps = f"{provenance['steps']} steps, {provenance['seconds'] / 60:.0f} minutes" if provenance else NOT_MEASURED
-    trained_on = f"{data} ({provenance['rows']} rows)" if data else "not recorded"
-    rows = [evaluation_row(record) for record in records]
-    size = provenance.get("trainable_parameters")
-    parameters = f"{size / 1e6:.1f} M" if size else "not recorded"
-    conditions = {} if first is None else first["conditions"]
     return ModelCard.from_template(
         card_data, template_path=str(TEMPLATE), repo=repo, revision=revision, target=target,
         pinned_target=f', revision="{commit}"' if commit else "", target_revision=commit or "not recorded",
@@ -201,13 +215,8 @@ def render(
         tau_definition=TAU_DEFINITION, evaluations=rows,
         alpha_plot=(folder / "alpha.png").is_file(), layers=config["num_hidden_layers"],
         block_size=config["block_size"], taps=config["target_layer_ids"], mask_token_id=config["mask_token_id"],
-        parameters=parameters, dtype=config.get("dtype"),
-        objective=f"{objective}, {recipe.get('normalisation')}" if objective else "not recorded",
-        data=trained_on, training=f"{steps} on {hardware}, seed {recipe['seed']}" if recipe else "not recorded",
-        software=versions or "not recorded", recipe=changed_recipe(recipe) if recipe else "",
-        form=form, adapted=adaptation(provenance), base=base.get("name_or_path"), base_revision=base.get("revision"),
-        domino=config if domino else None,
-        method=names.get(objective, objective or "an objective that was not recorded"),
+        dtype=config.get("dtype"), form=form, base=base.get("name_or_path"), base_revision=base.get("revision"),
+        domino=config if domino else None, **training_lines(provenance),
     )  # fmt: skip
 
 

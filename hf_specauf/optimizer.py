@@ -27,6 +27,9 @@ def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
 class MuonWithAdamW(torch.optim.Optimizer):
     """Muon (Jordan 2024) with Nesterov momentum for the matrices, AdamW (betas 0.9, 0.95) for embedding and norms.
 
+    A matrix with `embed` in its name is AdamW's: so is Domino's `embed_proj`, which ends in a row for each token as a
+    head does, and heads are left to AdamW. Our Domino study ran so.
+
     Args:
         model (`nn.Module`): its trainable parameters are taken; either group may be empty.
         learning_rate (`float`): of Muon, for matrices that are no embedding.

@@ -90,11 +90,16 @@ DOMINO_KEYS = ("gru_hidden_dim", "emb_dim", "pure_draft_prefix_len", "shift_labe
 
 @dataclass
 class DrafterArguments:
-    """The drafter. What is left out is derived from the target once, printed, and stored in its config.json."""
+    """The drafter. What is left out is `drafter_name_or_path`'s own, or else derived from the target once, printed,
+    and stored in its config.json."""
 
-    drafter: str = field(default="dflash", metadata={"help": "dflash, or domino: the same with a causal head."})
-    num_draft_layers: int = field(default=5, metadata={"help": "Layers of the drafter."})
-    block_size: int = field(default=16, metadata={"help": "K, slots of a block, anchor included (2 or more)."})
+    drafter: str | None = field(
+        default=None, metadata={"help": "dflash (default), or domino: the same with a causal head."}
+    )
+    num_draft_layers: int | None = field(default=None, metadata={"help": "Layers of the drafter (default 5)."})
+    block_size: int | None = field(
+        default=None, metadata={"help": "K, slots of a block, anchor included: 2 or more (default 16)."}
+    )
     target_layer_ids: list[int] | None = field(
         default=None, metadata={"help": "Taps: 0-based target layers whose output is read; never the last one."}
     )
@@ -161,18 +166,20 @@ class DrafterArguments:
                 f"draft_attn_implementation is {self.draft_attn_implementation!r}; it must be sdpa, eager or "
                 "flex_attention"
             )
-        if self.drafter not in ("dflash", "domino"):
+        if self.drafter not in (None, "dflash", "domino"):
             raise ValueError(f"drafter is {self.drafter!r}; it must be dflash or domino")
         given = [key for key in DOMINO_KEYS if getattr(self, key) is not None]
         if given and self.drafter != "domino":
             raise ValueError(
-                f"{', '.join(given)}: of Domino's causal head, which drafter: {self.drafter} does not have and would "
-                "ignore. Set drafter: domino, or remove what is named"
+                f"{', '.join(given)}: of Domino's causal head, which a DFlash drafter does not have and would ignore. "
+                "Set drafter: domino, or remove what is named"
             )
         if self.save_dtype not in ("auto", "bfloat16", "float32"):
             raise ValueError(f"save_dtype is {self.save_dtype!r}; it must be auto, bfloat16 or float32")
-        if self.block_size < 2:
+        if self.block_size is not None and self.block_size < 2:
             raise ValueError(f"block_size is {self.block_size}; a block needs an anchor and at least one drafted slot")
+        if self.num_draft_layers is not None and self.num_draft_layers < 1:
+            raise ValueError(f"num_draft_layers is {self.num_draft_layers}; a drafter needs at least one layer")
         self._check_start()
 
     def _check_start(self) -> None:
@@ -203,7 +210,7 @@ class DrafterArguments:
 
     def peft_config(self) -> PeftConfig | None:
         """LoRA's configuration by trl's own reading of these keys, or `None` for full training."""
-        return get_peft_config(
+        config = get_peft_config(
             ModelConfig(
                 use_peft=self.use_peft, lora_r=self.lora_r, lora_alpha=self.lora_alpha, lora_dropout=self.lora_dropout,
                 lora_target_modules=self.lora_target_modules or ["all-linear"],
@@ -211,6 +218,10 @@ class DrafterArguments:
                 lora_task_type=None,  # CAUSAL_LM asks for a model that generates by itself
             )
         )  # fmt: skip
+        if config is not None and self.lora_target_modules not in (None, ["all-linear"]):
+            # trl makes a single name a string, for PEFT a regex of the whole path
+            config.target_modules = set(self.lora_target_modules)
+        return config
 
     @property
     def domino(self) -> dict | None:

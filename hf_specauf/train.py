@@ -19,6 +19,7 @@ from .auf_config import AUFConfig
 from .checkpoints import checkpoints_by_age
 from .conversations import prepare_rows, show_row
 from .convert import load_drafter
+from .drafters.configuration_dflash import DFlashConfig
 from .drafters.configuration_domino import DominoConfig
 from .evaluate import compare, evaluation_record, plot_alpha, show
 from .lora import AdapterBase, borrow, finish_adapter
@@ -127,18 +128,17 @@ def start_drafter(
     layers (`init_from_target_layers`), or `None` for random weights, which depend on the seed alone."""
     if draft.drafter_name_or_path is not None:
         return _released_drafter(draft, target, tokenizer, revision)
-    layer_ids = draft.init_from_target_layers
-    if layer_ids and draft.num_draft_layers not in (len(layer_ids), DrafterArguments.num_draft_layers):
+    layer_ids, layers, mask = draft.init_from_target_layers, draft.num_draft_layers, draft.mask_token_id
+    if layer_ids and layers not in (len(layer_ids), None):
         raise ValueError(
-            f"num_draft_layers is {draft.num_draft_layers}, and init_from_target_layers names {len(layer_ids)}: "
-            "remove num_draft_layers"
+            f"num_draft_layers is {layers}, and init_from_target_layers names {len(layer_ids)}: remove "
+            "num_draft_layers"
         )
-    mask = draft.mask_token_id
     config = drafter_config(
         target,
         tokenizer,
-        num_hidden_layers=len(layer_ids) if layer_ids else draft.num_draft_layers,
-        block_size=draft.block_size,
+        num_hidden_layers=len(layer_ids) if layer_ids else layers or DFlashConfig.num_hidden_layers,
+        block_size=draft.block_size or DFlashConfig.block_size,
         mask_token_id=default_mask_token_id(target, tokenizer) if mask is None else mask,
         target_layer_ids=draft.target_layer_ids,
         intermediate_size=draft.draft_intermediate_size,
@@ -155,8 +155,8 @@ def start_drafter(
 def _released_drafter(
     draft: DrafterArguments, target, tokenizer, revision: str | None
 ) -> tuple[PreTrainedModel, AdapterBase]:
-    name, revision_of_it = draft.drafter_name_or_path, draft.drafter_revision
-    drafter = load_drafter(name, revision_of_it, target=target, dtype=torch.float32, key="drafter_name_or_path")
+    name, key = draft.drafter_name_or_path, "drafter_name_or_path"
+    drafter = load_drafter(name, draft.drafter_revision, target=target, dtype=torch.float32, key=key)
     config = drafter.config
     domino = isinstance(config, DominoConfig)
     shape = {
@@ -166,17 +166,17 @@ def _released_drafter(
         "draft_intermediate_size": config.intermediate_size,
     }  # fmt: skip
     for key, theirs in shape.items():
-        if getattr(draft, key) not in (getattr(DrafterArguments, key, None), theirs):
+        if getattr(draft, key) not in (None, theirs):
             raise ValueError(
                 f"{key} is {getattr(draft, key)}, and the drafter {name} has {theirs}: it keeps its shape, so remove "
                 f"{key}"
             )
-    special = {
-        f"{key}_token_id": getattr(target.generation_config, f"{key}_token_id") for key in ("bos", "eos", "pad")
-    }
-    named = {"target_model_name_or_path": target.config._name_or_path or None, "target_revision": revision}
-    named["target_fingerprint"] = target_fingerprint(target)
-    for key, value in (special | named | tokenizer_hashes(tokenizer)).items():
+    trained_for = tokenizer_hashes(tokenizer) | {
+        "target_model_name_or_path": target.config._name_or_path or None, "target_revision": revision,
+        "target_fingerprint": target_fingerprint(target),
+        **{key: getattr(target.generation_config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")},
+    }  # fmt: skip
+    for key, value in trained_for.items():
         setattr(config, key, value)
     if draft.chat_template_kwargs is not None:
         config.chat_template_kwargs = draft.chat_template_kwargs

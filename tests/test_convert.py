@@ -71,6 +71,9 @@ def test_newer_files_may_keep_the_block_size_inside_and_name_two_tensors_as_tran
     state = {RENAMED.get(name, name): tensor for name, tensor in load_file(folder / "model.safetensors").items()}
     save_file(state, folder / "model.safetensors")
     found = load_drafter(folder, dtype=torch.float32)
+    assert found.config.rope_parameters == drafter.config.rope_parameters
+    change(folder, rope_parameters={"rope_type": "default"}, rope_theta=2e6)
+    assert load_drafter(folder).config.rope_parameters == {"rope_type": "default", "rope_theta": 2e6}
     assert found.config.block_size == 4 and found.dtype == torch.float32
     assert torch.equal(found.fc.weight, drafter.fc.weight.float())
 
@@ -86,6 +89,11 @@ def test_newer_files_may_keep_the_block_size_inside_and_name_two_tensors_as_tran
         (dict(dflash_config={"mask_token_id": None}), "says nothing about mask_token_id"),
         (dict(num_target_layers="gone"), "says nothing about num_target_layers"),
         (dict(rope_theta="gone"), "says nothing about rope_theta"),
+        (
+            dict(rope_parameters={"rope_type": "default", "rope_theta": 5e5}),
+            "rope_theta twice, as 10000.0 and 500000.0",
+        ),
+        (dict(domino_config={"emb_dim": 8}), "domino_config.emb_dim"),
         (dict(rope_scaling={"type": "yarn", "factor": 4}), "rope_scaling"),
         (dict(attention_bias=True), "attention_bias"),
         (dict(layer_types=["sliding_attention"] * 2), "sliding window"),
@@ -110,6 +118,13 @@ def test_specforge_domino_folder_is_converted_with_its_alignment(tmp_path, shift
     assert type(found) is DominoDraftModel and found.config.shift_label is shift
     assert found.config.dflash_config == drafter.config.dflash_config
     assert all(torch.equal(found.state_dict()[name], tensor) for name, tensor in drafter.state_dict().items())
+    # or with the head's keys in a block of their own
+    own = dict(mask_token_id=nested["mask_token_id"], target_layer_ids=[0, 2], projector_type="domino")
+    (tmp_path / "config.json").write_text(json.dumps(config | dict(dflash_config=own, domino_config=head)))
+    assert load_drafter(tmp_path).config.dflash_config == drafter.config.dflash_config
+    (tmp_path / "config.json").write_text(json.dumps(config | dict(domino_config=head | dict(gru_hidden_dim=13))))
+    with pytest.raises(ValueError, match="gives gru_hidden_dim twice, as 12 and 13"):
+        load_drafter(tmp_path)
     del nested["shift_label"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="says nothing about shift_label"):
@@ -124,10 +139,37 @@ def test_unknown_missing_and_pickled_tensors_are_refused(folder, drafter):
     save_file({name: t for name, t in state.items() if name != "fc.weight"}, folder / "model.safetensors")
     with pytest.raises(ValueError, match="1 tensors are unknown, missing.*fc.weight"):
         load_drafter(folder)
+    for where in ("model.safetensors", "model-2.safetensors"):  # one tensor under both of its names
+        save_file(state, folder / "model.safetensors")
+        more = {"encoder.fc.weight": state["fc.weight"] * 2}
+        save_file(more | (state if where == "model.safetensors" else {}), folder / where)
+        with pytest.raises(ValueError, match="holds fc.weight twice"):
+            load_drafter(folder)
+    (folder / "model-2.safetensors").unlink()
     (folder / "model.safetensors").unlink()
     torch.save(state, folder / "pytorch_model.bin")
     with pytest.raises(ValueError, match="pickled weights are not loaded"):
         load_drafter(folder)
+
+
+def test_the_dtype_of_a_folder_of_several_is_the_widest(folder, drafter):
+    state = drafter.state_dict()
+    save_file(state | {"fc.weight": state["fc.weight"].float() / 3}, folder / "model.safetensors")
+    found = load_drafter(folder)
+    assert found.dtype == torch.float32 and torch.equal(found.fc.weight, state["fc.weight"].float() / 3)
+    with pytest.raises(ValueError, match="dtype is 'bf16'; it must be auto .as stored., bfloat16, float32"):
+        load_drafter(folder, dtype="bf16")
+
+
+def test_a_folder_of_ours_with_other_tensors_than_its_config_asks_for_is_refused(drafter, tmp_path):
+    drafter.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    lacking = {name: tensor for name, tensor in state.items() if name != "fc.weight"}
+    more, narrow = (state | {name: torch.zeros(2, 2)} for name in ("head.weight", "fc.weight"))
+    for odd, name in ((lacking, "fc.weight"), (more, "head.weight"), (narrow, "fc.weight")):
+        save_file(odd, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=f"--drafter: .*asks for: {name} missing, unknown or of another shape"):
+            load_drafter(tmp_path, key="--drafter")
 
 
 def test_what_is_no_drafter_is_named(tmp_path):
@@ -136,8 +178,10 @@ def test_what_is_no_drafter_is_named(tmp_path):
         load_drafter(tmp_path / "target")
     with pytest.raises(ValueError, match="holds no config.json"):
         load_drafter(tmp_path)
-    with pytest.raises(OSError, match="neither a folder nor a Hub id"):
+    with pytest.raises(OSError, match="name_or_path: 'no/such/folder' is neither a folder nor a Hub id"):
         load_drafter("no/such/folder")
+    with pytest.raises(SystemExit, match="error: --drafter: 'no/such/folder' is neither"):
+        main(["--drafter", "no/such/folder", "--out", "nowhere"])
     with pytest.raises(ValueError, match="which has no revision 'main'"):
         load_drafter(tmp_path / "target", "main")
 

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModel, set_seed
 from transformers.generation import LogitsProcessorList
 
 import hf_specauf
-from hf_specauf import DominoConfig, DominoDraftModel
+from hf_specauf import DFlashConfig, DominoConfig, DominoDraftModel
 from hf_specauf.blocks import make_blocks
 from hf_specauf.domino_loss import branch_objectives, domino_losses
 from hf_specauf.drafters.generation_block import BlockCandidateGenerator, add_correction, apply_head
@@ -102,29 +102,42 @@ def test_a_predicted_token_never_changes_its_own_logits_and_changes_the_correcte
         assert torch.equal(difference > 0, later & (torch.arange(len(before)) >= pure)), j
 
 
-def test_three_tokens_by_hand():
-    """Gates of 1/2, candidate tanh(x), so S = x'/2 + S/2; W1 reads S and, of the hidden row, half its first entry."""
-    drafter = make_domino(make_target(), 4, gru_hidden_dim=1, emb_dim=1, pure_draft_prefix_len=1, shift_label=False)
-    drafter.double()
-    for parameter in (*drafter.prefix_gru.parameters(), *drafter.embed_proj.parameters()):
-        parameter.data.zero_()
+@pytest.mark.parametrize(
+    ("shift_label", "inner"), [(False, [1 + 0.8, -2 - 0.2]), (True, [0.5 + 0.8, 1 - 0.2, -2 + 0.4])]
+)
+def test_three_tokens_by_hand(shift_label, inner):
+    """Gates of 1/2, candidate tanh(x), so S = x'/2 + S/2; W1 reads S twice and, of the hidden row, half its first
+    entry. S: 0.4; 0.2 + 0.2 = 0.4; -0.3 + 0.2 = -0.1; 0.25 - 0.05 = 0.2. The first prediction is pure. Prediction j
+    reads slot j + 1, whose entries are 1, 2, -4, or shifted slot j: 5, 1, 2, -4."""
+    head = dict(gru_hidden_dim=1, emb_dim=1, pure_draft_prefix_len=1, shift_label=shift_label)
+    drafter = make_domino(make_target(), 4, **head).double()
+    layer = drafter.layers[0]
+    zeroed = (layer.self_attn.o_proj, layer.mlp.down_proj, drafter.prefix_gru, drafter.embed_proj)
+    for parameter in (parameter for module in zeroed for parameter in module.parameters()):
+        parameter.data.zero_()  # the backbone is its last norm alone
+    drafter.norm.eps = 0.0
     drafter.prefix_gru.weight_ih_l0.data[2, 0] = 1.0  # rows: reset, update, candidate
     drafter.embed_proj[0].weight.data[0, 0] = 0.5
     drafter.embed_proj[0].weight.data[0, -1] = 2.0
     drafter.embed_proj[2].weight.data[7, 0] = 3.0
-    told, hidden = torch.zeros(1, 1, 3, 32).double(), torch.zeros(1, 1, 3, 32).double()
-    told[..., 0] = torch.atanh(torch.tensor([0.8, 0.4, -0.6], dtype=torch.float64))
-    hidden[..., 0] = torch.tensor([1.0, 2.0, -4.0])
-    # S: 0.4; 0.2 + 0.2 = 0.4; -0.3 + 0.2 = -0.1.  W1 [h ; S]: pure; 1 + 0.8 = 1.8; -2 - 0.2 = -2.2
-    rows = [0.0, 1.8 / (1 + math.exp(-1.8)), -2.2 / (1 + math.exp(2.2))]
-    rows = torch.tensor(rows, dtype=torch.float64)
-    torch.testing.assert_close(drafter.low_rank(hidden, told)[0, 0, :, 0], rows)
+    noise, count = torch.zeros(1, 4, 32).double(), len(inner) + 1
+    noise[0, :, 0] = torch.tensor([5.0, 1.0, 2.0, -4.0])
+    noise[0, :, 1] = (32 - noise[0, :, 0] ** 2).sqrt()  # a root mean square of 1, so that the norm changes nothing
+    told = torch.zeros(1, 1, count, 32).double()
+    told[..., 0] = torch.atanh(torch.tensor([0.8, 0.4, -0.6, 0.5], dtype=torch.float64))[:count]
+    expected = torch.zeros(count, 96).double()
+    expected[1:, 7] = torch.tensor([3 * x / (1 + math.exp(-x)) for x in inner], dtype=torch.float64)
+    hidden, correction = drafter(
+        noise, torch.ones(1, 5, 64).double(), prev_embeds=told,
+        reduce=lambda hidden, rows, project: (hidden, project(rows)),
+    ).reduced  # fmt: skip
+    torch.testing.assert_close(hidden[0, 0, :, 0], noise[0, -count:, 0])
+    torch.testing.assert_close(correction[0, 0], expected, rtol=1e-12, atol=1e-12)
     base, state = torch.arange(96.0)[None].double(), None
-    for j, row in enumerate(rows):
+    for j in range(count):
         logits, state = drafter.correct(base, hidden[0, :, j], told[0, :, j], state, j)
-        expected = base + torch.eye(96).double()[7] * 3.0 * row
-        torch.testing.assert_close(logits, expected, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(state.flatten(), torch.tensor([-0.1]).double())
+        torch.testing.assert_close(logits, base + expected[j], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(state.flatten(), torch.tensor([0.2 if shift_label else -0.1]).double())
 
 
 def test_the_head_is_a_torch_gru_and_two_matrices_as_sglang_computes_them():
@@ -378,8 +391,10 @@ def test_a_saved_folder_serves_as_custom_generate(shift_label, tmp_path):
     assert set(vars(p.target)) == before
     with pytest.raises(ValueError, match="load the drafter with AutoModel.from_pretrained"):
         p.target.generate(p.prompts[0], **call | dict(assistant_model=None))
-    with pytest.raises(ValueError, match=r"trained for a target of \(32, 4\)"):
+    with pytest.raises(ValueError, match=r"trained for a target of \(32, 4, 96\)"):
         make_target(num_hidden_layers=5).generate(p.prompts[0], **call)
+    with pytest.raises(ValueError, match=r"vocabulary \(32, 4, 97\), and this drafter was trained for a target of"):
+        make_target(vocab_size=97).generate(p.prompts[0], **call)
 
 
 def test_a_push_that_would_leave_custom_generate_out_is_refused_before_anything_is_written(tmp_path):
@@ -435,6 +450,7 @@ def test_config_has_the_keys_sglang_reads_in_both_places_and_comes_back(tmp_path
     drafter.save_pretrained(tmp_path)
     written = AutoConfig.from_pretrained(tmp_path)
     assert type(written) is DominoConfig and written.architectures == ["DominoDraftModel"]
+    assert written.predictions == K and DFlashConfig(block_size=K).predictions == K - 1
     mirrored = written.to_dict()["dflash_config"]
     assert mirrored == {
         "projector_type": "domino", "emb_dim": 8, "gru_hidden_dim": 12, "pure_draft_prefix_len": 1,

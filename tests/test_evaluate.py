@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import EOS, MASK, PAD, make_drafter, make_target, overfit, random_prompts
+from conftest import EOS, MASK, PAD, make_domino, make_drafter, make_target, overfit, random_prompts
 from safetensors.torch import save_file
 from test_convert import z_lab
 from transformers import AutoModelForCausalLM, GenerationConfig, set_seed
@@ -19,6 +20,7 @@ from hf_specauf.acceptance import TAU_DEFINITION
 from hf_specauf.drafters.modeling_dflash import DFlashDraftModel
 from hf_specauf.evaluate import compare, first_difference, main, near_tie_bound, repetition, transfer_verdict
 from hf_specauf.generate import attach
+from hf_specauf.recipe import parse
 from hf_specauf.target import drafter_config
 
 PROMPT, NEW, K = 12, 24, 4
@@ -176,7 +178,8 @@ def folders(tokenizer, tmp_path_factory):
         target, num_hidden_layers=1, block_size=K, mask_token_id=tokenizer.mask_token_id, target_layer_ids=[0, 2]
     )
     set_seed(0)
-    for name, part in dict(target=target, drafter=DFlashDraftModel(config)).items():
+    domino = make_domino(target, K, gru_hidden_dim=6, emb_dim=4)
+    for name, part in dict(target=target, drafter=DFlashDraftModel(config), domino=domino).items():
         part.save_pretrained(folder / name)
     tokenizer.save_pretrained(folder / "target")
     texts = [{"text": f"the quick brown fox jumps over {i} lazy dogs"} for i in range(3)]
@@ -223,8 +226,9 @@ def test_the_command_line_writes_results_and_a_plot(folders, tmp_path):
     assert ("SLOWER" in done.stdout) == (record["speedup"] <= 1)
 
 
-def test_conversations_are_prompted_up_to_the_first_answer(folders, tokenizer, tmp_path, capsys):
-    main(arguments(folders, tmp_path / "out", prompts="chat.jsonl", temperature=0.0))
+@pytest.mark.parametrize("drafter", ["drafter", "domino"])
+def test_conversations_are_prompted_up_to_the_first_answer(folders, tokenizer, tmp_path, capsys, drafter):
+    main(arguments(folders, tmp_path / "out", prompts="chat.jsonl", temperature=0.0, drafter=drafter))
     lengths = [
         len(tokenizer(f"<|user|>the quick brown fox jumps over {i} lazy dogs<|end|><|assistant|>")["input_ids"])
         for i in range(2)
@@ -246,10 +250,11 @@ def test_the_command_line_fails_in_one_clear_line(folders, tmp_path):
     [
         (dict(drafter="target"), "target says nothing about block_size.*it is not a DFlash drafter"),
         (dict(drafter="empty"), "empty"),
+        (dict(dtype="bf16"), "dtype is 'bf16'; it must be auto"),
         (dict(max_draft_tokens=K), r"must be in 1\.\.3"),
         (dict(prompts="columns.jsonl"), "none of `messages`, `conversations`"),
     ],
-    ids=["a target as drafter", "an empty folder", "cap", "columns"],
+    ids=["a target as drafter", "an empty folder", "dtype", "cap", "columns"],
 )
 def test_what_cannot_be_evaluated_is_one_line_of_advice(folders, tmp_path, more, advice):
     (folders / "empty").mkdir(exist_ok=True)
@@ -319,9 +324,11 @@ def test_measuring_on_another_target_leaves_what_the_drafter_reached_on_its_own(
     assert record["target"]["fingerprint"] not in (None, json.loads(before)["target"]["fingerprint"])
 
 
-def test_the_suggested_command_names_the_drafter_as_it_was_given(folders, tmp_path, capsys, monkeypatch):
+def test_the_suggested_command_is_one_line_that_parses_and_names_the_drafter_as_it_was_given(
+    folders, tmp_path, capsys, monkeypatch
+):
     monkeypatch.chdir(folders)
-    folder, drafter = tmp_path / "z-lab", load_drafter(folders / "drafter")
+    folder, drafter = tmp_path / "z-lab [a copy]", load_drafter(folders / "drafter")
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(z_lab(drafter)))
     save_file(drafter.state_dict(), folder / "model.safetensors")
@@ -329,6 +336,10 @@ def test_the_suggested_command_names_the_drafter_as_it_was_given(folders, tmp_pa
     words = arguments(folders, tmp_path / "out", target="target")
     words[words.index("--drafter") + 1] = name
     main(words)
-    printed = "".join(capsys.readouterr().out.split())
-    assert "doesnotsaywhichtargetitwastrainedfor" in printed
-    assert f"--drafter_name_or_path{name}--target_model_name_or_pathtarget--dataset_nameYOUR_DATA" in printed
+    [said] = [line for line in capsys.readouterr().out.splitlines() if "accelerate launch" in line]
+    assert "does not say which target it was trained for" in said
+    command = shlex.split(said[said.index("accelerate launch") :])
+    assert command[:4] == ["accelerate", "launch", "-m", "hf_specauf.train"]
+    target, draft, data, args = parse([*command[4:], "--use_cpu", "true"])
+    assert (draft.drafter_name_or_path, draft.use_peft, target.target_model_name_or_path) == (name, True, "target")
+    assert (data.dataset_name, args.learning_rate, args.output_dir) == ("YOUR_DATA", 0.002, "adapted")

@@ -16,8 +16,10 @@ from huggingface_hub import constants
 from huggingface_hub.errors import RepositoryNotFoundError
 from loopback_hub import LoopbackHub
 from safetensors.torch import load_file, save_file
+from test_convert import z_lab
 from transformers import AutoModelForCausalLM
 
+from hf_specauf import load_drafter
 from hf_specauf.hub import check, check_reload, check_same, find_secrets, outputs_of, stage
 from hf_specauf.model_card import main as card_command
 from hf_specauf.model_card import render, validate
@@ -55,6 +57,11 @@ PUSH_TARGET = """
 from transformers import AutoModelForCausalLM, AutoTokenizer
 AutoModelForCausalLM.from_pretrained({folder!r}).push_to_hub("alice/target")
 AutoTokenizer.from_pretrained({folder!r}).push_to_hub("alice/target")
+"""
+UPLOAD = """
+from huggingface_hub import HfApi
+HfApi().create_repo({repo!r}, exist_ok=True)
+HfApi().upload_folder(repo_id={repo!r}, folder_path={folder!r})
 """
 GENERATE = """
 import json, sys, torch
@@ -494,6 +501,39 @@ def test_adapter_is_published_alone_or_merged_and_pins_its_base(published, train
     plain, outputs, drafts = json.loads(next(line for line in printed.splitlines() if line.startswith("[")))
     assert outputs == [plain] * 4 and len(plain) > 9
     assert drafts[0] == drafts[2] and drafts[1] == drafts[3] and drafts[0] != drafts[1]
+
+
+def test_an_adapter_on_a_z_lab_drafter_is_published_small_once_that_is_converted(
+    published, trained, lora, run, hub, tmp_path
+):
+    folder, drafter = tmp_path / "z-lab", load_drafter(trained)
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(z_lab(drafter)))
+    for scale in (2, 1):  # another drafter, then the right one
+        state = {name: tensor * scale for name, tensor in drafter.state_dict().items()}
+        save_file(state, folder / "model.safetensors")
+        code, printed = run("-c", UPLOAD.format(repo="alice/z-lab", folder=str(folder)))
+        assert code == 0, printed
+    right, other, *_ = (commit["oid"] for commit in hub.repository("alice/z-lab").history("main"))
+    out = lora("adapted-z-lab", drafter_name_or_path=folder)
+    push = ["-m", "hf_specauf.hub", "push", "--target", "alice/target", "--drafter"]
+    small = [*push, str(out), "--repo", "alice/adapted-z-lab", "--small", "--base"]
+    code, printed = run(*small, "alice/z-lab")
+    assert code == 1 and "the base alice/z-lab is in another layout" in printed and "hf_specauf.convert" in printed
+    code, printed = run(*small, "alice/z-lab", "--base-revision", other)
+    assert code == 1 and f"alice/z-lab at {other} has other weights than the drafter this was adapted from" in printed
+    convert = ["--drafter", "alice/z-lab", "--revision", right, "--target", "alice/target"]
+    for words in (
+        ["-m", "hf_specauf.convert", *convert, "--out", str(tmp_path / "ours")],
+        [*push, str(tmp_path / "ours"), "--repo", "alice/converted", "--allow-unmeasured"],
+        [*small, "alice/converted"],
+    ):
+        code, printed = run(*words)
+        assert code == 0, printed
+    config = json.loads(contents(hub.repository("alice/adapted-z-lab"))["adapter_config.json"])
+    assert config["base_model_name_or_path"] == "alice/converted"
+    found = loads(run, PACKAGE + "load_drafter('alice/adapted-z-lab').double()")
+    assert found == pytest.approx(load_drafter(out).double().fc.weight.sum().item(), rel=1e-5)
 
 
 def test_a_drafter_trained_further_in_full_names_what_it_started_from(published, lora, online, tmp_path):

@@ -5,7 +5,18 @@ import shutil
 
 import pytest
 import torch
-from conftest import BASE, MASK, SHAPE, load_rows_file, make_drafter, make_target, overfit, random_prompts
+from conftest import (
+    BASE,
+    MASK,
+    SHAPE,
+    load_rows_file,
+    make_domino,
+    make_drafter,
+    make_target,
+    overfit,
+    random_prompts,
+    same,
+)
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_convert import z_lab
@@ -34,10 +45,12 @@ def adapter_on(drafter, folder, seed=0, **keys):
     """An adapter with weights that change the drafts, saved as training saves it."""
     base = AdapterBase.of_drafter(drafter)
     torch.manual_seed(seed)
-    model = get_peft_model(drafter, LoraConfig(target_modules="all-linear", **dict(r=4) | keys))
+    model = get_peft_model(drafter, LoraConfig(**dict(target_modules="all-linear", r=4) | keys))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3)
+        if "modules_to_save" in name:
+            parameter.data.mul_(1.5)
     model.save_pretrained(folder)
     finish_adapter(folder, base, drafter.config)
     return model.unload()
@@ -166,6 +179,16 @@ def test_dtypes_may_be_names(base, files, tmp_path):
             assert load_drafter(folder, dtype=name).dtype == getattr(torch, name)
 
 
+def test_a_base_by_a_relative_path_is_found_from_anywhere(base, tmp_path, monkeypatch):
+    monkeypatch.chdir(base.parents[1])
+    name = f"{base.parent.name}/{base.name}"
+    for drafter in (load_drafter(name), AutoModel.from_pretrained(name)):
+        adapter_on(drafter, tmp_path / "a")
+        assert AdapterBase.read(tmp_path / "a").name_or_path == str(base)
+    monkeypatch.chdir("/")
+    assert load_drafter(tmp_path / "a")
+
+
 def test_unmerged_and_merged_give_the_same_drafts(base, tmp_path):
     drafter = adapter_on(load_drafter(base), tmp_path / "a")
     peft = add_adapter(drafter, tmp_path / "a")
@@ -195,10 +218,11 @@ def test_adapter_resumes_and_refuses_another_base(command, base, tmp_path):
         main(command(drafter_name_or_path=other, save_steps=1, resume_from_checkpoint="true", **LORA))
 
 
-def test_adapters_switch_between_generate_calls_and_do_not_leak(tmp_path):
+@pytest.mark.parametrize("make", [make_drafter, make_domino])
+def test_adapters_switch_between_generate_calls_and_do_not_leak(tmp_path, make):
     target = make_target()
     texts = target.generate(random_prompts(4, 8), max_new_tokens=24, do_sample=False, suppress_tokens=[MASK])
-    drafter = overfit(make_drafter(target, dtype=torch.float64), target, texts, 8, steps=60)
+    drafter = overfit(make(target, dtype=torch.float64), target, texts, 8, steps=60)
     drafter.save_pretrained(tmp_path / "base")
     drafter = load_drafter(tmp_path / "base")
     for name, seed in (("a", 1), ("b", 2)):
@@ -242,6 +266,84 @@ def test_adapter_of_another_base_is_refused(base, tmp_path):
         load_drafter(tmp_path / "a")
 
 
+def refused_beside(first, second, said, name="two") -> None:
+    """Adding the second adapter beside the first is refused, and changes nothing."""
+    model = add_adapter(load_drafter(AdapterBase.read(first).name_or_path), first, "one")
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    config = model.get_base_model().config.to_dict()
+    with pytest.raises(ValueError, match=said):
+        add_adapter(model, second, name)
+    assert same(model.state_dict(), before) and [*model.peft_config] == [model.active_adapter] == ["one"]
+    assert model.get_base_model().config.to_dict() == config
+
+
+def test_an_adapter_under_a_name_that_is_taken_is_refused(base, tmp_path):
+    for seed, name in enumerate("ab"):
+        adapter_on(load_drafter(base), tmp_path / name, seed)
+    refused_beside(tmp_path / "a", tmp_path / "b", "adapter_name is 'one'.*give another name", "one")
+
+
+@pytest.mark.parametrize("kind, full, beside", [("dflash", ["fc", "norm"], ["norm"]),
+                                                ("domino", ["prefix_gru", "embed_proj"], ["prefix_gru"])])  # fmt: skip
+def test_adapters_that_train_a_module_in_full_and_by_lora_are_refused_and_others_act_alone(
+    tmp_path, kind, full, beside
+):
+    make = make_domino if kind == "domino" else make_drafter
+    make(make_target(dtype=torch.float32)).save_pretrained(tmp_path / "base")
+    makes = {"lora": {}, "full": dict(target_modules=["q_proj"], modules_to_save=full),
+             "beside": dict(target_modules=["k_proj"], modules_to_save=beside)}  # fmt: skip
+    for seed, (name, keys) in enumerate(makes.items()):
+        adapter_on(load_drafter(tmp_path / "base"), tmp_path / name, seed, **keys)
+    what = "embed_proj.0, embed_proj.2 in full" if kind == "domino" else "fc in full"
+    for first, second in (("full", "lora"), ("lora", "full")):
+        refused_beside(tmp_path / first, tmp_path / second, f"one adapts {what} and the other by LoRA")
+
+    def output(model) -> torch.Tensor:
+        with torch.no_grad():
+            generator = torch.Generator().manual_seed(0)
+            noise, context = torch.randn(1, 4, 32, generator=generator), torch.randn(1, 9, 64, generator=generator)
+            if kind == "dflash":
+                return model(noise, context).last_hidden_state
+            told = torch.randn(1, 1, 4, 32, generator=generator)
+            return model(
+                noise, context, prev_embeds=told, reduce=lambda h, rows, project: h.sum() + project(rows)
+            ).reduced
+
+    alone = {name: output(load_drafter(tmp_path / name)) for name in ("lora", "beside")}
+    model = load_drafter(tmp_path / "base")
+    off = output(model)
+    for name in alone:
+        model = add_adapter(model, tmp_path / name, name)
+    for name in ("lora", "beside", "lora", "off", "beside"):
+        if name == "off":
+            with model.disable_adapter():
+                torch.testing.assert_close(output(model), off)
+        else:
+            model.set_adapter(name)
+            torch.testing.assert_close(output(model), alone[name], rtol=1e-4, atol=1e-5)
+            assert not torch.allclose(output(model), off, atol=1e-3)
+
+
+def test_adapters_for_two_targets_are_refused_on_one_drafter(base, tmp_path):
+    for seed, name in enumerate("abcd"):
+        adapter_on(load_drafter(base), tmp_path / name, seed)
+    for name, changes in dict(
+        b=dict(target_model_name_or_path="its/copy"), c=dict(target_fingerprint="0" * 16)
+    ).items():
+        record = json.loads((tmp_path / name / "base.json").read_text())
+        record["trained_for"] |= changes
+        (tmp_path / name / "base.json").write_text(json.dumps(record))
+    record = json.loads((tmp_path / "a" / "base.json").read_text())
+    record["trained_for"]["target_fingerprint"] = None  # of a quantised target: the name decides
+    (tmp_path / "d/base.json").write_text(json.dumps(record))
+    assert add_adapter(add_adapter(load_drafter(base), tmp_path / "a", "a"), tmp_path / "d", "d")
+    both = add_adapter(add_adapter(load_drafter(base), tmp_path / "a", "a"), tmp_path / "b", "b")
+    assert both.get_base_model().config.target_model_name_or_path == "its/copy"  # the same weights by another name
+    refused_beside(
+        tmp_path / "a", tmp_path / "c", "another target or another prompt.*target_fingerprint '0000.*Merge one"
+    )
+
+
 # ---- borrow
 
 
@@ -259,6 +361,7 @@ def test_borrowed_layers_are_the_targets_and_only_the_rest_is_trained(command, f
             for name, tensor in rebuilt.state_dict().items():
                 torch.testing.assert_close(tensor, merged.state_dict()[name])
             assert rebuilt.config.target_fingerprint == merged.config.target_fingerprint
+            assert AdapterBase.of_drafter(rebuilt).name_or_path == str(folder)
     assert from_target(target, out / "adapter", dtype="bfloat16").dtype == torch.bfloat16
     # nothing may attach itself to the target, or load without it
     assert json.loads((out / "checkpoint-3/adapter_config.json").read_text())["base_model_name_or_path"] is None
@@ -268,6 +371,9 @@ def test_borrowed_layers_are_the_targets_and_only_the_rest_is_trained(command, f
         load_drafter(out / "checkpoint-3")
     with pytest.raises(ValueError, match="use from_target"):
         add_adapter(merged, out / "adapter")
+    target.model.norm.weight.data[0] += 1
+    with pytest.raises(ValueError, match=r"layers \[1, 6\] are those .* borrows, but other weights of it differ from"):
+        from_target(target, out / "checkpoint-3")
     target.get_submodule("model.layers.6.mlp.up_proj").weight.data[0, 0] += 1
     with pytest.raises(ValueError, match=r"borrows layers \[1, 6\] of .*, and this target's layers are other weights"):
         from_target(target, out / "checkpoint-3")
@@ -291,7 +397,6 @@ def test_a_domino_drafter_on_borrowed_layers_is_rebuilt_with_the_head_it_was_tra
 
 def test_a_rebuilt_drafter_never_has_weights_that_were_not_saved(tmp_path):
     target = make_target(dtype=torch.float16)
-    target.loaded_commit = None
     base = AdapterBase.of_layers(target, [1, 3])
     for saved in (["fc"], None):
         drafter = borrow(target, config_for(target), [1, 3], frozen=True)
@@ -372,10 +477,18 @@ def test_keys_that_say_nothing_are_refused(keys, said):
         DrafterArguments(**keys)
 
 
+@pytest.mark.parametrize("names", [["q_proj"], ["q_proj", "fc"]], ids=str)
+def test_lora_is_put_on_the_modules_that_are_named(names):
+    keys = DrafterArguments(use_peft=True, drafter_name_or_path="a/b", lora_target_modules=names)
+    model = get_peft_model(make_drafter(make_target()), keys.peft_config())
+    assert {name.split(".")[-1] for name, part in model.named_modules() if hasattr(part, "lora_A")} == set(names)
+
+
 @pytest.mark.parametrize(
     "keys, said",
     [
-        (dict(block_size=8), "block_size is 8, and the drafter .* has 4"),
+        (dict(block_size=16), "block_size is 16, and the drafter .* has 4"),  # also where it is the default
+        (dict(num_draft_layers=5), "num_draft_layers is 5, and the drafter .* has 1"),
         (dict(target_layer_ids="0 3"), "target_layer_ids is"),
         (dict(mask_token_id=3), "mask_token_id is 3"),
         (dict(drafter="domino"), "drafter is domino, and the drafter .* has dflash"),

@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT, make_drafter, make_target
 from huggingface_hub import ModelCard
 
-from hf_specauf.model_card import changed_recipe, main, render, slow_cases, tau_by_length, validate
+from hf_specauf.model_card import adaptation, changed_recipe, main, render, slow_cases, tau_by_length, validate
 from hf_specauf.records import public
 
 CARDS = sorted((ROOT / "model_cards").glob("*__*.md"))
@@ -132,11 +132,18 @@ def test_a_folder_that_is_no_drafter_is_refused(tmp_path):
         render(tmp_path, "a/b")
 
 
+def test_both_variants_of_lora_are_named():
+    base = dict(name_or_path="a/b", revision=None, borrowed_layers=None)
+    recipe = dict(use_peft=True, use_rslora=True, lora_r=4, lora_alpha=8)
+    for dora, words in ((False, "LoRA with rsLoRA, r 4"), (True, "LoRA with rsLoRA and DoRA, r 4")):
+        assert words in adaptation(dict(base=base, recipe=recipe | dict(use_dora=dora), history=[]))
+
+
 def test_small_parts():
     assert tau_by_length([dict(prompt_tokens=20, tau=2.0)]) == ""
     assert slow_cases([dict(prompt_tokens=20, tau=2.0)]) == "not measured"
     recipe = {"num_draft_layers": 2, "block_size": 16, "objective": "decay", "output_dir": "x", "report_to": ["wandb"]}
-    assert changed_recipe(public(recipe)) == "num_draft_layers: 2\nobjective: decay"
+    assert changed_recipe(public(recipe)) == "num_draft_layers: 2\nblock_size: 16\nobjective: decay"
 
 
 @pytest.mark.parametrize("path", CARDS, ids=lambda path: path.name)

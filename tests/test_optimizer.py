@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import make_drafter, make_target, random_prompts
+from conftest import make_domino, make_drafter, make_target, random_prompts
 from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file
@@ -19,6 +19,11 @@ def test_matrices_go_to_muon_and_the_rest_to_adamw():
     names = {id(p): name for name, p in drafter.named_parameters()}
     assert all(names[i].endswith("proj.weight") for i in muon) and all("norm" in names[i] for i in adamw)
     assert muon | adamw == set(names) - {id(drafter.fc.weight)}
+    drafter = make_domino(make_target())
+    names = {id(p): name for name, p in drafter.named_parameters()}
+    groups = MuonWithAdamW(drafter, 0.02, 0.003).param_groups
+    muon, adamw = ({names[id(p)] for p in group["params"] if p.dim() == 2} for group in groups)
+    assert "prefix_gru.weight_hh_l0" in muon and adamw == {"embed_proj.0.weight", "embed_proj.2.weight"}
 
 
 def test_matrices_are_orthogonalised_in_their_own_dtype_and_batched():

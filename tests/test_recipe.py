@@ -94,6 +94,7 @@ def test_unknown_keys_fail_and_are_named(recipe, key):
         (dict(target_dtype="float16"), "target_dtype is 'float16'"),
         (dict(save_dtype="float16"), "save_dtype is 'float16'; it must be auto, bfloat16 or float32"),
         (dict(block_size=1), "block_size is 1"),
+        (dict(num_draft_layers=0), "num_draft_layers is 0"),
         (dict(fp16=True), "use bf16: true"),
         (dict(drafter="eagle"), "drafter is 'eagle'; it must be dflash or domino"),
         (dict(emb_dim=64, shift_label=True), "emb_dim, shift_label: of Domino's causal head.*Set drafter: domino"),

@@ -130,9 +130,9 @@ def test_recipe_trains_scaled_down_on_a_tiny_target_of_the_same_architecture(pat
     if "drafter_name_or_path" in keys:  # keeps its mask token and taps
         target = AutoModelForCausalLM.from_pretrained(tmp_path / "target")
         shape = dict(mask_token_id=small.pop("mask_token_id"), target_layer_ids=small.pop("target_layer_ids"))
-        DFlashDraftModel(
-            drafter_config(target, num_hidden_layers=draft.num_draft_layers, block_size=16, **shape)
-        ).save_pretrained(tmp_path / "base")
+        DFlashDraftModel(drafter_config(target, num_hidden_layers=5, block_size=16, **shape)).save_pretrained(
+            tmp_path / "base"
+        )
         small["drafter_name_or_path"] = str(tmp_path / "base")
     for key in ("target_quantization", "target_device_map"):  # for GPUs
         small.pop(key, None)
@@ -142,8 +142,8 @@ def test_recipe_trains_scaled_down_on_a_tiny_target_of_the_same_architecture(pat
     main(["--config", str(recipe)])
     config = AutoModel.from_pretrained(tmp_path / "out").config
     assert config.chat_template_kwargs == draft.chat_template_kwargs and config.chat_template_hash
-    layers = len(small.get("init_from_target_layers", [])) or draft.num_draft_layers
-    assert (config.block_size, config.num_hidden_layers) == (draft.block_size, layers)
+    layers = len(small.get("init_from_target_layers", [])) or draft.num_draft_layers or 5
+    assert (config.block_size, config.num_hidden_layers) == (draft.block_size or 16, layers)
     assert (tmp_path / "out/adapter/adapter_model.safetensors").is_file() == ("use_peft" in keys)
     record = json.loads((tmp_path / "out" / "provenance.json").read_text())
     assert record["steps"] == 2 and record["on_policy"]["tokens"] > 0

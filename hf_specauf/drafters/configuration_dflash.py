@@ -167,6 +167,11 @@ class DFlashConfig(PreTrainedConfig):
         }
 
     @property
+    def predictions(self) -> int:
+        """Tokens a block predicts in training; decoding drafts K - 1 in either alignment."""
+        return self.block_size if self.shift_label else self.block_size - 1
+
+    @property
     def dflash_config(self) -> dict[str, Any]:
         """The same fields in the shape z-lab, vLLM and SGLang read; written beside the top-level ones."""
         return {"mask_token_id": self.mask_token_id, "target_layer_ids": self.target_layer_ids}

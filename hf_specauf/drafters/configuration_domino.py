@@ -31,11 +31,6 @@ class DominoConfig(DFlashConfig):
     shift_label: bool = True
 
     @property
-    def predictions(self) -> int:
-        """Tokens a block predicts in training; decoding drafts K - 1 in either alignment."""
-        return self.block_size if self.shift_label else self.block_size - 1
-
-    @property
     def dflash_config(self) -> dict[str, Any]:
         """The same fields in the shape SpecForge writes and SGLang reads."""
         own = ("emb_dim", "gru_hidden_dim", "pure_draft_prefix_len", "shift_label")

@@ -348,11 +348,12 @@ def generate_with_drafter(target, drafter, *args, **kwargs):
         ValueError: the drafter was trained for another model.
     """
     text, config = target.config.get_text_config(decoder=True), drafter.config
-    found, trained = (text.hidden_size, text.num_hidden_layers), (config.hidden_size, config.num_target_layers)
+    found = text.hidden_size, text.num_hidden_layers, target.get_input_embeddings().weight.shape[0]
+    trained = config.hidden_size, config.num_target_layers, config.vocab_size
     if found != trained:
         raise ValueError(
-            f"the target has hidden size and layers {found}, and this drafter was trained for a target of {trained}, "
-            f"{config.target_model_name_or_path}: load that target or another drafter"
+            f"the target has hidden size, layers and vocabulary {found}, and this drafter was trained for a "
+            f"target of {trained}, {config.target_model_name_or_path}: load that target or another drafter"
         )
     overrides = DraftingOverrides(target, drafter, drafter.eval().get_candidate_generator)
     try:
