@@ -241,7 +241,7 @@ class AUFTrainer(TwoBranches, WorstCase, CompleteCheckpoints, Publishing, Traine
         flex = self.drafter_config._attn_implementation == "flex_attention"
         blocks = make_blocks(
             ids, inputs["supervised"], documents, anchors, real, self.block_size, mask_token_id, flex=flex,
-            predictions=self.drafter_config.predictions if self.is_domino else None,
+            predictions=self.drafter_config.predictions,
         )  # fmt: skip
         given = dict(
             noise_embeds=self.target.noise_embeds(blocks.noise_ids),

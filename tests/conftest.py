@@ -108,7 +108,7 @@ def overfit(drafter, target, texts: torch.Tensor, prompt_length: int, steps: int
         anchors, real = sample_anchors(supervised, documents, 16, torch.arange(len(texts)), 0, step)
         blocks = make_blocks(
             texts, supervised, documents, anchors, real, config.block_size, config.mask_token_id,
-            predictions=config.predictions if domino else None,
+            predictions=config.predictions,
         )  # fmt: skip
         given = frozen.noise_embeds(blocks.noise_ids).float(), context, blocks.attention_mask, blocks.position_ids
         correction = 0.0

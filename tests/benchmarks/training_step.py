@@ -3,10 +3,11 @@
     python tests/benchmarks/training_step.py [--quick] [--json PATH] [--device cuda] [--hidden 512] [--blocks 64]
 
 Three ways on the same hidden rows, labels and frozen head, each in a process of its own: `plain` computes the logits
-of all valid slots at once and calls cross_entropy; `chunked` computes all valid slots a chunk at a time and forms the
-gradient in the same pass (what full-support objectives use); `progressive` walks the blocks and stops at each first
-failure (AUF). All three count the same slots (AUF's support), so loss and gradient agree and are compared. Memory is
-the peak (resident size on CPU, allocated on CUDA) minus what was there before the head.
+of all valid slots at once and calls cross_entropy for AUF's support; `progressive` walks the blocks and stops at each
+first failure, and its loss and gradient must agree with `plain`'s; `chunked` counts all valid slots, a chunk at a time
+(what full-support objectives use), and its loss must agree with cross_entropy's of all of them. First head and loss
+alone, then whole steps of one training row, for every dtype and active ratio; then whole steps as one size grows.
+Memory is the peak (resident size on CPU, allocated on CUDA) minus what was there before.
 """
 
 import argparse
@@ -142,6 +143,11 @@ def measure_head(way, hidden, vocabulary, blocks, block_size, active, dtype, dev
         step()
     seconds = time_of(step, device, repeats)
     norm = rows.grad.float().norm().item()
+    if way == "chunked":
+        with torch.no_grad():
+            pairs = zip(rows.flatten(0, 1).split(chunk), labels.flatten().split(chunk))
+            every = torch.cat([cross_entropy(head(part).float(), label, reduction="none") for part, label in pairs])
+        assert math.isclose(losses[-1], every.mean().item(), rel_tol=1e-4 if dtype == torch.float32 else 0.02)
     return {"seconds": seconds, "memory": memory.bytes, "loss": losses[-1], "gradient_norm": norm}
 
 
@@ -229,22 +235,23 @@ def in_own_process(what: str, **keys) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def head_table(base: dict, dtypes: list[str], actives: list[float], console: Console) -> list[dict]:
-    """Time and memory of head and loss for every dtype, active ratio and way."""
-    table = Table(title=f"head and loss: V = {base['vocabulary']}, H = {base['hidden']}, {base['blocks']} blocks of "
+def compare_ways(what: str, base: dict, dtypes: list[str], actives: list[float], console: Console) -> list[dict]:
+    """Time and memory of `head` or `step` for every dtype, active ratio and way."""
+    title = {"head": "head and loss", "step": "whole step"}[what]
+    table = Table(title=f"{title}: V = {base['vocabulary']}, H = {base['hidden']}, {base['blocks']} blocks of "
                         f"{base['block_size']} slots")  # fmt: skip
-    for column in ("dtype", "active", "way", "seconds (min median max)", "times faster", "memory MB", "loss"):
+    for column in ("dtype", "active", "way", "seconds (min median max)", "times faster", "memory MB"):
         table.add_column(column, justify="right")
     rows = []
     for dtype in dtypes:
         for active in actives:
             reference = None
             for way in WAYS:
-                found = in_own_process("head", way=way, dtype=dtype, active=active, **base)
-                row = {"dtype": dtype, "active": active, "way": way, **found}
+                found = in_own_process(what, way=way, **base | dict(dtype=dtype, active=active))
+                row = {"blocks": base["blocks"], "dtype": dtype, "active": active, "way": way, **found}
                 rows.append(row)
                 if "failed" in found:
-                    table.add_row(dtype, f"{active:.0%}", way, found["failed"], "", "", "")
+                    table.add_row(dtype, f"{active:.0%}", way, found["failed"], "", "")
                     continue
                 median = statistics.median(found["seconds"])
                 if way == "plain":
@@ -252,7 +259,7 @@ def head_table(base: dict, dtypes: list[str], actives: list[float], console: Con
                 if reference is not None:
                     row["times_faster"] = statistics.median(reference["seconds"]) / median
                     row["memory_share"] = found["memory"] / max(reference["memory"], 1)
-                    if way == "progressive":  # the same rows count: loss and gradient must agree
+                    if (what, way) == ("head", "progressive"):  # the same rows count
                         assert math.isclose(
                             found["loss"], reference["loss"], rel_tol=1e-4 if dtype == "float32" else 0.02
                         )
@@ -260,7 +267,7 @@ def head_table(base: dict, dtypes: list[str], actives: list[float], console: Con
                 spread = f"{min(found['seconds']):.3f} {median:.3f} {max(found['seconds']):.3f}"
                 table.add_row(
                     dtype, f"{active:.0%}", way, spread, f"{row.get('times_faster', float('nan')):.2f}",
-                    f"{found['memory'] / 1e6:.0f}", f"{found['loss']:.5f}",
+                    f"{found['memory'] / 1e6:.0f}",
                 )  # fmt: skip
     console.print(table)
     return rows
@@ -317,7 +324,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the results here, and the plot beside them")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--hidden", type=int, default=512, help="H")
-    parser.add_argument("--blocks", type=int, default=64, help="N")
+    parser.add_argument("--blocks", type=int, nargs="+", default=[64], help="N; whole steps are timed at the first")
+    parser.add_argument("--head_only", action="store_true", help="no whole steps")
     parser.add_argument("--vocabulary", type=int, default=151_936, help="V")
     parser.add_argument("--length", type=int, default=256, help="S of the whole step")
     parser.add_argument("--target_layers", type=int, default=4)
@@ -336,7 +344,7 @@ def main() -> None:
         return
     console = Console(width=150)
     base = {
-        "hidden": args.hidden, "vocabulary": args.vocabulary, "blocks": args.blocks, "block_size": 16,
+        "hidden": args.hidden, "vocabulary": args.vocabulary, "blocks": args.blocks[0], "block_size": 16,
         "device": args.device, "chunk": args.chunk, "repeats": args.repeats,
     }  # fmt: skip
     step = base | {
@@ -344,32 +352,39 @@ def main() -> None:
         "attention": args.attention, "dtype": args.dtypes[0], "active": 0.16,
     }  # fmt: skip
     grid = {
-        "blocks": [args.blocks // 4, args.blocks // 2, args.blocks, args.blocks * 2],
+        "blocks": [args.blocks[0] // 4, args.blocks[0] // 2, args.blocks[0], args.blocks[0] * 2],
         "block_size": [4, 8, 16],
         "length": [args.length, args.length * 2, args.length * 4],
         "vocabulary": [args.vocabulary // 8, args.vocabulary // 4, args.vocabulary // 2, args.vocabulary],
     }
     if args.quick:
         small = {"vocabulary": 32_000, "hidden": 128, "blocks": 32, "repeats": 2}
-        base, step, args.active = base | small, step | small, [0.16]
+        base, step, args.active, args.blocks = base | small, step | small, [0.16], [32]
         grid = {"blocks": [16, 32]}
-    heads = head_table(base, args.dtypes, args.active, console)
-    steps = growth(step, grid, console)
+    heads = [
+        row for blocks in args.blocks
+        for row in compare_ways("head", base | {"blocks": blocks}, args.dtypes, args.active, console)
+    ]  # fmt: skip
+    steps, grown = [], []
+    if not args.head_only:
+        steps = compare_ways("step", step, args.dtypes, args.active, console)
+        grown = growth(step, grid, console)
     wanted = min(args.active, key=lambda a: abs(a - 0.16))
     parts = []
     for row in heads:
         if row["way"] == "progressive" and row["active"] == wanted and "times_faster" in row:
             share = f"{row['memory_share']:.1%} of its memory"
-            parts.append(f"{row['dtype']} {row['times_faster']:.2f} times faster than plain, {share}")
-    headline = f"head and loss at {wanted:.0%} active: " + "; ".join(parts)
+            parts.append(f"{row['dtype']}, N = {row['blocks']}, {row['times_faster']:.2f} times faster, {share}")
+    headline = f"head and loss at {wanted:.0%} active, against plain: " + "; ".join(parts)
     if args.json:
         record = {
             "command": shlex.join(["python", *sys.argv]),
             "date": str(date.today()),
             "environment": environment(),
         }
-        write_record(args.json, record | {"headline": headline, "head": heads, "steps": steps})
-        plot(steps, args.json.with_suffix(".png"))
+        write_record(args.json, record | {"headline": headline, "head": heads, "steps": steps, "growth": grown})
+        if grown:
+            plot(grown, args.json.with_suffix(".png"))
     print(headline)
 
 
