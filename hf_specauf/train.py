@@ -41,7 +41,10 @@ def load_data(data: DataArguments) -> tuple[list[Dataset], list[Dataset] | None]
         needed = None
         if data.dataset_streaming:
             needed = ceil(share * data.max_train_rows) + ceil(share * own_heldout)
-        rows = load_rows(source["name"], source["config"], source["split"], source["revision"], stream_rows=needed)
+        keys = "dataset_" if data.dataset_mixture is None else "dataset_mixture's "
+        rows = load_rows(
+            source["name"], source["config"], source["split"], source["revision"], stream_rows=needed, keys=keys
+        )
         if own_heldout:
             if len(rows) < 2:
                 raise ValueError(
@@ -52,12 +55,21 @@ def load_data(data: DataArguments) -> tuple[list[Dataset], list[Dataset] | None]
             heldout.append(rows.select(range(len(rows) - size, len(rows))))
             rows = rows.select(range(len(rows) - size))
         train.append(rows)
-    train = take_shares(train, weights, data.max_train_rows)
+    whole, train = train, take_shares(train, weights, data.max_train_rows)
+    for source, rows, taken in zip(sources, whole, train):
+        if len(sources) > 1 and not len(taken):
+            raise ValueError(
+                f"dataset_mixture: of {source['name']} ({len(rows)} rows, weight {source['weight']:g}) not one row "
+                "would be taken: raise its weight or max_train_rows, or leave it out"
+            )
     if len(sources) > 1:
         print("mixture: " + ", ".join(f"{len(rows)} rows of {s['name']}" for rows, s in zip(train, sources)))
     if data.eval_dataset_name is not None:
         needed = data.eval_rows if data.dataset_streaming else None
-        rows = load_rows(data.eval_dataset_name, None, data.eval_dataset_split, stream_rows=needed)
+        rows = load_rows(
+            data.eval_dataset_name, data.eval_dataset_config, data.eval_dataset_split, data.eval_dataset_revision,
+            stream_rows=needed, keys="eval_dataset_",
+        )  # fmt: skip
         heldout = [rows.select(range(min(data.eval_rows, len(rows))))]
     return train, heldout or None
 

@@ -211,6 +211,22 @@ def test_turns_may_be_json_text():
     assert encoded(tokenizer, {"messages": json.dumps(MESSAGES)}) == encoded(tokenizer, {"messages": MESSAGES})
 
 
+@pytest.mark.parametrize("as_text, shown", [(True, '{"city": "Rome", "day": null}'), (False, '{"city": "Rome"}')])
+def test_a_null_argument_is_kept_in_json_text_and_elsewhere_taken_for_arrows(as_text, shown):
+    tokenizer = model_tokenizer(*GOLDEN["qwen3, thinking off"][:2])
+    call = {"name": "weather", "arguments": {"city": "Rome", "day": None}}
+    turns = [Q, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    row = {"messages": json.dumps(turns) if as_text else turns}
+    assert f'"arguments": {shown}}}\n</tool_call>' in show_row(encoded(tokenizer, row), tokenizer, most=999)
+
+
+def test_a_call_without_arguments_may_have_empty_text_for_them():
+    tokenizer = model_tokenizer(*GOLDEN["qwen3, thinking off"][:2])
+    call = {"function": {"name": "now", "arguments": ""}}
+    row = {"messages": [Q, {"role": "assistant", "content": "", "tool_calls": [call]}]}
+    assert '"name": "now", "arguments": {}}' in show_row(encoded(tokenizer, row), tokenizer, most=999)
+
+
 def test_nothing_that_a_template_writes_before_a_first_assistant_turn_is_supervised():
     """No prompt comes before it that would tell whose its tokens are."""
     tokenizer = model_tokenizer(*GOLDEN["chatml"][:2])
