@@ -26,7 +26,7 @@ from .answers import endpoint_writer, target_writer
 from .recipe import json_mapping
 from .records import errors_in_one_line, write_record
 from .sources import UnusableRow, chat_messages, load_rows, row_format, row_text, row_tools
-from .target import load_target, tokenizer_hashes
+from .target import load_target, target_fingerprint, tokenizer_hashes
 
 # they decide speed, not words; what answers is compared as `engine`
 NOT_COMPARED = ("device", "concurrency", "out", "continuous_batching")
@@ -346,9 +346,12 @@ def writer(args: RegenerateArguments) -> tuple[Callable, dict]:
         device_map=f"cuda:{local}" if args.device == "cuda" else args.device,  # quantised ones are not to be moved
     )  # fmt: skip
     write, engine = target_writer(args, target, tokenizer)
-    weights = target.get_output_embeddings().weight[:8].detach().float().cpu().numpy().tobytes()
     found = {"engine": engine, "target_commit": target.loaded_commit, "target_dtype": str(target.dtype)}
-    return write, found | tokenizer_hashes(tokenizer) | {"head_hash": hashlib.sha256(weights).hexdigest()[:16]}
+    found |= {"target_fingerprint": target_fingerprint(target)}
+    if found["target_fingerprint"] is None:  # quantised
+        head = target.get_output_embeddings().weight[:8].detach().float().cpu().numpy().tobytes()
+        found["head_hash"] = hashlib.sha256(head).hexdigest()[:16]
+    return write, found | tokenizer_hashes(tokenizer)
 
 
 @errors_in_one_line()

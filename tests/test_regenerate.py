@@ -386,6 +386,21 @@ def test_answers_of_other_settings_are_not_mixed(words, files, prompts, tmp_path
     assert "is finished" in capsys.readouterr().out and (tmp_path / "own.jsonl").read_bytes() == done
 
 
+def test_answers_of_another_layer_are_not_mixed(words, pair, tmp_path, monkeypatch):
+    """Same name, same head: only the weights tell."""
+    target, tokenizer = copy.deepcopy(pair[0]), pair[1]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for _ in range(2):
+        target.save_pretrained(tmp_path / "target")
+        tokenizer.save_pretrained(tmp_path / "target")
+        with torch.no_grad():
+            target.base_model.layers[3].mlp.down_proj.weight.neg_()
+        if not (tmp_path / "own.parts").exists():
+            main(words(target=tmp_path / "target"))
+    with pytest.raises(SystemExit, match="target_fingerprint was '.*' and is '"):
+        main(words(target=tmp_path / "target"))
+
+
 def test_a_file_that_is_there_already_is_not_overwritten(words, tmp_path):
     (tmp_path / "own.jsonl").write_text("mine\n")
     with pytest.raises(SystemExit, match="own.jsonl is there already and was not written by this command"):
