@@ -81,14 +81,12 @@ def load_rows(
             f"`hf auth login`). {error}"
         ) from error
     except (DatasetsError, ValueError, StopIteration) as error:  # names no file, and seldom a line
-        said = " ".join(str(error.__cause__ or error).split())
+        said = " ".join(str(error.__cause__ or error).split()).rstrip(".")
         if reader is not None and not os.path.getsize(name):
             said = "it is empty"
         elif name.endswith(".jsonl"):
             said = bad_line(name) or said
-        raise ValueError(
-            f"{name}: {said}. Nothing was trained; mend or remove what is named and start the same command again"
-        ) from error
+        raise ValueError(f"{name}: {said}. Mend that and start the same command again") from error
 
 
 def bad_line(path: str) -> str | None:

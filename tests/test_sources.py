@@ -12,6 +12,7 @@ import pyarrow.parquet
 import pytest
 from conftest import ROOT
 from datasets import Dataset
+from loopback_hub import LoopbackHub, Repository
 
 from hf_specauf.recipe import DataArguments
 from hf_specauf.sources import load_rows, row_format, take_shares
@@ -70,7 +71,7 @@ def test_a_line_that_cannot_be_read_is_named_and_the_file_left_alone(case, tmp_p
     path = tmp_path / "rows.jsonl"
     path.write_bytes(f"{GOOD}\n{GOOD}\n".encode() + line + b"\n" + GOOD.encode() + b"\n")
     before = path.read_bytes()
-    with pytest.raises(ValueError, match=f"rows.jsonl: {message}.*mend or remove what is named"):
+    with pytest.raises(ValueError, match=f"rows.jsonl: {message}.*Mend that and start the same command again"):
         load_rows(str(path))
     assert path.read_bytes() == before
 
@@ -149,6 +150,41 @@ def test_a_source_of_a_mixture_that_gives_no_row_is_named(tmp_path):
     data = DataArguments(dataset_mixture=mixture, eval_rows=0, max_train_rows=20)
     with pytest.raises(ValueError, match="b.parquet .40 rows, weight 1. not one row would be taken: raise"):
         load_data(data)
+
+
+def test_a_dataset_on_the_hub_is_loaded_by_its_id_revision_and_split(tmp_path):
+    with LoopbackHub(tmp_path / "hub") as hub:
+        repository = Repository.create(tmp_path / "hub/alice/chats", private=True)
+        commits = []
+        for text in ("old", "new"):
+            files = {f"{split}.jsonl": repository.store(f'{{"text": "{text} {split}"}}\n'.encode() * 2)
+                     for split in ("train", "test")}  # fmt: skip
+            commits.append(repository.commit("refs/heads/main", text, files, []))
+        asked = [
+            {},
+            dict(split="test"),
+            dict(revision=commits[0]),
+            dict(stream_rows=1),
+            dict(split="tset"),
+            dict(config="en"),
+        ]
+        code = (
+            "import json, sys\nfrom hf_specauf.sources import load_rows\n"
+            "for keys in json.loads(sys.argv[1]):\n"
+            "    try:\n        print(load_rows('alice/chats', **keys)['text'][:])\n"
+            "    except ValueError as error:\n        print(error)\n"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code, json.dumps(asked)], cwd=ROOT, env=hub.environment(tmp_path / "home", "alice"),
+            capture_output=True, text=True,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    again = ". Mend that and start the same command again"
+    assert done.stdout.splitlines() == [
+        "['new train', 'new train']", "['new test', 'new test']", "['old train', 'old train']", "['new train']",
+        "alice/chats: Unknown split \"tset\". Should be one of ['train', 'test']" + again,
+        "alice/chats: BuilderConfig 'en' not found. Available: ['default']" + again,
+    ]  # fmt: skip
 
 
 class ClosedHub(BaseHTTPRequestHandler):
