@@ -75,13 +75,13 @@ def killed_and_resumed(target: Path, prompts: Path, folder: Path, count: int, te
         return json.loads(kept.read_text())
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    chunk = max(count // 12, 1)
+    chunk = max(count // 8, 1)
     command = {
         name: [sys.executable, "-m", "hf_specauf.regenerate"]
         + answering(target, prompts, folder / f"{name}.jsonl", temperature, max_rows=count, rows_per_chunk=chunk)
         for name in ("whole", "killed")
     }
-    for chunks in (2, 7):
+    for chunks in (1, 4):
         process = subprocess.Popen(command["killed"])
         while len(list(folder.glob("killed.parts/chunk-*.jsonl"))) < chunks:
             if process.poll() is not None:
@@ -131,7 +131,7 @@ def run(target: Path, rows: Path, folder: Path, seed: int, steps: int, prompts: 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one seed, 20 steps, 96 rows: about three minutes")
+    parser.add_argument("--quick", action="store_true", help="one seed, 20 steps, 96 rows: about five minutes")
     parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=240)
