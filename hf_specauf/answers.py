@@ -1,4 +1,5 @@
-"""What writes the answers: the target here, by continuous batching or in plain batches, or a server of it."""
+"""A conversation on its way to the target's own answers, and what writes them: the target here, by continuous batching
+or in plain batches, or a server of it."""
 
 import os
 import time
@@ -10,8 +11,98 @@ import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from trl.chat_template_utils import add_response_schema, parse_response
 
+from .sources import UnusableRow, chat_messages, row_format, row_text, row_tools
+from .target import default_mask_token_id
+
 RETRIES, PATIENCE = 5, 2.0  # of requests; seconds, doubled each time
 PAGE = 64  # tokens of a page of the cache on a CPU
+
+
+class Conversation:
+    """One row on its way: the turns so far, the questions still to come, and what the target answered."""
+
+    def __init__(self, source_row: int, row: dict):
+        self.record = {"source_row": source_row}
+        self.history: list[dict] = []
+        self.coming: list[dict] = []
+        self.tools, self.text, self.skipped = None, None, None
+        self.pieces: list[tuple[list[int], list[int], bool]] = []  # prompt and answer ids of each turn, if it was cut
+        self.answers = 0
+        try:
+            row = {key: value for key, value in row.items() if value is not None}
+            tokens = row.pop("input_ids", None)  # as another target wrote them
+            try:
+                kind = row_format(list(row))
+            except ValueError:
+                raise UnusableRow("it has tokens and no text" if tokens else "its columns are empty") from None
+            if kind == "text":
+                self.text = row_text(row, "text")
+            else:
+                self.coming, self.tools = chat_messages(row), row_tools(row)
+        except UnusableRow as error:
+            self.skipped = str(error)
+
+    def wants_answer(self) -> bool:
+        """Go on to the next question. A conversation ends at its first tool turn: what tools answered, they answered
+        to another model."""
+        if self.text is not None:
+            return not self.answers and self.skipped is None
+        while self.skipped is None and self.coming:
+            turn = self.coming.pop(0)
+            if turn["role"] == "tool" or "tool_calls" in (self.history[-1] if self.history else {}):
+                self.coming = []
+            elif turn["role"] != "assistant":
+                self.history.append(turn)
+                if turn["role"] == "user" and (not self.coming or self.coming[0]["role"] == "assistant"):
+                    return True
+        return False
+
+    def take(self, answer: dict) -> None:
+        """Keep an answer: `turn`, or why there is none (`skipped`), and the ids where they are known."""
+        if "skipped" in answer:
+            self.coming, self.skipped = [], self.skipped if self.answers else answer["skipped"]
+            return
+        self.answers += 1
+        self.record["truncated"] = answer["truncated"]
+        if "ids" in answer:
+            self.pieces.append((answer["prompt_ids"], answer["ids"], answer["truncated"]))
+        if self.text is None:
+            turn = answer["turn"]
+            self.history.append(turn)
+            if not (turn["content"] or turn.get("tool_calls")):  # cut in its thoughts: nothing to go on from
+                self.coming = []
+
+    def finished(self) -> list[dict]:
+        """The rows as they are written: `input_ids` with `supervised` exactly as the target wrote them, `messages` in
+        the last. Where the template writes earlier turns differently (without their thoughts, for instance), one row
+        cannot hold all answers as they were written, and there are several of one `source_row`."""
+        if not self.answers:
+            return [self.record | {"skipped": self.skipped or "it asks nothing"}]
+        rows: list[dict] = []
+        for prompt, answer, truncated in self.pieces:
+            goes_on = rows and prompt[: len(rows[-1]["input_ids"])] == rows[-1]["input_ids"]
+            before = rows.pop()["supervised"] if goes_on else []
+            supervised = before + [0] * (len(prompt) - len(before)) + [1] * len(answer)
+            rows.append(self.record | {"truncated": truncated, "input_ids": prompt + answer, "supervised": supervised})
+        rows = rows or [self.record]
+        if self.text is None:
+            # a question that found no answer is no use
+            turns = self.history if self.history[-1]["role"] == "assistant" else self.history[:-1]
+            rows[-1] |= {"messages": turns} | ({"tools": self.tools} if self.tools else {})
+        return rows
+
+
+def prompt_ids(conversation: Conversation, tokenizer, kwargs: dict | None, text_tokens: int) -> list[int] | str:
+    """The prompt of a conversation's next answer, or why there is none; of plain text its first `text_tokens`."""
+    if conversation.text is not None:
+        return tokenizer(conversation.text)["input_ids"][:text_tokens] or "its text is empty"
+    try:
+        return tokenizer.apply_chat_template(
+            conversation.history, tools=conversation.tools, add_generation_prompt=True, return_dict=True,
+            **(kwargs or {}),
+        )["input_ids"]  # fmt: skip
+    except Exception as error:
+        return f"the chat template failed: {' '.join(str(error).split())}"
 
 
 def sampling(args, target: PreTrainedModel, pad_token_id: int) -> GenerationConfig:
@@ -80,12 +171,6 @@ def generate_in_batches(
     return [answers[i] for i in range(len(prompts))]
 
 
-def end_tokens(config: GenerationConfig) -> set[int]:
-    """The ids that end an answer."""
-    eos = config.eos_token_id
-    return set() if eos is None else set(eos) if isinstance(eos, list) else {eos}
-
-
 def until_end(ids: list[int], ends: set[int]) -> list[int]:
     """An answer up to and including its end token."""
     return next((ids[: i + 1] for i, token in enumerate(ids) if token in ends), ids)
@@ -100,7 +185,13 @@ def target_writer(args, target: PreTrainedModel, tokenizer: PreTrainedTokenizerB
     pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
     # `generate` fills what a config leaves open from the target's own (a repetition penalty, min_p, ...)
     config = target.generation_config = sampling(args, target, pad)
-    ends, longest = end_tokens(config), target.config.get_text_config(decoder=True).max_position_embeddings
+    eos = config.eos_token_id
+    ends = set(eos if isinstance(eos, list) else [] if eos is None else [eos])
+    try:
+        config.suppress_tokens = [default_mask_token_id(target, tokenizer)]  # no drafter could train on it
+    except ValueError:  # every row of the embedding is a word's
+        pass
+    longest = target.config.get_text_config(decoder=True).max_position_embeddings
     try:  # how thoughts and tool calls are told from the answer
         add_response_schema(tokenizer)
         structured = True
@@ -114,30 +205,20 @@ def target_writer(args, target: PreTrainedModel, tokenizer: PreTrainedTokenizerB
             generate, engine = generate_continuously, "continuous batching"
         except Exception as error:
             print(f"continuous batching cannot run this target here ({' '.join(str(error).split())}): plain batches")
-    kwargs = args.chat_template_kwargs or {}
-
-    def prompt_ids(conversation) -> list[int] | str:
-        if conversation.text is not None:
-            return tokenizer(conversation.text)["input_ids"][: args.prompt_tokens] or "its text is empty"
-        try:
-            return tokenizer.apply_chat_template(
-                conversation.history, tools=conversation.tools, add_generation_prompt=True, return_dict=True, **kwargs
-            )["input_ids"]
-        except Exception as error:
-            return f"the chat template failed: {' '.join(str(error).split())}"
 
     def answer(conversation, prompt: list[int], ids: list[int]) -> dict:
         ids = until_end(ids, ends)
         whole = bool(ids) and ids[-1] in ends
         # without what the template wrote of the answer's beginning, transformers parses nothing
+        turn = {"content": tokenizer.decode(ids, skip_special_tokens=True)}
         if structured and conversation.text is None:
-            turn = parse_response(tokenizer, ids, prefix=prompt, tools=conversation.tools)
-        else:
-            turn = {"content": tokenizer.decode(ids, skip_special_tokens=True)}
+            parsed = parse_response(tokenizer, ids, prefix=prompt, tools=conversation.tools)
+            if conversation.tools or not parsed.get("tool_calls"):  # JSON that only looks like a call
+                turn = parsed
         return {"prompt_ids": prompt, "ids": ids, "truncated": not whole, "turn": {"role": "assistant"} | turn}
 
     def write(conversations: list, seed: int) -> list[dict]:
-        prompts = [prompt_ids(conversation) for conversation in conversations]
+        prompts = [prompt_ids(c, tokenizer, args.chat_template_kwargs, args.prompt_tokens) for c in conversations]
         most = longest - args.max_new_tokens
         long = f"its prompt leaves no room for max_new_tokens in the target's {longest} positions"
         prompts = [long if isinstance(p, list) and len(p) > most else p for p in prompts]
@@ -168,28 +249,41 @@ def endpoint_writer(args) -> Callable:
         body = settings | {"messages": conversation.history, "seed": seed}
         body |= {"tools": conversation.tools} if conversation.tools else {}
         for attempt in range(RETRIES):
+            if attempt:
+                time.sleep(PATIENCE * 2 ** (attempt - 1))
             try:
                 reply = client.post(url, json=body)
-                if reply.status_code == 200:
-                    break
-                said = f"{reply.status_code}: {' '.join(reply.text.split())[:200]}"
-                if reply.status_code in (400, 413, 422):  # this question, not the server
-                    return {"skipped": f"the endpoint refused it ({said})"}
             except httpx2.HTTPError as error:
                 said = " ".join(str(error).split())
-            time.sleep(PATIENCE * 2**attempt)
+                continue
+            said = f"{reply.status_code}: {' '.join(reply.text.split())[:200]}"
+            if reply.status_code in (400, 413, 422):  # this question, not the server
+                return {"skipped": f"the endpoint refused it ({said})"}
+            if reply.status_code in (401, 403, 404):
+                raise OSError(
+                    f"the endpoint {args.endpoint} refuses every question ({said}): check its address, the model's "
+                    "name (--target) and OPENAI_API_KEY. What was answered is kept"
+                )
+            if reply.status_code == 200:
+                break
         else:
             raise OSError(
                 f"the endpoint {args.endpoint} failed {RETRIES} times ({said}). What was answered is kept: start the "
                 "same command again when it is back"
             )
-        choice = reply.json()["choices"][0]
-        message = choice["message"]
+        try:
+            choice = reply.json()["choices"][0]
+            message, truncated = choice["message"], choice["finish_reason"] == "length"
+        except (ValueError, LookupError, TypeError) as error:
+            raise OSError(
+                f"the endpoint {args.endpoint} answered without choices[0].message and finish_reason ({said}): it "
+                "must speak OpenAI's chat completions. What was answered is kept"
+            ) from error
         turn = {"role": "assistant", "content": message.get("content") or ""}
         thoughts = message.get("reasoning_content") or message.get("reasoning")  # servers differ in the name,
         turn |= {"reasoning_content": thoughts, "thinking": thoughts} if thoughts else {}  # so do templates
         turn |= {"tool_calls": message["tool_calls"]} if message.get("tool_calls") else {}
-        return {"turn": turn, "truncated": choice["finish_reason"] == "length"}
+        return {"turn": turn, "truncated": truncated}
 
     def write(conversations: list, seed: int) -> list[dict]:
         with ThreadPoolExecutor(args.concurrency) as pool:

@@ -37,6 +37,12 @@ def _chat_ids_by_prefix(turns: list[dict], tokenizer: PreTrainedTokenizerBase, t
     return _ids_in_spans(text, spans, tokenizer)
 
 
+def _spans(mask: list[int]) -> list[tuple[int, int]]:
+    """(start, stop) of each run of ones."""
+    edges = [i for i, (a, b) in enumerate(zip([0, *mask], [*mask, 0])) if a != b]
+    return list(zip(edges[::2], edges[1::2]))
+
+
 def _ids_in_spans(text: str, spans: list[tuple[int, int]], tokenizer, special: bool = False):
     """Token ids of a text, and which of them begin inside one of the spans of characters."""
     encoded = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
@@ -55,6 +61,7 @@ class RowEncoder:
         self.tokenizer, self.max_length = tokenizer, max_length
         self.kwargs = chat_template_kwargs or {}
         self.kind = row_format(columns)
+        self.special = {token for token, content in tokenizer.added_tokens_decoder.items() if content.special}
         self.template, self.by_prefix, self.prompted = tokenizer.chat_template, False, []
         if self.kind == "tokens" and "supervised" not in columns:
             raise ValueError(
@@ -158,9 +165,13 @@ class RowEncoder:
             raise UnusableRow(f"the chat template failed: {' '.join(str(error).split())[:120]}") from error
         # what the template writes is not the target's answer, and drafting it is no skill
         prompted, size = self.prompted, len(self.prompted)
-        for start in [i for i, flag in enumerate(mask) if flag and not (i and mask[i - 1])]:
+        for start, stop in _spans(mask):
             for known in range(size):
                 if start >= known and ids[start - known : start - known + size] == prompted:
                     mask[start : start - known + size] = [0] * (size - known)
                     break
+            # nor the newline after its end token
+            end = next((i for i in range(stop, start, -1) if ids[i - 1] in self.special), stop)
+            if not self.tokenizer.decode(ids[end:stop]).strip():
+                mask[end:stop] = [0] * (stop - end)
         return ids, mask

@@ -13,7 +13,7 @@ from .chat_template import RowEncoder
 from .sources import row_format
 
 FEWEST_FULL_BLOCKS = 0.1  # share of rows that must hold a whole supervised block
-MOST_UNUSABLE = 0.5  # share of rows that the template may refuse
+MOST_UNUSABLE = 0.5  # share of a source's rows that the template may refuse
 
 
 def encode_rows(
@@ -71,64 +71,26 @@ def prepare_rows(
         verbose (`bool`, *optional*, defaults to `True`): print what was recognised and left out.
 
     Raises:
-        ValueError: unknown columns; no supervised token anywhere; the template refuses most rows; hardly a row with a
-            whole block; the mask token occurs in the data.
+        ValueError: unknown columns; no supervised token anywhere; the template refuses most rows of a source; hardly a
+            row with a whole block; the mask token occurs in the data.
     """
     datasets = datasets if isinstance(datasets, list) else [datasets]
     options = dict(max_length=max_length, chat_template_kwargs=chat_template_kwargs, num_proc=num_proc)
     encoded = [encode_rows(dataset, tokenizer, **options) for dataset in datasets]
-    raw, rows = sum(map(len, datasets)), concatenate_datasets(encoded)
-
-    def measure(batch: dict) -> dict:
-        return {
-            "run": [longest_run(flags) for flags in batch["supervised"]],
-            "tokens": [len(ids) for ids in batch["input_ids"]],
-            "has_mask": [mask_token_id in ids for ids in batch["input_ids"]],
-        }
-
-    columns = ["input_ids", "supervised"]
-    measures = rows.map(
-        measure, batched=True, remove_columns=columns, num_proc=num_proc, desc="Checking rows"
-    ).with_format("numpy")[:]
-    of = [f" of source {i}" * (len(encoded) > 1) for i, part in enumerate(encoded, start=1) for _ in range(len(part))]
-    names = [f"row {number}{source}" for number, source in zip(measures["source"], of)]
-    if measures["has_mask"].any():
-        raise ValueError(
-            f"{names[measures['has_mask'].argmax()]} contains the mask token (id {mask_token_id}): a real token would "
-            "look like a slot to fill. Choose another mask_token_id, or remove the token from the data."
-        )
-    # context, anchor, label
-    usable = (measures["run"] >= 2) & (measures["tokens"] >= 3)
-    reasons = measures["reason"].astype(object)
-    reasons[~usable & (reasons == "")] = "fewer than 2 supervised tokens in a row"
-    left_out = reasons_in_words(reasons, names)
-    refused = sum(measures["reason"] != "")
-    if not measures["run"].any():
-        raise ValueError(
-            f"not one token of {raw} rows is supervised: the drafter would learn nothing ({left_out}). For "
-            "conversations, check that there are assistant turns and that the target's chat template marks them."
-        )
-    if refused > MOST_UNUSABLE * len(rows):
-        raise ValueError(
-            f"{refused} of {raw} rows cannot be used ({left_out}): this is not the data the target's template is "
-            "for. Mend the rows or the template, or choose another dataset."
-        )
-    keep, full = np.flatnonzero(usable), int((measures["run"] >= block_size).sum())
-    if not len(keep) or full < FEWEST_FULL_BLOCKS * len(rows):
-        raise ValueError(
-            f"rows are too short: only {full} of {len(rows)} hold a whole block of {block_size} supervised tokens "
-            f"({left_out or 'none was left out'}). Lower block_size, raise max_length (now {max_length}), or use "
-            "longer answers."
-        )
+    rows = concatenate_datasets(encoded)
+    found = measure_rows(rows, mask_token_id, num_proc)
+    found["dataset"] = np.repeat(np.arange(len(encoded)), [len(part) for part in encoded])
+    refuse_unusable(found, [len(dataset) for dataset in datasets], max_length, block_size, mask_token_id)
+    keep = np.flatnonzero(found["usable"])
     if verbose:
         kinds = Counter(row_format(dataset.column_names) for dataset in datasets)
-        print(f"{raw} rows of {', '.join(kinds)} -> {len(keep)} token rows")
+        print(f"{sum(map(len, datasets))} rows of {', '.join(kinds)} -> {len(keep)} token rows")
         if len(keep) < len(rows):
-            print(f"dropped {len(rows) - len(keep)} of {len(rows)} rows: {left_out}")
-        if measures["cut"][keep].any():
-            print(f"cut {measures['cut'][keep].sum()} rows at max_length, {max_length} tokens")
-    rows = rows.select(keep).select_columns(columns)
-    lengths = measures["tokens"][keep]
+            print(f"dropped {len(rows) - len(keep)} of {len(rows)} rows: {reasons_in_words(found)}")
+        if found["cut"][keep].any():
+            print(f"cut {found['cut'][keep].sum()} rows at max_length, {max_length} tokens")
+    rows = rows.select(keep).select_columns(["input_ids", "supervised"])
+    lengths = found["tokens"][keep]
     if packing:
         rows, lengths = pack(rows, max_length)
         if verbose:
@@ -137,11 +99,76 @@ def prepare_rows(
     return rows.add_column("row", list(range(len(rows))))
 
 
-def reasons_in_words(reasons: np.ndarray, names: list[str], most: int = 5) -> str:
-    """`it has no assistant turn (3, first: row 7), ...`, the most frequent first."""
-    found = Counter(reason for reason in reasons if reason).most_common(most + 1)
-    words = [f"{reason} ({count}, first: {names[list(reasons).index(reason)]})" for reason, count in found[:most]]
-    return ", ".join(words + ["and other reasons"] * (len(found) > most))
+def measure_rows(rows: Dataset, mask_token_id: int, num_proc: int | None) -> dict[str, np.ndarray]:
+    """What decides about token rows, an array of each: whether they are `usable`, the `reason` where not, whether they
+    were `refused` as raw rows, `tokens`, longest supervised `run`, `has_mask`, the encoder's `source` and `cut`."""
+
+    def measure(batch: dict) -> dict:
+        return {
+            "run": [longest_run(flags) for flags in batch["supervised"]],
+            "tokens": [len(ids) for ids in batch["input_ids"]],
+            "has_mask": [mask_token_id in ids for ids in batch["input_ids"]],
+        }
+
+    found = rows.map(
+        measure, batched=True, remove_columns=["input_ids", "supervised"], num_proc=num_proc, desc="Checking rows"
+    ).with_format("numpy")[:]
+    found["refused"] = found["reason"] != ""
+    found["usable"] = (found["run"] >= 2) & (found["tokens"] >= 3)  # context, anchor, label
+    found["reason"] = found["reason"].astype(object)
+    found["reason"][~found["usable"] & ~found["refused"]] = "fewer than 2 supervised tokens in a row"
+    return found
+
+
+def refuse_unusable(found: dict, sizes: list[int], max_length: int, block_size: int, mask_token_id: int) -> None:
+    """Raise where training on these rows would teach nothing, or the wrong thing.
+
+    Args:
+        found (`dict`): from `measure_rows`, and the `dataset` that each row comes from.
+        sizes (`list[int]`): raw rows of each dataset.
+
+    Raises:
+        ValueError: see `prepare_rows`.
+    """
+    if found["has_mask"].any():
+        raise ValueError(
+            f"{row_name(found, found['has_mask'].argmax())} contains the mask token (id {mask_token_id}): a real "
+            "token would look like a slot to fill. Choose another mask_token_id, or remove the token from the data."
+        )
+    if not found["run"].any():
+        raise ValueError(
+            f"not one token of {sum(sizes)} rows is supervised: the drafter would learn nothing "
+            f"({reasons_in_words(found)}). For conversations, check that there are assistant turns and that the "
+            "target's chat template marks them."
+        )
+    for number, size in enumerate(sizes):
+        own = np.flatnonzero(found["dataset"] == number)
+        if found["refused"][own].sum() > MOST_UNUSABLE * size:
+            raise ValueError(
+                f"{found['refused'][own].sum()} of {size} rows cannot be used ({reasons_in_words(found, own)}): this "
+                "is not the data the target's template is for. Mend rows or template, or choose another dataset."
+            )
+    full, rows = int((found["run"] >= block_size).sum()), len(found["run"])
+    if not found["usable"].any() or full < FEWEST_FULL_BLOCKS * rows:
+        raise ValueError(
+            f"rows are too short: only {full} of {rows} hold a whole block of {block_size} supervised tokens "
+            f"({reasons_in_words(found) or 'none was left out'}). Lower block_size, raise max_length (now "
+            f"{max_length}), or use longer answers."
+        )
+
+
+def row_name(found: dict, index: int) -> str:
+    """`row 7`, and of which source where there are several."""
+    return f"row {found['source'][index]}" + f" of source {found['dataset'][index] + 1}" * bool(found["dataset"][-1])
+
+
+def reasons_in_words(found: dict, rows: np.ndarray | None = None, most: int = 5) -> str:
+    """`it has no assistant turn (3, first: row 7), ...`, the most frequent first; of some rows or of all."""
+    rows = np.arange(len(found["reason"])) if rows is None else rows
+    reasons = found["reason"][rows]
+    counts = Counter(reason for reason in reasons if reason).most_common(most + 1)
+    words = [f"{reason} ({n}, first: {row_name(found, rows[reasons == reason][0])})" for reason, n in counts[:most]]
+    return ", ".join(words + ["and other reasons"] * (len(counts) > most))
 
 
 def pack(rows: Dataset, max_length: int) -> tuple[Dataset, list[int]]:
@@ -153,12 +180,16 @@ def pack(rows: Dataset, max_length: int) -> tuple[Dataset, list[int]]:
 
 
 def show_row(row: dict, tokenizer: PreTrainedTokenizerBase, most: int = 160) -> str:
-    """A row decoded, its first `most` tokens, supervised spans between ⟦ and ⟧."""
-    pairs, text = list(zip(row["input_ids"], map(bool, row["supervised"])))[:most], ""
+    """`most` tokens of a row decoded, up to half of them before the first supervised one; supervised spans between ⟦
+    and ⟧."""
+    first = row["supervised"].index(1) if 1 in row["supervised"] else 0
+    start, text = max(first - most // 2, 0), ""
+    stop = start + most
+    pairs = list(zip(row["input_ids"], map(bool, row["supervised"])))[start:stop]
     for supervised, span in groupby(pairs, key=lambda pair: pair[1]):
         words = tokenizer.decode([token for token, _ in span])
         text += f"⟦{words}⟧" if supervised else words
-    return text + ("…" if len(row["input_ids"]) > most else "")
+    return "…" * (start > 0) + text + "…" * (stop < len(row["input_ids"]))
 
 
 def prompt_length(supervised: list[int]) -> int:

@@ -5,7 +5,6 @@ import shlex
 import sys
 import time
 from dataclasses import dataclass, field
-from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -16,14 +15,16 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from trl import TrlParser
 
 from .acceptance import TAU_DEFINITION
+from .answers import Conversation, prompt_ids
 from .conversations import prompt_length
 from .convert import load_drafter, torch_dtype
 from .drafters.generation_block import Round
 from .generate import attach
 from .lora import fetch
 from .model_card import number
+from .recipe import TargetArguments
 from .records import environment, errors_in_one_line, same_target, write_record
-from .sources import UnusableRow, chat_messages, load_rows, row_format, row_tools
+from .sources import load_rows, row_format
 from .target import innermost, load_target, target_fingerprint
 
 NEAR_TIE = 1e-3  # fp32: a first difference is a tie of rounding if the target's two best logits are closer than this
@@ -179,29 +180,29 @@ def evaluation_record(results: dict, target, *, prompts: str, **conditions) -> d
 
 
 def encode_prompts(rows, tokenizer: PreTrainedTokenizerBase, count: int, longest: int, template_kwargs: dict | None):
-    """The first `count` rows as prompts (1, S): conversations up to the first answer, text up to `longest` tokens."""
-    kind, prompts = row_format(rows.column_names), []
-    for row in rows.select(range(min(count, len(rows)))):
-        if kind == "tokens":
+    """The first `count` rows as prompts (1, S): conversations up to the first answer, text up to `longest` tokens.
+    Rows that give none are counted and printed with the reason."""
+    row_format(rows.column_names)  # refuses columns that nobody knows
+    prompts, skipped = [], {}
+    for i, row in enumerate(rows.select(range(min(count, len(rows))))):
+        conversation = Conversation(i, row)
+        if row.get("input_ids") and row.get("supervised"):
             ids = row["input_ids"][: prompt_length(row["supervised"])]
-        elif kind == "text":
-            ids = tokenizer(row["text"])["input_ids"][:longest]
-        elif kind == "prompt_completion" and tokenizer.chat_template is None:
+        elif tokenizer.chat_template is None and isinstance(row.get("prompt"), str):
             ids = tokenizer(row["prompt"])["input_ids"]
+        elif conversation.wants_answer():
+            ids = prompt_ids(conversation, tokenizer, template_kwargs, longest)
         else:
-            try:
-                turns = list(takewhile(lambda turn: turn["role"] != "assistant", chat_messages(row)))
-            except UnusableRow:
-                continue
-            if not turns:
-                continue
-            ids = tokenizer.apply_chat_template(
-                turns, tools=row_tools(row), add_generation_prompt=True, return_dict=True, **(template_kwargs or {})
-            )["input_ids"]
-        if ids:
+            ids = conversation.skipped
+        if isinstance(ids, list) and ids:
             prompts.append(torch.tensor([ids]))
+        else:
+            skipped.setdefault(ids or "it asks nothing", []).append(i)
+    words = ", ".join(f"{reason} ({len(found)}, first: row {found[0]})" for reason, found in skipped.items())
     if not prompts:
-        raise ValueError("no prompt could be made: the rows are empty, or begin with the assistant's turn")
+        raise ValueError(f"not one row of {min(count, len(rows))} gives a prompt: {words or 'there are no rows'}")
+    if skipped:
+        print(f"{len(prompts)} prompts; other rows give none: {words}")
     return prompts
 
 
@@ -290,8 +291,13 @@ class EvaluateArguments:
     prompts: str = field(
         metadata={"help": "Hub dataset, or .jsonl/.parquet/.txt file with messages, conversations or text."}
     )
+    prompts_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
     prompts_split: str = field(default="train", metadata={"help": "Split of a Hub dataset."})
+    prompts_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub dataset."})
     target_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the target."})
+    target_quantization: str | None = field(
+        default=None, metadata={"help": "bnb-4bit or bnb-8bit, for a drafter that was trained with the target so."}
+    )
     drafter_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the drafter."})
     count: int = field(default=24, metadata={"help": "Prompts to decode."})
     prompt_tokens: int = field(default=128, metadata={"help": "Prompt length for plain text rows."})
@@ -319,8 +325,12 @@ def main(argv: list[str] | None = None) -> None:
     """Command line of `python -m hf_specauf.evaluate`."""
     (args,) = TrlParser(EvaluateArguments, prog="python -m hf_specauf.evaluate").parse_args_and_config(argv)
     dtype = torch_dtype(args.dtype)
-    target, tokenizer = load_target(args.target, args.target_revision, key="--target", dtype=dtype)
-    target.to(args.device)
+    loading = TargetArguments(
+        args.target, target_dtype=args.dtype, target_quantization=args.target_quantization,
+        target_device_map=args.device if args.target_quantization else None,
+    ).loading()  # fmt: skip
+    target, tokenizer = load_target(args.target, args.target_revision, key="--target", **loading)
+    target = target if args.target_quantization else target.to(args.device)  # quantised ones are not to be moved
     folder, commit = fetch(args.drafter, args.drafter_revision, "--drafter")
     drafter = load_drafter(folder, target=target, dtype=dtype, key="--drafter").to(args.device)
     out, config = Path(args.out), drafter.config
@@ -332,7 +342,7 @@ def main(argv: list[str] | None = None) -> None:
         )
     path = folder / "eval.json"
     reference = json.loads(path.read_text()) if path.is_file() else None
-    rows = load_rows(args.prompts, split=args.prompts_split)
+    rows = load_rows(args.prompts, args.prompts_config, args.prompts_split, args.prompts_revision, keys="prompts_")
     template_kwargs = config.chat_template_kwargs
     prompts = encode_prompts(rows, tokenizer, args.count, args.prompt_tokens, template_kwargs)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -344,6 +354,7 @@ def main(argv: list[str] | None = None) -> None:
     record = evaluation_record(
         results, target, prompts=args.prompts, temperature=args.temperature, max_new_tokens=args.max_new_tokens,
         max_draft_tokens=args.max_draft_tokens, chat_template_kwargs=template_kwargs,
+        target_quantization=args.target_quantization,
         prompt_tokens=args.prompt_tokens if row_format(rows.column_names) == "text" else None,
     )  # fmt: skip
     record["target"] |= {"name_or_path": args.target, "revision": target.loaded_commit or args.target_revision}

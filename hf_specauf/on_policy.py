@@ -55,17 +55,30 @@ def on_policy_score(target: FrozenTarget, rows: Dataset, count: int = 32, positi
 
 
 def on_policy_words(
-    score: dict, target: TargetArguments, data: DataArguments, chat_template_kwargs: dict | None = None
+    score: dict,
+    target: TargetArguments,
+    data: DataArguments,
+    chat_template_kwargs: dict | None = None,
+    fingerprint: str | None = None,
 ) -> str:
-    """The score in words and, where the answers are clearly not the target's, the command that mends it."""
+    """The score in words and, where the answers are clearly not the target's or no settings say that they are, the
+    command that mends it.
+
+    Args:
+        fingerprint (`str`, *optional*): of the target's weights, where it is known.
+    """
     text = (
         f"answers, on {score['tokens']} tokens: the target's own first choice on {score['agreement']:.0%} (had it "
         f"sampled them: {score['agreement_if_own']:.0%}), mean log-probability {score['log_probability']:.2f} (had it "
         f"sampled them: {score['log_probability_if_own']:.2f})"
     )
-    if score["agreement"] >= CLEARLY_FOREIGN * score["agreement_if_own"]:
+    foreign = score["agreement"] < CLEARLY_FOREIGN * score["agreement_if_own"]
+    sources = data.sources()
+    # an easy text scores as high as own words at temperature 1, and still is not what the target would go on to write
+    unknown = [not written_by(target.target_model_name_or_path, fingerprint, source["name"]) for source in sources]
+    if not foreign and not any(unknown):
         return text
-    sources, commands = data.sources(), []
+    commands = []
     names = ["answers.jsonl"] if len(sources) == 1 else [f"answers-{i + 1}.jsonl" for i in range(len(sources))]
     for source, name in zip(sources, names):
         keys = {
@@ -78,11 +91,25 @@ def on_policy_words(
         }  # fmt: skip
         words = [word for key, value in keys.items() if value is not None for word in (f"--{key}", str(value))]
         commands.append(shlex.join(["python", "-m", "hf_specauf.regenerate", *words]))
+    wanted = [i for i, other in enumerate(unknown) if other or not any(unknown)]
     where = "dataset_name:" if len(sources) == 1 else "the same weights in dataset_mixture for"
+    whose = "These are not the target's own words" if foreign else "Nothing says that the target wrote these answers"
     return text + (
-        "\nThese are not the target's own words, and a drafter serves what its target writes. Answers written by the "
-        "target gain more than any loss:\n  " + "\n  ".join(commands) + f"\nand then {where} {', '.join(names)}"
+        f"\n{whose}, and a drafter serves what its target writes. Answers written by the target gain more than any "
+        "loss:\n  "
+        + "\n  ".join(commands[i] for i in wanted)
+        + f"\nand then {where} {', '.join(names[i] for i in wanted)}"
     )
+
+
+def written_by(target: str, fingerprint: str | None, name: str) -> bool:
+    """Whether the settings beside a source say that this target wrote it: by its weights where they are known, else by
+    its name."""
+    path = Path(name).with_suffix(".settings.json")
+    made = json.loads(path.read_text()) if path.is_file() else {}
+    if fingerprint and made.get("target_fingerprint"):
+        return made["target_fingerprint"] == fingerprint
+    return made.get("target") == target
 
 
 def check_settings(name: str, rows: Dataset, tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: dict | None):

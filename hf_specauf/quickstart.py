@@ -204,6 +204,7 @@ def training_rows(folder: Path, count: int = 1920) -> Path:
     supervised rest is sampled from the target at temperature 0.5.
     """
     path = folder / "train_rows.jsonl"
+    write_record(path.with_suffix(".settings.json"), {"target": str(folder)})  # says whose words they are
     if path.is_file():
         return path
     set_seed(0)

@@ -260,13 +260,20 @@ class DataArguments:
     eval_dataset_name: str | None = field(
         default=None, metadata={"help": "Held-out rows; by default the last eval_rows of the training rows."}
     )
+    eval_dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the held-out dataset."})
     eval_dataset_split: str = field(default="train", metadata={"help": "Split of the held-out rows."})
+    eval_dataset_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of the held-out dataset."}
+    )
     eval_rows: int = field(default=64, metadata={"help": "At most this many held-out rows; 0 for none."})
     max_train_rows: int | None = field(default=None, metadata={"help": "Use only the first rows, for a trial run."})
 
     def __post_init__(self):
         if self.eval_rows < 0:
             raise ValueError(f"eval_rows is {self.eval_rows}; it must be 0 (no held-out rows) or more")
+        for key in ("max_train_rows", "dataset_num_proc"):
+            if getattr(self, key) is not None and getattr(self, key) < 1:
+                raise ValueError(f"{key} is {getattr(self, key)}; it must be at least 1, or left out")
         if (self.dataset_name is None) == (self.dataset_mixture is None):
             raise ValueError(
                 "give the training text as dataset_name (one source) or as dataset_mixture (several), and not both"
@@ -281,10 +288,11 @@ class DataArguments:
                 )
         if self.eval_dataset_name is not None and not self.eval_rows:
             raise ValueError("eval_rows: 0 would ignore eval_dataset_name: remove one of them")
-        if self.eval_dataset_name is None and self.eval_dataset_split != "train":
-            raise ValueError(
-                "eval_dataset_split belongs to eval_dataset_name, and would be ignored: give that too, or remove it"
-            )
+        for key in ("eval_dataset_config", "eval_dataset_split", "eval_dataset_revision"):
+            if self.eval_dataset_name is None and getattr(self, key) not in (None, "train"):
+                raise ValueError(
+                    f"{key} belongs to eval_dataset_name, and would be ignored: give that too, or remove it"
+                )
         if self.dataset_streaming and not self.max_train_rows:
             raise ValueError("dataset_streaming: true needs max_train_rows, how many rows to read")
 
@@ -313,8 +321,9 @@ def mixture_source(source: str | dict) -> dict:
             f"dataset_mixture has the entry {source!r}: it must be a mapping with name and, if need be, "
             f"{', '.join(list(known)[1:])}"
         )
-    if not found["weight"] > 0:
-        raise ValueError(f"dataset_mixture: the weight of {found['name']} is {found['weight']}; it must be above 0")
+    weight = found["weight"]
+    if not (isinstance(weight, int | float) and 0 < weight < float("inf")):
+        raise ValueError(f"dataset_mixture: the weight of {found['name']} is {weight!r}; it must be a number above 0")
     return found
 
 

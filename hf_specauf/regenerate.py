@@ -22,11 +22,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers.trainer_utils import set_seed
 from trl import TrlParser
 
-from .answers import endpoint_writer, target_writer
+from .answers import Conversation, endpoint_writer, target_writer
 from .recipe import json_mapping
 from .records import errors_in_one_line, write_record
-from .sources import UnusableRow, chat_messages, load_rows, row_format, row_text, row_tools
-from .target import load_target, tokenizer_hashes
+from .sources import load_rows
+from .target import load_target, target_fingerprint, tokenizer_hashes
 
 # they decide speed, not words; what answers is compared as `engine`
 NOT_COMPARED = ("device", "concurrency", "out", "continuous_batching")
@@ -83,80 +83,8 @@ class RegenerateArguments:
         for key in ("max_new_tokens", "prompt_tokens", "rows_per_chunk", "concurrency"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key} is {getattr(self, key)}; it must be at least 1")
-
-
-class Conversation:
-    """One row on its way: the turns so far, the questions still to come, and what the target answered."""
-
-    def __init__(self, source_row: int, row: dict):
-        self.record = {"source_row": source_row}
-        self.history: list[dict] = []
-        self.coming: list[dict] = []
-        self.tools, self.text, self.skipped = None, None, None
-        self.pieces: list[tuple[list[int], list[int], bool]] = []  # prompt and answer ids of each turn, if it was cut
-        self.answers = 0
-        try:
-            row = {key: value for key, value in row.items() if value is not None}
-            tokens = row.pop("input_ids", None)  # as another target wrote them
-            try:
-                kind = row_format(list(row))
-            except ValueError:
-                raise UnusableRow("it has tokens and no text" if tokens else "its columns are empty") from None
-            if kind == "text":
-                self.text = row_text(row, "text")
-            else:
-                self.coming, self.tools = chat_messages(row), row_tools(row)
-        except UnusableRow as error:
-            self.skipped = str(error)
-
-    def wants_answer(self) -> bool:
-        """Go on to the next question. A conversation ends at its first tool turn: what tools answered, they answered
-        to another model."""
-        if self.text is not None:
-            return not self.answers and self.skipped is None
-        while self.skipped is None and self.coming:
-            turn = self.coming.pop(0)
-            if turn["role"] == "tool" or "tool_calls" in (self.history[-1] if self.history else {}):
-                self.coming = []
-            elif turn["role"] != "assistant":
-                self.history.append(turn)
-                if turn["role"] == "user" and (not self.coming or self.coming[0]["role"] == "assistant"):
-                    return True
-        return False
-
-    def take(self, answer: dict) -> None:
-        """Keep an answer: `turn`, or why there is none (`skipped`), and the ids where they are known."""
-        if "skipped" in answer:
-            self.coming, self.skipped = [], self.skipped if self.answers else answer["skipped"]
-            return
-        self.answers += 1
-        self.record["truncated"] = answer["truncated"]
-        if "ids" in answer:
-            self.pieces.append((answer["prompt_ids"], answer["ids"], answer["truncated"]))
-        if self.text is None:
-            turn = answer["turn"]
-            self.history.append(turn)
-            if not (turn["content"] or turn.get("tool_calls")):  # cut in its thoughts: nothing to go on from
-                self.coming = []
-
-    def finished(self) -> list[dict]:
-        """The rows as they are written: `input_ids` with `supervised` exactly as the target wrote them, `messages` in
-        the last. Where the template writes earlier turns differently (without their thoughts, for instance), one row
-        cannot hold all answers as they were written, and there are several of one `source_row`."""
-        if not self.answers:
-            return [self.record | {"skipped": self.skipped or "it asks nothing"}]
-        rows: list[dict] = []
-        for prompt, answer, truncated in self.pieces:
-            goes_on = rows and prompt[: len(rows[-1]["input_ids"])] == rows[-1]["input_ids"]
-            before = rows.pop()["supervised"] if goes_on else []
-            supervised = before + [0] * (len(prompt) - len(before)) + [1] * len(answer)
-            rows.append(self.record | {"truncated": truncated, "input_ids": prompt + answer, "supervised": supervised})
-        rows = rows or [self.record]
-        if self.text is None:
-            # a question that found no answer is no use
-            turns = self.history if self.history[-1]["role"] == "assistant" else self.history[:-1]
-            rows[-1] |= {"messages": turns} | ({"tools": self.tools} if self.tools else {})
-        return rows
+        if self.max_rows is not None and self.max_rows < 1:
+            raise ValueError(f"max_rows is {self.max_rows}; it must be at least 1, or left out")
 
 
 def answer_rows(rows: list[dict], first: int, write: Callable[[list[Conversation], int], list[dict]], seed: int):
@@ -346,9 +274,12 @@ def writer(args: RegenerateArguments) -> tuple[Callable, dict]:
         device_map=f"cuda:{local}" if args.device == "cuda" else args.device,  # quantised ones are not to be moved
     )  # fmt: skip
     write, engine = target_writer(args, target, tokenizer)
-    weights = target.get_output_embeddings().weight[:8].detach().float().cpu().numpy().tobytes()
     found = {"engine": engine, "target_commit": target.loaded_commit, "target_dtype": str(target.dtype)}
-    return write, found | tokenizer_hashes(tokenizer) | {"head_hash": hashlib.sha256(weights).hexdigest()[:16]}
+    found |= {"target_fingerprint": target_fingerprint(target)}
+    if found["target_fingerprint"] is None:  # quantised
+        head = target.get_output_embeddings().weight[:8].detach().float().cpu().numpy().tobytes()
+        found["head_hash"] = hashlib.sha256(head).hexdigest()[:16]
+    return write, found | tokenizer_hashes(tokenizer)
 
 
 @errors_in_one_line()

@@ -2,6 +2,7 @@
 
 import json
 import os
+from fractions import Fraction
 
 from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
@@ -41,15 +42,18 @@ def load_rows(
     split: str = "train",
     revision: str | None = None,
     stream_rows: int | None = None,
+    keys: str = "dataset_",
 ) -> Dataset:
     """Rows of a local file (`.jsonl`, `.json`, `.parquet`, `.csv`, `.txt`) or of a dataset on the Hub.
 
     Args:
         stream_rows (`int`, *optional*): read only the first so many rows, without downloading the rest.
+        keys (`str`, *optional*, defaults to `"dataset_"`): what the caller's keys begin with, to name them in errors.
 
     Raises:
         FileNotFoundError: the name looks like a file and there is none.
-        ValueError: a line of a `.jsonl` file cannot be read; names the file and the line.
+        ValueError: it cannot be read; names the file and, of `.jsonl`, the line. A file was given a config, a split or
+            a revision.
         OSError: the Hub has no such dataset, or it needs a login.
     """
     reader = READERS.get(os.path.splitext(name)[1])
@@ -59,6 +63,12 @@ def load_rows(
         )
     arguments = dict(path=name, name=config, split=split, revision=revision)
     if reader is not None:
+        given = dict(config=config, split=None if split == "train" else split, revision=revision)
+        if ignored := [f"{keys}{key} {value!r}" for key, value in given.items() if value is not None]:
+            raise ValueError(
+                f"{name} is a file, and {', '.join(ignored)} is for datasets on the Hub: it would be ignored, so "
+                "remove it"
+            )
         arguments = dict(path=reader, data_files=name, split="train")
     try:
         if stream_rows is None:
@@ -70,27 +80,38 @@ def load_rows(
             f"dataset_name: {name!r} is not on the Hub, or you may not see it (gated and private ones need access and "
             f"`hf auth login`). {error}"
         ) from error
-    except (DatasetsError, ValueError) as error:  # says neither the line nor what is wrong with it
-        found = bad_line(name) if name.endswith(".jsonl") else None
-        if found is None:
-            raise
-        raise ValueError(
-            f"{name}: {found}. Nothing was trained; mend or remove that line and start the same command again"
-        ) from error
+    except (DatasetsError, ValueError, StopIteration) as error:  # names no file, and seldom a line
+        said = " ".join(str(error.__cause__ or error).split()).rstrip(".")
+        if reader is not None and not os.path.getsize(name):
+            said = "it is empty"
+        elif name.endswith(".jsonl"):
+            said = bad_line(name) or said
+        raise ValueError(f"{name}: {said}. Mend that and start the same command again") from error
 
 
 def bad_line(path: str) -> str | None:
     """What is wrong with the first line of a `.jsonl` file that cannot be read, or `None`."""
+
+    def once(pairs: list[tuple]) -> dict:
+        if len(row := dict(pairs)) < len(pairs):
+            raise ValueError(f"has a key twice, among {[key for key, _ in pairs]}")
+        return row
+
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line.decode("utf-8"))
+                row = json.loads(line.decode("utf-8"), object_pairs_hook=once)
+                json.dumps(row, ensure_ascii=False).encode("utf-8")
             except UnicodeDecodeError as error:
                 return f"line {number} is not UTF-8 ({error.reason} at byte {error.start})"
+            except UnicodeEncodeError as error:
+                return f"line {number} holds half a character, {error.object[error.start]!r}"
             except json.JSONDecodeError as error:
                 return f"line {number} is not whole JSON, cut off perhaps ({error.msg} at column {error.colno})"
+            except ValueError as error:
+                return f"line {number} {error}"
             if not isinstance(row, dict):
                 return f"line {number} is a {type(row).__name__}, not an object"
     return None
@@ -103,10 +124,14 @@ def take_shares(sources: list[Dataset], weights: list[float], most: int | None =
     Args:
         most (`int`, *optional*): at most so many rows together.
     """
-    shares = [weight / sum(weights) for weight in weights]
+    exact = [Fraction(str(weight)) for weight in weights]  # 0.7 as written
+    shares = [weight / sum(exact) for weight in exact]
     total = min(len(source) / share for source, share in zip(sources, shares))
-    total = total if most is None else min(total, most)
-    return [source.select(range(min(round(share * total), len(source)))) for source, share in zip(sources, shares)]
+    total = int(total if most is None else min(total, most))
+    counts = [int(share * total) for share in shares]
+    for i in sorted(range(len(shares)), key=lambda i: counts[i] - shares[i] * total)[: total - sum(counts)]:
+        counts[i] += 1  # the largest remainders
+    return [source.select(range(count)) for source, count in zip(sources, counts)]
 
 
 # ShareGPT's names; trl renders no others either
@@ -119,7 +144,8 @@ class UnusableRow(ValueError):
 
 
 def without_nulls(value):
-    """Arrow fills the keys that other rows have with nulls, and templates ask which keys are there."""
+    """Arrow fills the keys that other rows have with nulls, and templates ask which keys are there.
+    Not for what was JSON text: there a null is meant."""
     if isinstance(value, dict):
         return {key: without_nulls(part) for key, part in value.items() if part is not None}
     return [without_nulls(part) for part in value] if isinstance(value, list) else value
@@ -159,9 +185,9 @@ def chat_messages(row: dict) -> list[dict]:
     elif kind == "prompt_completion":
         turns = []
         for role, part in (("user", row["prompt"]), ("assistant", row["completion"])):
-            turns += part if isinstance(part, list) else [{"role": role, "content": part}]
+            turns += without_nulls(part) if isinstance(part, list) else [{"role": role, "content": part}]
     else:
-        turns = _parsed(row[kind], f"its {kind} are")
+        turns = _parsed(without_nulls(row[kind]), f"its {kind} are")
     if not isinstance(turns, list):
         raise UnusableRow(f"its {kind} are not a list of turns")
     turns = [_turn(turn) for turn in turns]
@@ -175,7 +201,7 @@ def chat_messages(row: dict) -> list[dict]:
 def _turn(turn: dict) -> dict:
     if not isinstance(turn, dict):
         raise UnusableRow("a turn is not a mapping")
-    turn = without_nulls(turn)
+    turn = {key: value for key, value in turn.items() if value is not None}
     said = turn.pop("role", None) or turn.pop("from", None)
     content = turn.pop("content", turn.pop("value", None))
     if said == "function_call":
@@ -204,7 +230,7 @@ def _tool_call(call: dict) -> dict:
     if not (isinstance(function, dict) and function.get("name")):
         raise UnusableRow("a tool call names no function")
     # OpenAI writes arguments as JSON text; templates want the object
-    function = function | {"arguments": _parsed(function.get("arguments", {}), "a tool call's arguments are")}
+    function = function | {"arguments": _parsed(function.get("arguments") or {}, "a tool call's arguments are")}
     return call | {"function": function} if "function" in call else function
 
 
@@ -214,6 +240,6 @@ def row_tools(row: dict) -> list[dict] | None:
     Raises:
         UnusableRow: the text is not JSON.
     """
-    tools = row.get("tools")
+    tools = without_nulls(row.get("tools"))
     blank = isinstance(tools, str) and not tools.strip()
-    return None if blank else without_nulls(_parsed(tools, "its tools are")) or None
+    return None if blank else _parsed(tools, "its tools are") or None

@@ -42,7 +42,10 @@ def load_data(data: DataArguments) -> tuple[list[Dataset], list[Dataset] | None]
         needed = None
         if data.dataset_streaming:
             needed = ceil(share * data.max_train_rows) + ceil(share * own_heldout)
-        rows = load_rows(source["name"], source["config"], source["split"], source["revision"], stream_rows=needed)
+        keys = "dataset_" if data.dataset_mixture is None else "dataset_mixture's "
+        rows = load_rows(
+            source["name"], source["config"], source["split"], source["revision"], stream_rows=needed, keys=keys
+        )
         if own_heldout:
             if len(rows) < 2:
                 raise ValueError(
@@ -53,14 +56,38 @@ def load_data(data: DataArguments) -> tuple[list[Dataset], list[Dataset] | None]
             heldout.append(rows.select(range(len(rows) - size, len(rows))))
             rows = rows.select(range(len(rows) - size))
         train.append(rows)
-    train = take_shares(train, weights, data.max_train_rows)
+    whole, train = train, take_shares(train, weights, data.max_train_rows)
+    for source, rows, taken in zip(sources, whole, train):
+        if len(sources) > 1 and not len(taken):
+            raise ValueError(
+                f"dataset_mixture: of {source['name']} ({len(rows)} rows, weight {source['weight']:g}) not one row "
+                "would be taken: raise its weight or max_train_rows, or leave it out"
+            )
     if len(sources) > 1:
         print("mixture: " + ", ".join(f"{len(rows)} rows of {s['name']}" for rows, s in zip(train, sources)))
     if data.eval_dataset_name is not None:
         needed = data.eval_rows if data.dataset_streaming else None
-        rows = load_rows(data.eval_dataset_name, None, data.eval_dataset_split, stream_rows=needed)
+        rows = load_rows(
+            data.eval_dataset_name, data.eval_dataset_config, data.eval_dataset_split, data.eval_dataset_revision,
+            stream_rows=needed, keys="eval_dataset_",
+        )  # fmt: skip
         heldout = [rows.select(range(min(data.eval_rows, len(rows))))]
     return train, heldout or None
+
+
+def token_rows(
+    train: list[Dataset], heldout: list[Dataset] | None, tokenizer, config, data: DataArguments, args: AUFConfig
+) -> tuple[Dataset, Dataset | None]:
+    """Raw rows of `load_data` -> (training, held-out) token rows for a drafter of this config."""
+    named = [*zip([source["name"] for source in data.sources()], train)]
+    for name, rows in named + ([(data.eval_dataset_name, heldout[0])] if data.eval_dataset_name else []):
+        check_settings(name, rows, tokenizer, config.chat_template_kwargs)
+    options = dict(
+        max_length=args.max_length, block_size=config.block_size, mask_token_id=config.mask_token_id,
+        chat_template_kwargs=config.chat_template_kwargs, num_proc=data.dataset_num_proc,
+    )  # fmt: skip
+    rows = prepare_rows(train, tokenizer, packing=data.packing, verbose=args.process_index == 0, **options)
+    return rows, heldout and prepare_rows(heldout, tokenizer, verbose=False, **options)
 
 
 def resolved_recipe(trainer: AUFTrainer, *arguments) -> dict:
@@ -201,6 +228,26 @@ def announce(trainer: AUFTrainer, target_args: TargetArguments, draft: DrafterAr
     print(f"first row, supervised tokens between ⟦ and ⟧:\n{show_row(trainer.train_dataset[0], trainer.tokenizer)}\n")
 
 
+def look(
+    trainer: AUFTrainer, target_args: TargetArguments, draft: DrafterArguments, data: DataArguments
+) -> tuple[dict, float | None]:
+    """Print, before training, what was derived and how much the answers are the target's own -> the on-policy score,
+    and tau of the drafter that training starts from. All processes call it: the target may be sharded."""
+    main, tau_before = trainer.is_world_process_zero(), None
+    if main:
+        announce(trainer, target_args, draft)
+    if draft.drafter_name_or_path is not None and trainer.eval_dataset is not None and trainer.args.eval_prompts:
+        tau_before = trainer.decoded_tau(trainer.eval_dataset)
+        if main:
+            print(f"tau of {draft.drafter_name_or_path} as it is: {tau_before:.2f}")
+    score = on_policy_score(trainer.target, trainer.train_dataset)
+    if main:
+        config = trainer.drafter_config
+        words = on_policy_words(score, target_args, data, config.chat_template_kwargs, config.target_fingerprint)
+        print(words + "\n")
+    return score, tau_before
+
+
 def train(
     target_args: TargetArguments,
     draft: DrafterArguments,
@@ -219,24 +266,13 @@ def train(
     train_rows, heldout = load_data(data)  # before the target, which may take minutes to load
     set_seed(args.seed)
     target, tokenizer = load_target(
-        target_args.target_model_name_or_path,
-        target_args.target_revision,
-        **target_args.loading(),
+        target_args.target_model_name_or_path, target_args.target_revision, **target_args.loading()
     )
     revision = target.loaded_commit or target_args.target_revision
     drafter, base = start_drafter(draft, target, tokenizer, revision, args.seed)
     config = drafter.config
-    options = dict(
-        max_length=args.max_length, block_size=config.block_size, mask_token_id=config.mask_token_id,
-        chat_template_kwargs=config.chat_template_kwargs, num_proc=data.dataset_num_proc,
-        verbose=args.process_index == 0,
-    )  # fmt: skip
-    named = [*zip([source["name"] for source in data.sources()], train_rows)]
-    for name, rows in named + ([(data.eval_dataset_name, heldout[0])] if data.eval_dataset_name else []):
-        check_settings(name, rows, tokenizer, config.chat_template_kwargs)
     with args.main_process_first(desc="tokenizing"):
-        train_rows = prepare_rows(train_rows, tokenizer, packing=data.packing, **options)
-        heldout = None if heldout is None else prepare_rows(heldout, tokenizer, **options | {"verbose": False})
+        train_rows, heldout = token_rows(train_rows, heldout, tokenizer, config, data, args)
     drafter.set_attn_implementation(draft.draft_attn_implementation)
     trainer = AUFTrainer(
         model=drafter,
@@ -248,16 +284,7 @@ def train(
         peft_config=draft.peft_config(),
         adapter_base=base if draft.use_peft else None,
     )
-    if trainer.is_world_process_zero():
-        announce(trainer, target_args, draft)
-    tau_before = None
-    if draft.drafter_name_or_path is not None and heldout is not None and args.eval_prompts:
-        tau_before = trainer.decoded_tau(trainer.eval_dataset)
-        if trainer.is_world_process_zero():
-            print(f"tau of {draft.drafter_name_or_path} as it is: {tau_before:.2f}")
-    score = on_policy_score(trainer.target, trainer.train_dataset)  # on all ranks: the target may be sharded
-    if trainer.is_world_process_zero():
-        print(on_policy_words(score, target_args, data, config.chat_template_kwargs) + "\n")
+    score, tau_before = look(trainer, target_args, draft, data)
     trainer.train(resume_from_checkpoint=resume)
     if trainer.state.global_step < trainer.state.max_steps:
         print(

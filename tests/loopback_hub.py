@@ -1,4 +1,5 @@
-"""A Hub on this machine: the HTTP calls `huggingface_hub` really makes for model repositories, kept on disk.
+"""A Hub on this machine: the HTTP calls `huggingface_hub` really makes for model repositories, kept on disk, and those
+`datasets` makes to read one.
 
     with LoopbackHub(folder) as hub:   # hub.environment() points a process's client here
         ...
@@ -319,9 +320,9 @@ class Handler(BaseHTTPRequestHandler):
         }  # fmt: skip
         self._json(answer | {"converts": []})
 
-    def info(self, name, revision="main"):
+    def info(self, name, revision=None):
         repository = self._repository(name)
-        oid = repository.resolve(revision)
+        oid = repository.resolve(revision or "main")
         siblings = [{"rfilename": path} for path in repository.files(oid)]
         answer = {"_id": name, "id": name, "modelId": name, "sha": oid, "tags": [], "downloads": 0, "likes": 0}
         self._json(answer | repository.read("settings") | {"disabled": False, "siblings": siblings})
@@ -368,6 +369,10 @@ ROUTES = [
     ("GET", rf"/api/models/{NAME}", Handler.info),
     ("GET", rf"/{NAME}/resolve/(refs/pr/\d+|[^/]+)/(.+)", Handler.download),
     ("HEAD", rf"/{NAME}/resolve/(refs/pr/\d+|[^/]+)/(.+)", Handler.download),
+    ("GET", rf"/api/datasets/{NAME}(?:/revision/(.+))?", Handler.info),
+    ("GET", rf"/api/datasets/{NAME}/tree/([^/]+)(?:/.*)?", Handler.tree),
+    ("GET", rf"/datasets/{NAME}/resolve/([^/]+)/(.+)", Handler.download),
+    ("HEAD", rf"/datasets/{NAME}/resolve/([^/]+)/(.+)", Handler.download),
 ]
 
 

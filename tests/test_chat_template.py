@@ -42,8 +42,8 @@ THOUGHTFUL[2]["reasoning_content"], THOUGHTFUL[4]["reasoning_content"] = "Foxes.
 
 QWEN3 = (
     "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWhat does the fox do?<|im_end|>\n"
-    "<|im_start|>assistant\n{0}It jumps.<|im_end|>\n⟧<|im_start|>user\nAnd the sheep?<|im_end|>\n"
-    "<|im_start|>assistant\n{1}They sleep.<|im_end|>\n⟧"
+    "<|im_start|>assistant\n{0}It jumps.<|im_end|>⟧\n<|im_start|>user\nAnd the sheep?<|im_end|>\n"
+    "<|im_start|>assistant\n{1}They sleep.<|im_end|>⟧\n"
 )
 # template, special tokens (bos and eos first), template arguments, messages, the rendering with supervised spans
 GOLDEN = {
@@ -69,8 +69,8 @@ GOLDEN = {
     "gemma-3": (
         "gemma3.jinja", ["<bos>", "<end_of_turn>", "<start_of_turn>"], {}, MESSAGES,
         "<bos><start_of_turn>user\nBe brief.\n\nWhat does the fox do?<end_of_turn>\n<start_of_turn>model\n"
-        "⟦It jumps.<end_of_turn>\n⟧<start_of_turn>user\nAnd the sheep?<end_of_turn>\n<start_of_turn>model\n"
-        "⟦They sleep.<end_of_turn>\n⟧",
+        "⟦It jumps.<end_of_turn>⟧\n<start_of_turn>user\nAnd the sheep?<end_of_turn>\n<start_of_turn>model\n"
+        "⟦They sleep.<end_of_turn>⟧\n",
     ),
     "mistral": (
         MISTRAL, ["<s>", "</s>", "[INST]", "[/INST]"], {}, MESSAGES,
@@ -122,6 +122,11 @@ def test_golden_tokens_and_supervised_spans(case):
     assert all(tokenizer.convert_tokens_to_ids(token) in row["input_ids"] for token in special[1:])
 
 
+def test_an_answer_that_no_token_ends_is_supervised_to_its_end():
+    tokenizer = model_tokenizer(CHATML.replace("<|im_end|>", ""), GOLDEN["chatml"][1])
+    assert show_row(encoded(tokenizer, {"messages": MESSAGES[1:3]}), tokenizer).endswith("assistant\n⟦It jumps.\n⟧")
+
+
 @pytest.mark.parametrize("case", GOLDEN)
 def test_supervision_starts_where_serving_hands_over_to_the_target(case):
     """What the template itself writes at an answer's start is never supervised, what comes first after it is."""
@@ -152,9 +157,9 @@ def test_tools_calls_and_results_are_kept_and_only_the_assistant_is_supervised()
     assert '<tools>\n{"type": "function", "function": {"name": "weather"' in shown[0]
     assert shown[0].endswith(
         "<|im_start|>user\nRome?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
-        '⟦<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call><|im_end|>\n⟧'
+        '⟦<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call><|im_end|>⟧\n'
         "<|im_start|>user\n<tool_response>\nsunny\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
-        "<think>\n\n</think>\n\n⟦Sunny.<|im_end|>\n⟧"
+        "<think>\n\n</think>\n\n⟦Sunny.<|im_end|>⟧\n"
     )
 
 
@@ -173,7 +178,7 @@ SAME = {
 def test_every_conversational_format_gives_the_same_tokens(case):
     tokenizer = model_tokenizer(*GOLDEN["chatml"][:2])
     assert show_row(encoded(tokenizer, SAME[case]), tokenizer) == (
-        "<|im_start|>user\nWhat does the fox do?<|im_end|>\n<|im_start|>assistant\n⟦It jumps.<|im_end|>\n⟧"
+        "<|im_start|>user\nWhat does the fox do?<|im_end|>\n<|im_start|>assistant\n⟦It jumps.<|im_end|>⟧\n"
     )
 
 
@@ -182,7 +187,7 @@ def test_alpacas_input_and_a_system_column_are_kept():
     row = {"system": "Be brief.", "instruction": "Translate.", "input": "fox", "output": "Fuchs"}
     assert show_row(encoded(tokenizer, row), tokenizer) == (
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nTranslate.\n\nfox<|im_end|>\n"
-        "<|im_start|>assistant\n⟦Fuchs<|im_end|>\n⟧"
+        "<|im_start|>assistant\n⟦Fuchs<|im_end|>⟧\n"
     )
 
 
@@ -211,6 +216,22 @@ def test_turns_may_be_json_text():
     assert encoded(tokenizer, {"messages": json.dumps(MESSAGES)}) == encoded(tokenizer, {"messages": MESSAGES})
 
 
+@pytest.mark.parametrize("as_text, shown", [(True, '{"city": "Rome", "day": null}'), (False, '{"city": "Rome"}')])
+def test_a_null_argument_is_kept_in_json_text_and_elsewhere_taken_for_arrows(as_text, shown):
+    tokenizer = model_tokenizer(*GOLDEN["qwen3, thinking off"][:2])
+    call = {"name": "weather", "arguments": {"city": "Rome", "day": None}}
+    turns = [Q, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    row = {"messages": json.dumps(turns) if as_text else turns}
+    assert f'"arguments": {shown}}}\n</tool_call>' in show_row(encoded(tokenizer, row), tokenizer, most=999)
+
+
+def test_a_call_without_arguments_may_have_empty_text_for_them():
+    tokenizer = model_tokenizer(*GOLDEN["qwen3, thinking off"][:2])
+    call = {"function": {"name": "now", "arguments": ""}}
+    row = {"messages": [Q, {"role": "assistant", "content": "", "tool_calls": [call]}]}
+    assert '"name": "now", "arguments": {}}' in show_row(encoded(tokenizer, row), tokenizer, most=999)
+
+
 def test_nothing_that_a_template_writes_before_a_first_assistant_turn_is_supervised():
     """No prompt comes before it that would tell whose its tokens are."""
     tokenizer = model_tokenizer(*GOLDEN["chatml"][:2])
@@ -218,7 +239,7 @@ def test_nothing_that_a_template_writes_before_a_first_assistant_turn_is_supervi
     row = encoded(tokenizer, {"messages": MESSAGES[2:]})
     assert show_row(row, tokenizer, most=1000) == (
         "<|endoftext|><|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>assistant\nIt jumps.<|im_end|>\n"
-        "<|im_start|>user\nAnd the sheep?<|im_end|>\n<|im_start|>assistant\n⟦They sleep.<|im_end|>\n⟧"
+        "<|im_start|>user\nAnd the sheep?<|im_end|>\n<|im_start|>assistant\n⟦They sleep.<|im_end|>⟧\n"
     )
     assert encoded(tokenizer, {"messages": [MESSAGES[2]]})["reason"] == "no token of it is supervised"
 

@@ -145,6 +145,14 @@ def test_a_template_that_refuses_most_rows_stops_with_the_reasons(prepare):
         prepare(NO_SYSTEM, messages=[MESSAGES[1:], MESSAGES, MESSAGES, MESSAGES])
 
 
+def test_a_source_of_a_mixture_whose_rows_are_refused_is_not_hidden_by_long_texts(prepare):
+    sources = [Dataset.from_dict(columns) for columns in ({"text": [TEXT * 9]}, {"messages": [MESSAGES] * 3})]
+    with pytest.raises(
+        ValueError, match=r"3 of 3 rows cannot be used .*no system turn \(3, first: row 0 of source 2\)"
+    ):
+        prepare(NO_SYSTEM, several=sources, max_length=16)
+
+
 def test_rows_of_several_schemas_are_read_each_in_its_own(prepare, capsys):
     sharegpt = [{"from": "human", "value": "What does the fox do?"}, {"from": "gpt", "value": "It jumps."}]
     messages = [{"role": "user", "content": "What does the fox do?"}, {"role": "assistant", "content": "It jumps."}]
@@ -320,6 +328,13 @@ def test_show_row_marks_supervised_spans_and_says_where_it_stops(tokenizer):
     words = [tokenizer.decode([i]) for i in ids]
     assert show_row(row, tokenizer) == f"⟦{words[0]}⟧{''.join(words[1:-1])}⟦{words[-1]}⟧"
     assert show_row(row, tokenizer, most=1) == f"⟦{words[0]}⟧…"
+
+
+def test_show_row_begins_shortly_before_the_first_supervised_token(tokenizer):
+    ids = list(range(20, 220)) * 2
+    row = {"input_ids": ids, "supervised": [0] * 250 + [1] * (len(ids) - 250)}
+    shown = f"…{tokenizer.decode(ids[170:250])}⟦{tokenizer.decode(ids[250:330])}⟧…"
+    assert show_row(row, tokenizer) == shown
 
 
 def test_show_row_keeps_a_character_of_several_tokens_whole(tokenizer):

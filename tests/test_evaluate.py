@@ -1,5 +1,6 @@
 """`evaluate`: plain against assisted decoding, what it measures and what it writes."""
 
+import copy
 import json
 import os
 import shlex
@@ -10,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import EOS, MASK, PAD, make_domino, make_drafter, make_target, overfit, random_prompts
+from conftest import CHAT_TEMPLATE, EOS, MASK, PAD, make_domino, make_drafter, make_target, overfit, random_prompts
 from safetensors.torch import save_file
 from test_convert import z_lab
 from transformers import AutoModelForCausalLM, GenerationConfig, set_seed
@@ -18,9 +19,18 @@ from transformers import AutoModelForCausalLM, GenerationConfig, set_seed
 from hf_specauf import load_drafter
 from hf_specauf.acceptance import TAU_DEFINITION
 from hf_specauf.drafters.modeling_dflash import DFlashDraftModel
-from hf_specauf.evaluate import compare, first_difference, main, near_tie_bound, repetition, transfer_verdict
+from hf_specauf.evaluate import (
+    compare,
+    encode_prompts,
+    first_difference,
+    main,
+    near_tie_bound,
+    repetition,
+    transfer_verdict,
+)
 from hf_specauf.generate import attach
 from hf_specauf.recipe import parse
+from hf_specauf.sources import load_rows
 from hf_specauf.target import drafter_config
 
 PROMPT, NEW, K = 12, 24, 4
@@ -237,6 +247,26 @@ def test_conversations_are_prompted_up_to_the_first_answer(folders, tokenizer, t
     assert "written:" in capsys.readouterr().out
 
 
+def test_rows_of_several_schemas_are_prompts_and_those_that_are_none_are_counted(tokenizer, tmp_path, capsys):
+    user, answer = {"role": "user", "content": "fox?"}, {"role": "assistant", "content": "It jumps."}
+    rows = [
+        {"messages": [user, answer]}, {"text": "the fox"}, {"conversations": [{"from": "human", "value": "fox?"}]},
+        {"text": None}, {"messages": [user], "tools": "[{"}, {"messages": [user | {"content": "refuse"}]},
+        {"messages": [answer]}, {"input_ids": [5, 6, 7], "supervised": [0, 0, 1]},
+    ]  # fmt: skip
+    picky = copy.deepcopy(tokenizer)
+    picky.chat_template = "{{ raise_exception('no') if messages[0]['content'] == 'refuse' }}" + CHAT_TEMPLATE
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prompts = encode_prompts(load_rows(str(tmp_path / "rows.jsonl")), picky, 8, 2, None)
+    chat = tokenizer("<|user|>fox?<|end|><|assistant|>")["input_ids"]
+    expected = [chat, tokenizer("the fox")["input_ids"][:2], chat, [5, 6]]
+    assert [prompt[0].tolist() for prompt in prompts] == expected
+    assert (
+        "4 prompts; other rows give none: its columns are empty (1, first: row 3), its tools are not JSON (1, first: "
+        "row 4), the chat template failed: no (1, first: row 5), it asks nothing (1, first: row 6)"
+    ) in capsys.readouterr().out
+
+
 def test_the_command_line_fails_in_one_clear_line(folders, tmp_path):
     done = evaluate_in_a_process(folders, tmp_path / "out", prompts="nowhere.jsonl")
     assert done.returncode == 1 and "Traceback" not in done.stderr
@@ -253,12 +283,20 @@ def test_the_command_line_fails_in_one_clear_line(folders, tmp_path):
         (dict(dtype="bf16"), "dtype is 'bf16'; it must be auto"),
         (dict(max_draft_tokens=K), r"must be in 1\.\.3"),
         (dict(prompts="columns.jsonl"), "none of `messages`, `conversations`"),
+        (
+            dict(prompts="nulls.jsonl"),
+            "not one row of 2 gives a prompt: its columns are empty .1, first: row 0., its tools",
+        ),
+        (dict(prompts_split="test"), "text.jsonl is a file, and prompts_split 'test' is for datasets on the Hub"),
     ],
-    ids=["a target as drafter", "an empty folder", "dtype", "cap", "columns"],
+    ids=["a target as drafter", "an empty folder", "dtype", "cap", "columns", "rows", "split of a file"],
 )
 def test_what_cannot_be_evaluated_is_one_line_of_advice(folders, tmp_path, more, advice):
     (folders / "empty").mkdir(exist_ok=True)
     (folders / "columns.jsonl").write_text('{"question": "why?"}\n')
+    (folders / "nulls.jsonl").write_text(
+        '{"text": null}\n{"messages": [{"role": "user", "content": "a"}], "tools": "[{"}\n'
+    )
     with pytest.raises(SystemExit, match=advice) as error:
         main(arguments(folders, tmp_path / "out", **more))
     message = str(error.value)

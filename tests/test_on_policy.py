@@ -1,11 +1,12 @@
 """The on-policy score: counted against the target's own logits, and calibrated on text the target wrote."""
 
+import json
 import re
 import shlex
 
 import pytest
 import torch
-from conftest import MASK, make_drafter, make_target, random_prompts
+from conftest import MASK, ROOT, make_drafter, make_target, random_prompts
 from datasets import Dataset
 from trl import TrlParser
 
@@ -75,8 +76,30 @@ def test_foreign_text_names_the_command_that_mends_it(frozen):
         dataset_split="train_sft", chat_template_kwargs='{"enable_thinking": false}',
     )  # fmt: skip
     assert found == expected and words.endswith("and then dataset_name: answers.jsonl")
-    own = on_policy_score(frozen, rows_of(written(frozen, do_sample=True, top_k=0)))
-    assert "regenerate" not in on_policy_words(own, target, data)
+    assert "These are not the target's own words" in words
+
+
+STUDY = json.loads((ROOT / "tests/benchmarks/results/regeneration_study.json").read_text())["on_policy"]
+
+
+def test_a_high_score_alone_does_not_make_the_words_the_targets_own(tmp_path):
+    """The study's files score above what the target's own would at temperature 1; regenerating them gave 30 %."""
+    score = STUDY["the dataset's"]
+    assert score["agreement"] > score["agreement_if_own"]
+    target, data = TargetArguments("some/target"), DataArguments(dataset_name=str(tmp_path / "own.jsonl"))
+    words = on_policy_words(score, target, data, fingerprint="abc")
+    assert len(commands(words)) == 1 and "Nothing says that the target wrote these answers" in words
+    for settings, own in (
+        (dict(target="some/target"), True),  # quantised, or by a server
+        (dict(target="some/target", target_fingerprint="def"), False),
+        (dict(target="its/copy", target_fingerprint="abc"), True),
+        (dict(target="other/target"), False),
+    ):
+        (tmp_path / "own.settings.json").write_text(json.dumps(settings))
+        assert (commands(on_policy_words(score, target, data, fingerprint="abc")) == []) == own, settings
+    both = DataArguments(dataset_mixture=[{"name": "a.jsonl"}, {"name": str(tmp_path / "own.jsonl")}])
+    (tmp_path / "own.settings.json").write_text(json.dumps(dict(target="some/target")))
+    assert [found.dataset_name for found in commands(on_policy_words(score, target, both))] == ["a.jsonl"]
 
 
 def test_every_source_of_a_mixture_has_its_command(frozen):

@@ -146,6 +146,9 @@ def test_one_source_or_a_mixture_and_not_both(recipe):
     [
         (dict(eval_dataset_name="held.jsonl", eval_rows=0), "eval_rows: 0 would ignore eval_dataset_name"),
         (dict(eval_dataset_split="test"), "eval_dataset_split belongs to eval_dataset_name, and would be ignored"),
+        (dict(eval_dataset_revision="abc"), "eval_dataset_revision belongs to eval_dataset_name"),
+        (dict(max_train_rows=-3), "max_train_rows is -3; it must be at least 1, or left out"),
+        (dict(dataset_num_proc=0), "dataset_num_proc is 0"),
         (dict(dataset_streaming=True), "dataset_streaming: true needs max_train_rows"),
     ],
 )
@@ -162,7 +165,8 @@ def test_data_keys_that_would_be_ignored_are_refused(recipe, keys, message):
         ("dataset_mixture: [a.jsonl]", "the entry 'a.jsonl'"),
         ("dataset_mixture: [[a.jsonl]]", r"the entry \['a.jsonl'\]"),
         ("dataset_mixture: ['5']", "the entry '5'"),
-        ("dataset_mixture: [{name: a, weight: 0}]", "the weight of a is 0; it must be above 0"),
+        ("dataset_mixture: [{name: a, weight: 0}]", "the weight of a is 0; it must be a number above 0"),
+        ("dataset_mixture: [{name: a, weight: '2'}]", "the weight of a is '2'; it must be a number above 0"),
         ("dataset_mixture: [{name: a}]\ndataset_split: test", "belong to dataset_name: with dataset_mixture"),
     ],
 )

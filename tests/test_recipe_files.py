@@ -18,6 +18,7 @@ from test_chat_template import GOLDEN, model_tokenizer
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from trl import TrlParser
 
+from hf_specauf import evaluate
 from hf_specauf.drafters.modeling_dflash import DFlashDraftModel
 from hf_specauf.lora import borrow
 from hf_specauf.recipe import parse
@@ -56,7 +57,7 @@ def test_recipe_fits_the_published_config_of_its_target(path):
     )  # fmt: skip
     if draft.drafter_name_or_path is not None:  # keeps its own
         shape = copy.copy(PUBLISHED[draft.drafter_name_or_path])
-        assert shape.pop("target") == target_args.target_model_name_or_path
+        assert shape.pop("note") and shape.pop("target") == target_args.target_model_name_or_path
     with torch.device("meta"):
         target = AutoModelForCausalLM.from_config(AutoConfig.for_model(published["model_type"], **published["config"]))
         config = drafter_config(target, intermediate_size=draft.draft_intermediate_size, domino=draft.domino, **shape)
@@ -73,7 +74,7 @@ def test_recipe_fits_the_published_config_of_its_target(path):
         assert layers == list(range(text["num_hidden_layers"] - len(layers), text["num_hidden_layers"]))
     # a row of the embedding that no text uses
     assert config.mask_token_id < config.vocab_size
-    assert config.mask_token_id == published["last_token_id"] + 1 or config.mask_token_id in published["reserved"]
+    assert config.mask_token_id in (published["last_token_id"] + 1, *published.get("reserved", []))
     assert data.eval_rows and args.bf16 is True
     assert (path.stem if draft.use_peft else args.objective) in keys["output_dir"].replace("-", "_")
     # the table of recipes/README.md
@@ -84,7 +85,8 @@ def test_recipe_fits_the_published_config_of_its_target(path):
     assert f"| {size} |" in row and "measured:" not in row
     header = " ".join(path.read_text().split("\n\n")[0].replace("\n#", " ").split())
     memory, hours, tau = re.search(r"expected: (\d+) GB \| expected: (\d+) \| expected: ([\d.]+) \|", row).groups()
-    assert f"Expected: {memory} GB" in header and f"{hours} hours" in header and f"{tau} at the end" in header
+    hours += " hour on" if hours == "1" else " hours on"
+    assert f"Expected: {memory} GB" in header and hours in header and f"{tau} at the end" in header
     # at least the weights, and gradients and what AdamW keeps of the trained ones
     bits = {"bnb-4bit": 4.5}.get(target_args.target_quantization, 4.5 if published["model_type"] == "gpt_oss" else 16)
     weights = sum(parameter.numel() for parameter in target.parameters())
@@ -92,13 +94,14 @@ def test_recipe_fits_the_published_config_of_its_target(path):
     assert name in header and f"{path.parent.name}/{path.name}" in header
 
 
-def tiny_target(folder: Path, model_type: str, layers: int):
+def tiny_target(folder: Path, model_type: str, layers: int, hidden: int = 32):
     """A tiny target folder of an architecture, with the chat template of its family."""
     template, special = GOLDEN[TEMPLATES[model_type]][:2]
     tokenizer = model_tokenizer(template, special)
     shape = dict(
-        hidden_size=32, num_attention_heads=4, num_key_value_heads=2, head_dim=8, intermediate_size=64,
-        num_hidden_layers=layers, vocab_size=len(tokenizer), max_position_embeddings=512, **TINY[model_type],
+        hidden_size=hidden, num_attention_heads=4, num_key_value_heads=2, head_dim=hidden // 4,
+        intermediate_size=2 * hidden, num_hidden_layers=layers, vocab_size=len(tokenizer),
+        max_position_embeddings=512, **TINY[model_type],
     )  # fmt: skip
     ids = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None)
     if model_type == "gemma3":
@@ -117,7 +120,8 @@ def tiny_target(folder: Path, model_type: str, layers: int):
 def test_recipe_trains_scaled_down_on_a_tiny_target_of_the_same_architecture(path, files, tmp_path):
     keys, (target_args, draft, *_) = yaml.safe_load(path.read_text()), parsed(path)
     model_type = PUBLISHED[target_args.target_model_name_or_path]["model_type"]
-    tiny_target(tmp_path / "target", model_type, layers=8)
+    hidden = 128 if target_args.target_quantization else 32  # what bitsandbytes packs
+    tiny_target(tmp_path / "target", model_type, layers=8, hidden=hidden)
     small = copy.deepcopy(keys)
     small |= dict(
         target_model_name_or_path=str(tmp_path / "target"), dataset_name=str(files / "chat.jsonl"), max_length=256,
@@ -134,9 +138,8 @@ def test_recipe_trains_scaled_down_on_a_tiny_target_of_the_same_architecture(pat
             tmp_path / "base"
         )
         small["drafter_name_or_path"] = str(tmp_path / "base")
-    for key in ("target_quantization", "target_device_map"):  # for GPUs
+    for key in ("target_device_map", "draft_intermediate_size"):  # for GPUs; for this target
         small.pop(key, None)
-    small.pop("draft_intermediate_size", None)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(small))
     main(["--config", str(recipe)])
@@ -149,6 +152,13 @@ def test_recipe_trains_scaled_down_on_a_tiny_target_of_the_same_architecture(pat
     assert record["steps"] == 2 and record["on_policy"]["tokens"] > 0
     unscaled = ("objective", "learning_rate", "lr_scheduler_type", "gradient_checkpointing", "packing")
     assert all(record["recipe"][key] == keys[key] for key in unscaled if key in keys)
+    if target_args.target_quantization:
+        assert record["recipe"]["target_quantization"] == target_args.target_quantization
+        words = dict(target=tmp_path / "target", drafter=tmp_path / "out", prompts=files / "chat.jsonl", count=2)
+        words |= dict(max_new_tokens=8, target_quantization=target_args.target_quantization, out=tmp_path / "eval")
+        evaluate.main([word for key, value in words.items() for word in (f"--{key}", str(value))])
+        found = json.loads((tmp_path / "eval/eval.json").read_text())
+        assert found["conditions"]["target_quantization"] == "bnb-4bit" and found["acceptance"]["tau"] >= 1
 
 
 def keys_of(name: str) -> dict:
@@ -168,6 +178,13 @@ def test_one_gpu_takes_as_many_rows_a_step_as_the_papers_eight():
         paper, one = keys_of(f"qwen3-8b/{kind}"), keys_of(f"qwen3-8b/{kind}_1gpu")
         paper["gradient_accumulation_steps"] *= 8
         assert all(paper.pop(key) != one.pop(key) for key in own) and paper == one
+    for kind in ("lora_adapt", "lora_borrow"):
+        path = ROOT / f"recipes/qwen3-8b/{kind}.yaml"
+        [line] = re.findall(r"--config_file \S+ -m hf_specauf.train (.*)", path.read_text().replace("\\\n#", ""))
+        one, eight = (
+            parse([*words, "--use_cpu", "true"])[3] for words in (["--config", str(path)], shlex.split(line))
+        )
+        assert eight.gradient_accumulation_steps * 8 == one.gradient_accumulation_steps == 8
 
 
 def test_every_recipe_is_in_the_table_and_the_table_names_no_other():
@@ -180,13 +197,13 @@ def test_slurm_file_hands_accelerate_a_command_it_parses(tmp_path):
     """Run by bash, with stand-ins for the cluster's `srun` and `scontrol`, up to the launcher's own arguments."""
     script = ROOT / "recipes/slurm/train.sbatch"
     for name, body in (
-        ("srun", 'exec "$@"'),
+        ("srun", 'echo "$SRUN_CPUS_PER_TASK $TORCH_ELASTIC_SHUTDOWN_TIMEOUT"; exec "$@"'),
         ("scontrol", "printf 'node1\\nnode2\\n'"),
         ("accelerate", 'printf "%s\\n" "$@"'),
     ):
         (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
         (tmp_path / name).chmod(0o755)
-    slurm = dict(JOB_NODELIST="node[1-2]", JOB_ID="77", NNODES="2", GPUS_ON_NODE="8", NODEID="1")
+    slurm = dict(JOB_NODELIST="node[1-2]", JOB_ID="77", NNODES="2", GPUS_ON_NODE="8", NODEID="1", CPUS_PER_TASK="64")
     done = subprocess.run(
         ["bash", str(script), "recipes/qwen3-8b/dflash_auf.yaml", "--objective", "decay"],
         env={f"SLURM_{key}": value for key, value in slurm.items()} | {"PATH": f"{tmp_path}:/usr/bin:/bin"},
@@ -195,7 +212,9 @@ def test_slurm_file_hands_accelerate_a_command_it_parses(tmp_path):
     assert done.returncode == 0, done.stderr
     [log] = re.findall(r"#SBATCH --output=(\S+)", script.read_text())
     assert "/" not in log  # Slurm makes no folder for it
-    words = done.stdout.splitlines()
+    cpus, *words = done.stdout.splitlines()
+    [notice] = re.findall(r"#SBATCH --signal=INT@(\d+)", script.read_text())
+    assert cpus.split()[0] == "64" and 200 < int(cpus.split()[1]) < int(notice)
     assert words[0] == "launch"
     launch = launch_command_parser().parse_args(words[1:])
     assert (launch.num_machines, launch.num_processes, launch.machine_rank) == (2, 16, 1)

@@ -261,6 +261,28 @@ def test_a_tool_call_is_recognised_and_ends_the_conversation(template, words, tm
     assert row["tools"] == TOOLS and row["truncated"] is False
 
 
+def test_json_that_looks_like_a_call_is_an_answer_where_no_tool_was_given(words, tmp_path):
+    said = '{"name": "fox", "parameters": {"does": "jump"}}'
+    tokenizer = model_tokenizer(*GOLDEN["llama-3.1"][:2])
+    target = taught(tmp_path / "target", tokenizer, [([FOX], None, said + "<|eot_id|>")], ["<|eot_id|>"])
+    main(
+        words(target=target, dataset_name=save_rows(tmp_path / "data.jsonl", [{"messages": [FOX]}]), max_new_tokens=60)
+    )
+    [row] = written(tmp_path / "own.jsonl")
+    assert row["messages"] == [FOX, turn("assistant", said)] and row["truncated"] is False
+
+
+@pytest.mark.parametrize("continuous", [True, False])
+def test_the_mask_token_is_never_written(words, tmp_path, continuous):
+    """Training would end at it."""
+    tokenizer = byte_level_tokenizer(CHAT_TEMPLATE)
+    target = taught(tmp_path / "target", tokenizer, [([FOX], None, "It <|mask|> jumps.<|end|>")], ["<|end|>"])
+    data = save_rows(tmp_path / "data.jsonl", [{"messages": [FOX]}])
+    main(words(target=target, dataset_name=data, max_new_tokens=20, continuous_batching=continuous))
+    [row] = written(tmp_path / "own.jsonl")
+    assert tokenizer.mask_token_id not in row["input_ids"] and row["messages"][1]["content"].startswith("It ")
+
+
 # ---- ends
 
 
@@ -386,6 +408,21 @@ def test_answers_of_other_settings_are_not_mixed(words, files, prompts, tmp_path
     assert "is finished" in capsys.readouterr().out and (tmp_path / "own.jsonl").read_bytes() == done
 
 
+def test_answers_of_another_layer_are_not_mixed(words, pair, tmp_path, monkeypatch):
+    """Same name, same head: only the weights tell."""
+    target, tokenizer = copy.deepcopy(pair[0]), pair[1]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for _ in range(2):
+        target.save_pretrained(tmp_path / "target")
+        tokenizer.save_pretrained(tmp_path / "target")
+        with torch.no_grad():
+            target.base_model.layers[3].mlp.down_proj.weight.neg_()
+        if not (tmp_path / "own.parts").exists():
+            main(words(target=tmp_path / "target"))
+    with pytest.raises(SystemExit, match="target_fingerprint was '.*' and is '"):
+        main(words(target=tmp_path / "target"))
+
+
 def test_a_file_that_is_there_already_is_not_overwritten(words, tmp_path):
     (tmp_path / "own.jsonl").write_text("mine\n")
     with pytest.raises(SystemExit, match="own.jsonl is there already and was not written by this command"):
@@ -471,6 +508,7 @@ def test_a_drafter_trains_on_the_answers(words, command, tmp_path, capsys):
         (dict(dataset_name="nowhere.jsonl"), "'nowhere.jsonl' looks like a local file"),
         (dict(target="nowhere"), "--target: 'nowhere' cannot be loaded"),
         (dict(chat_template_kwargs="[1]"), "chat_template_kwargs is '[1]', which is no JSON object"),
+        (dict(max_rows=-3), "max_rows is -3"),
         (dict(temprature=1), "--temprature"),
     ],
 )
@@ -511,6 +549,8 @@ def server(pair, failures: list[int], **more):
                         "object": "chat.completion",
                         "usage": {},
                     }
+                elif status == 0:
+                    status, reply = 200, {"detail": "hello"}
                 else:
                     reply = {"error": {"message": "not now"}}
             data = json.dumps(reply).encode()
@@ -558,6 +598,31 @@ def test_a_refused_question_is_skipped_and_a_dead_server_stops_with_all_kept(wor
     with pytest.raises(SystemExit, match="error: the endpoint http://127.0.0.1.*failed 5 times.*is kept"):
         main(words(**keys))
     assert (tmp_path / "dead.parts" / "settings.json").is_file()
+
+
+@pytest.mark.parametrize(
+    "failure, message",
+    [
+        (401, "refuses every question .401: .*check its address, the model's name .--target. and OPENAI_API_KEY"),
+        (404, "refuses every question .404: "),
+        (0, "answered without choices.*hello.*it must speak OpenAI's chat completions"),
+    ],
+)
+def test_a_server_that_cannot_help_is_asked_once(words, pair, tmp_path, monkeypatch, failure, message):
+    monkeypatch.setattr("hf_specauf.answers.PATIENCE", 100)
+    with server(pair, failures=[failure] * 9) as (url, seen):
+        with pytest.raises(SystemExit, match=f"error: the endpoint http://127.0.0.1.*{message}.*is kept"):
+            main(words(endpoint=url, target="tiny", max_rows=1, concurrency=1))
+    assert len(seen) == 1
+
+
+def test_no_pause_follows_the_last_try(words, pair, monkeypatch):
+    pauses = []
+    monkeypatch.setattr("hf_specauf.answers.time.sleep", pauses.append)
+    with server(pair, failures=[503] * 9) as (url, _):
+        with pytest.raises(SystemExit, match="failed 5 times"):
+            main(words(endpoint=url, target="tiny", max_rows=1))
+    assert [pause for pause in pauses if pause >= 2] == [2, 4, 8, 16]
 
 
 def test_a_server_that_refuses_everything_is_no_success(words, pair, tmp_path):

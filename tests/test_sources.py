@@ -12,8 +12,11 @@ import pyarrow.parquet
 import pytest
 from conftest import ROOT
 from datasets import Dataset
+from loopback_hub import LoopbackHub, Repository
 
+from hf_specauf.recipe import DataArguments
 from hf_specauf.sources import load_rows, row_format, take_shares
+from hf_specauf.train import load_data
 
 
 @pytest.mark.parametrize(
@@ -57,6 +60,8 @@ BAD = {
     "not UTF-8": (b'{"messages": "\xff\xfe"}', "line 3 is not UTF-8"),
     "cut off": (GOOD[:40].encode(), "line 3 is not whole JSON, cut off perhaps"),
     "no object": (b"[1, 2]", "line 3 is a list, not an object"),
+    "half a character": (GOOD.replace('"a"', r'"\ud800"').encode(), r"line 3 holds half a character, '\\ud800'"),
+    "a key twice": ((GOOD[:-1] + ", " + GOOD[1:]).encode(), "line 3 has a key twice, among .'messages', 'messages'"),
 }
 
 
@@ -66,9 +71,36 @@ def test_a_line_that_cannot_be_read_is_named_and_the_file_left_alone(case, tmp_p
     path = tmp_path / "rows.jsonl"
     path.write_bytes(f"{GOOD}\n{GOOD}\n".encode() + line + b"\n" + GOOD.encode() + b"\n")
     before = path.read_bytes()
-    with pytest.raises(ValueError, match=f"rows.jsonl: {message}.*mend or remove that line"):
+    with pytest.raises(ValueError, match=f"rows.jsonl: {message}.*Mend that and start the same command again"):
         load_rows(str(path))
     assert path.read_bytes() == before
+
+
+BROKEN = {
+    "cut.parquet": (b"PAR1" + bytes(20), "cut.parquet: Parquet magic bytes not found"),
+    "odd.csv": (b"text\nthe \xff fox\n", "odd.csv: 'utf-8' codec can't decode byte 0xff"),
+    "odd.txt": (b"the \xff fox\n", "odd.txt: 'utf-8' codec can't decode byte 0xff"),
+    "cut.json": (b'[{"text": "a"}, {"te', "cut.json: Unmatched"),
+    "empty.jsonl": (b"", "empty.jsonl: it is empty"),
+    "empty.json": (b"", "empty.json: it is empty"),
+    "empty.txt": (b"", "empty.txt: it is empty"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_file_that_cannot_be_read_is_named_whatever_its_ending(name, tmp_path):
+    content, message = BROKEN[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{message}.*start the same command again"):
+        load_rows(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("given", [dict(split="test"), dict(config="en"), dict(revision="abc")])
+def test_keys_of_hub_datasets_are_refused_for_files_and_named(given, tmp_path):
+    (tmp_path / "rows.txt").write_text("the fox\n")
+    [(key, value)] = given.items()
+    with pytest.raises(ValueError, match=f"rows.txt is a file, and eval_dataset_{key} '{value}' is for datasets on"):
+        load_rows(str(tmp_path / "rows.txt"), keys="eval_dataset_", **given)
 
 
 def test_streaming_reads_the_first_rows_of_each_ending(tmp_path):
@@ -101,11 +133,58 @@ def numbered(size: int) -> Dataset:
         ([100, 10], [1, 1], 1000, [10, 10]),
         ([100], [2.5], None, [100]),
         ([100], [1], 7, [7]),
+        ([100, 100, 100], [1, 1, 1], 50, [17, 17, 16]),
+        ([100, 10], [1, 0.1], None, [100, 10]),
+        ([100, 100], [99, 1], 60, [59, 1]),
     ],
 )
 def test_shares_follow_the_weights_and_no_row_is_taken_twice(sizes, weights, most, taken):
     parts = take_shares([numbered(size) for size in sizes], weights, most)
     assert [part["text"][:] for part in parts] == [[str(i) for i in range(size)] for size in taken]
+
+
+def test_a_source_of_a_mixture_that_gives_no_row_is_named(tmp_path):
+    for name in "ab":
+        numbered(40).to_parquet(tmp_path / f"{name}.parquet")
+    mixture = [{"name": str(tmp_path / "a.parquet"), "weight": 99}, {"name": str(tmp_path / "b.parquet")}]
+    data = DataArguments(dataset_mixture=mixture, eval_rows=0, max_train_rows=20)
+    with pytest.raises(ValueError, match="b.parquet .40 rows, weight 1. not one row would be taken: raise"):
+        load_data(data)
+
+
+def test_a_dataset_on_the_hub_is_loaded_by_its_id_revision_and_split(tmp_path):
+    with LoopbackHub(tmp_path / "hub") as hub:
+        repository = Repository.create(tmp_path / "hub/alice/chats", private=True)
+        commits = []
+        for text in ("old", "new"):
+            files = {f"{split}.jsonl": repository.store(f'{{"text": "{text} {split}"}}\n'.encode() * 2)
+                     for split in ("train", "test")}  # fmt: skip
+            commits.append(repository.commit("refs/heads/main", text, files, []))
+        asked = [
+            {},
+            dict(split="test"),
+            dict(revision=commits[0]),
+            dict(stream_rows=1),
+            dict(split="tset"),
+            dict(config="en"),
+        ]
+        code = (
+            "import json, sys\nfrom hf_specauf.sources import load_rows\n"
+            "for keys in json.loads(sys.argv[1]):\n"
+            "    try:\n        print(load_rows('alice/chats', **keys)['text'][:])\n"
+            "    except ValueError as error:\n        print(error)\n"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code, json.dumps(asked)], cwd=ROOT, env=hub.environment(tmp_path / "home", "alice"),
+            capture_output=True, text=True,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    again = ". Mend that and start the same command again"
+    assert done.stdout.splitlines() == [
+        "['new train', 'new train']", "['new test', 'new test']", "['old train', 'old train']", "['new train']",
+        "alice/chats: Unknown split \"tset\". Should be one of ['train', 'test']" + again,
+        "alice/chats: BuilderConfig 'en' not found. Available: ['default']" + again,
+    ]  # fmt: skip
 
 
 class ClosedHub(BaseHTTPRequestHandler):

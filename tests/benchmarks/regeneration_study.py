@@ -3,16 +3,21 @@ after `hf_specauf.regenerate`, on the quickstart target.
 
     python tests/benchmarks/regeneration_study.py [--quick] [--json PATH] [--seeds 0 1 2] [--steps 240]
 
+First the command is killed twice while it answers 300 of the prompts, resumed, and compared with an uninterrupted run.
 Both kinds of rows begin with the same 64 tokens of a file; then comes the file as it is, or what the target writes.
 Steps, first weights and anchors are the same for a seed. Runs that are already in --out are kept, and a regeneration
 that was interrupted goes on. The quickstart target is trained first where it is not cached.
 """
 
 import argparse
+import hashlib
 import json
 import shlex
+import shutil
 import statistics
+import subprocess
 import sys
+import time
 from datetime import date
 from pathlib import Path
 
@@ -50,13 +55,47 @@ def both_kinds(target: Path, out: Path, count: int, temperature: float) -> dict[
         save_rows(paths["the dataset's"], pieces)
     prompts = out / f"prompts-{count}.jsonl"
     prompts.write_text("".join(json.dumps({"text": tokenizer.decode(ids[:PROMPT_TOKENS])}) + "\n" for ids in pieces))
-    words = dict(
-        target=target, dataset_name=prompts, out=paths["the target's"], temperature=temperature, device="cpu",
-        prompt_tokens=PROMPT_TOKENS, max_new_tokens=ROW_TOKENS - PROMPT_TOKENS, rows_per_chunk=96,
-        continuous_batching="false",
-    )  # fmt: skip
-    regenerate.main([word for key, value in words.items() for word in (f"--{key}", str(value))])
+    regenerate.main(answering(target, prompts, paths["the target's"], temperature, rows_per_chunk=96))
     return paths
+
+
+def answering(target: Path, prompts: Path, out: Path, temperature: float, **more) -> list[str]:
+    """Arguments of `hf_specauf.regenerate`."""
+    words = dict(
+        target=target, dataset_name=prompts, out=out, temperature=temperature, device="cpu",
+        prompt_tokens=PROMPT_TOKENS, max_new_tokens=ROW_TOKENS - PROMPT_TOKENS, continuous_batching="false",
+    )  # fmt: skip
+    return [word for key, value in (words | more).items() for word in (f"--{key}", str(value))]
+
+
+def killed_and_resumed(target: Path, prompts: Path, folder: Path, count: int, temperature: float) -> dict:
+    """Answer `count` prompts, and again with two SIGKILLs -> whether the files are equal byte by byte."""
+    kept = folder / "regenerated.json"
+    if kept.is_file():
+        return json.loads(kept.read_text())
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    chunk = max(count // 8, 1)
+    command = {
+        name: [sys.executable, "-m", "hf_specauf.regenerate"]
+        + answering(target, prompts, folder / f"{name}.jsonl", temperature, max_rows=count, rows_per_chunk=chunk)
+        for name in ("whole", "killed")
+    }
+    for chunks in (1, 4):
+        process = subprocess.Popen(command["killed"])
+        while len(list(folder.glob("killed.parts/chunk-*.jsonl"))) < chunks:
+            if process.poll() is not None:
+                raise RuntimeError(f"regenerate ended by itself ({process.returncode}) before it was killed")
+            time.sleep(0.02)
+        process.kill()
+        process.wait()
+        print(f"killed with {len(list(folder.glob('killed.parts/chunk-*.jsonl')))} chunks of {chunk} rows written")
+    for words in command.values():
+        subprocess.run(words, check=True)
+    whole, killed = (hashlib.sha256((folder / f"{name}.jsonl").read_bytes()).hexdigest() for name in command)
+    found = {"prompts": count, "kills": 2, "identical": killed == whole, "sha256": whole}
+    kept.write_text(json.dumps(found))
+    return found
 
 
 def score(target: Path, rows: Path) -> dict:
@@ -92,7 +131,7 @@ def run(target: Path, rows: Path, folder: Path, seed: int, steps: int, prompts: 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one seed, 20 steps, 96 rows: about two minutes")
+    parser.add_argument("--quick", action="store_true", help="one seed, 20 steps, 96 rows: about five minutes")
     parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=240)
@@ -107,6 +146,9 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     target = quickstart_target(TargetSettings())
     files = both_kinds(target, out, count, args.temperature)
+    few = 24 if args.quick else min(300, count)
+    resumed = killed_and_resumed(target, out / f"prompts-{count}.jsonl", out / f"killed-{few}", few, args.temperature)
+    print(f"{few} prompts answered, killed twice: {'identical' if resumed['identical'] else 'NOT IDENTICAL'}")
     scores = {kind: score(target, path) for kind, path in files.items()}
     rows: dict[str, list[dict]] = {kind: [] for kind in files}
     for seed in seeds:
@@ -133,6 +175,7 @@ def main() -> None:
         command = shlex.join(["python", *sys.argv])
         record = {"command": command, "date": str(date.today()), "environment": environment(), "headline": headline}
         record |= {"steps": steps, "rows": count, "seeds": seeds, "gain": gain, "on_policy": scores, "runs": rows}
+        record |= {"regenerated": resumed}
         args.json.write_text(json.dumps(record, indent=1) + "\n")
     print(headline)
 
