@@ -67,12 +67,15 @@ class AUFConfig(TrainingArguments):
         default=8, metadata={"help": "Held-out prompts decoded at each evaluation for eval_tau; 0 for none."}
     )
     eval_new_tokens: int = field(default=64, metadata={"help": "Tokens decoded for each of them."})
+    per_device_eval_batch_size: int | None = field(
+        default=None, metadata={"help": "Held-out rows at once; by default per_device_train_batch_size."}
+    )
     learning_rate: float = field(default=6e-4, metadata={"help": "Peak learning rate."})
     muon_learning_rate: float | None = field(
         default=None,
         metadata={
-            "help": "Train the drafter's matrices by Muon at this rate (try 0.02), the rest by AdamW at "
-            "learning_rate; by default AdamW (or optim) trains all."
+            "help": "Train the drafter's matrices by Muon at this rate (try 0.02), the rest, and those with embed in "
+            "their name (Domino's embed_proj), by AdamW at learning_rate; by default AdamW (or optim) trains all."
         },
     )
     logging_steps: float = field(default=10, metadata={"help": "Log every this many steps (a share of them if < 1)."})
@@ -83,6 +86,8 @@ class AUFConfig(TrainingArguments):
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay false: rows carry more than ids."})
 
     def __post_init__(self):
+        if self.per_device_eval_batch_size is None:
+            self.per_device_eval_batch_size = self.per_device_train_batch_size
         if self.fp16:
             raise ValueError("fp16: true would train a drafter that accepts nothing (vllm#55250): use bf16: true")
         if self.bf16 is None:
