@@ -7,16 +7,20 @@ BIN := .venv/bin
 quickstart: .venv/installed
 	$(BIN)/python -m hf_specauf.quickstart
 
-test: .venv/installed lint
+test: .venv/tested lint
 	$(BIN)/python -m pytest
 
-lint: .venv/installed
+lint: .venv/tested
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+.venv/tested: .venv/installed
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 

@@ -149,22 +149,25 @@ class AUFTrainer(TwoBranches, WorstCase, CompleteCheckpoints, Publishing, Traine
         self._check_sharding()
         if self.pop_callback(ProgressCallback) is not None:  # absent with disable_tqdm
             self.add_callback(TauProgressCallback)
-        if args.shard_target:
-            self.target.shard(args.device)
-        elif not self.target.dispatched:
-            self.target.model.to(args.device)
         rows = train_dataset if train_dataset is not None else eval_dataset
-        rows = next(iter(rows.values())) if isinstance(rows, dict) else rows
-        sample = rows[0]["input_ids"][:64]
-        self.target.check(torch.tensor([sample], device=args.device))
-        if "document_ids" in rows.column_names:
-            some = rows.select(np.linspace(0, len(rows) - 1, min(len(rows), 200)).astype(int))
-            fullest = max(some, key=lambda row: row["document_ids"][-1])  # a row of one document would tell nothing
-            packed = [torch.tensor([fullest[key]], device=args.device) for key in ("input_ids", "document_ids")]
-            self.target.check_packing(*packed)
+        self._place_target(next(iter(rows.values())) if isinstance(rows, dict) else rows)
         # numerator, denominator, ranks whose gradient is not finite, ranks that were told to stop
         self._step_sums = torch.zeros(4, dtype=torch.float64, device=args.device)
         self._log_sums = torch.zeros(len(COUNTERS), dtype=torch.float64, device=args.device)
+
+    def _place_target(self, rows: Dataset) -> None:
+        """Move or shard the target, and check on real rows that it lends what the drafter is trained on."""
+        device = self.args.device
+        if self.args.shard_target:
+            self.target.shard(device)
+        elif not self.target.dispatched:
+            self.target.model.to(device)
+        self.target.check(torch.tensor([rows[0]["input_ids"][:64]], device=device))
+        if "document_ids" in rows.column_names:
+            some = rows.select(np.linspace(0, len(rows) - 1, min(len(rows), 200)).astype(int))
+            fullest = max(some, key=lambda row: row["document_ids"][-1])  # a row of one document would tell nothing
+            packed = [torch.tensor([fullest[key]], device=device) for key in ("input_ids", "document_ids")]
+            self.target.check_packing(*packed)
 
     def _check_sharding(self) -> None:
         """Raise for what sharded training cannot do, whether args, the launcher or the drafter shard; set up FSDP2."""

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import MASK, PAD, make_drafter, make_target
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 
 from hf_specauf.blocks import row_inputs
 from hf_specauf.conversations import RowCollator, pack
@@ -79,13 +79,16 @@ def test_the_targets_taps_of_packed_documents_are_those_of_the_documents_apart(a
     torch.testing.assert_close(together, torch.cat(apart, dim=1), rtol=1e-10, atol=1e-10)
 
 
-def test_a_target_that_lets_packed_documents_see_each_other_is_refused(packed):
+def test_a_target_that_lets_packed_documents_see_each_other_is_refused(rows, packed, tmp_path, tokenizer):
     """gpt-oss in transformers 5.23 makes its masks without the positions."""
-    target = make_target("gpt_oss")
-    frozen = FrozenTarget(target, make_drafter(target).config)
-    ids, documents = (torch.tensor([packed[0][key]]) for key in ("input_ids", "document_ids"))
+    target = make_target("gpt_oss", dtype=torch.float32)
+    alone = rows.select([0]).add_column("document_ids", [[0] * len(rows[0]["input_ids"])])  # as the longest lie first
+    alone = alone.select_columns(packed.column_names)
+    args = AUFConfig(output_dir=str(tmp_path), use_cpu=True, eval_prompts=0, report_to="none")
     with pytest.raises(ValueError, match="packing: true does not work with GptOssForCausalLM.*packing: false"):
-        frozen.check_packing(ids, documents)
+        AUFTrainer(
+            make_drafter(target), target, args, concatenate_datasets([alone, packed]), processing_class=tokenizer
+        )
 
 
 def test_prompts_of_an_evaluation_are_spread_over_all_held_out_rows(rows, tmp_path, tokenizer):

@@ -5,7 +5,7 @@
 The quickstart target (Python source) is fine-tuned on prose: the language reference that ships as `pydoc_data`. Then,
 on the prose and at equal steps: the old drafter as it is, adapted by LoRA (r = 4, 16, 64), fine-tuned in full, trained
 from scratch; and on the target's last layers: LoRA with them frozen, or full training that starts from them. Each run
-is a process of its own, whose peak memory and seconds are noted. Full training uses the quickstart's Muon; LoRA is
+is a process of its own; of the first seed's, peak memory and seconds are noted. Full training uses the quickstart's Muon; LoRA is
 trained both by Muon and by AdamW. Runs that are already in --out are kept, so an interrupted study goes on.
 """
 
@@ -195,6 +195,8 @@ def main() -> None:
             kept = folder / f"decoded-{args.prompts}.json"
             if not kept.is_file():
                 write_record(kept, decode(target, folder, args.prompts))
+            if seed != args.seeds[0]:  # time and memory are the first seed's: several studies may share the others
+                found = {key: value for key, value in found.items() if key not in ("seconds", "peak_bytes")}
             runs[name].append(found | json.loads(kept.read_text()) | {"seed": seed})
 
     table = Table(
@@ -211,12 +213,11 @@ def main() -> None:
         return f"{(mean[name] - old['tau']) / gain:.0%}" if gain > 0 else "no gain to share"
 
     for name, found in runs.items():
-        middle = {key: statistics.median(one[key] for one in found) for key in ("seconds", "peak_bytes")}
         table.add_row(
             name, " ".join(f"{one['tau']:.3f}" for one in found), f"{mean[name]:.3f}",
             of_gain(name), f"{found[0]['trained_parameters'] / 1e3:.0f} k",
-            f"{found[0]['published_bytes'] / 1e6:.2f} MB", f"{middle['seconds']:.0f}",
-            f"{middle['peak_bytes'] / 1e6:.0f} MB",
+            f"{found[0]['published_bytes'] / 1e6:.2f} MB", f"{found[0]['seconds']:.0f}",
+            f"{found[0]['peak_bytes'] / 1e6:.0f} MB",
         )  # fmt: skip
     Console(width=140).print(table)
     shares = shares_at_8b()
