@@ -5,8 +5,9 @@
 The quickstart target (Python source) is fine-tuned on prose: the language reference that ships as `pydoc_data`. Then,
 on the prose and at equal steps: the old drafter as it is, adapted by LoRA (r = 4, 16, 64), fine-tuned in full, trained
 from scratch; and on the target's last layers: LoRA with them frozen, or full training that starts from them. Each run
-is a process of its own; of the first seed's, peak memory and seconds are noted. Full training uses the quickstart's Muon; LoRA is
-trained both by Muon and by AdamW. Runs that are already in --out are kept, so an interrupted study goes on.
+is a process of its own; of the first seed's, peak memory and seconds are noted. Full training uses the quickstart's
+Muon; LoRA is trained both by Muon and by AdamW. Runs that are already in --out are kept, so an interrupted study goes
+on.
 """
 
 import argparse
