@@ -139,6 +139,20 @@ def test_lora_gives_the_same_loss_gradient_and_adapter_in_two_processes(folder, 
             torch.testing.assert_close(value, reference[1][key], rtol=1e-4, atol=2e-6, msg=name)
 
 
+def test_lora_on_a_domino_drafter_is_the_same_in_two_processes(folder, tmp_path):
+    found = []
+    for number, keys in enumerate((dict(processes=1, rows_each=4), dict(processes=2, rows_each=2, sharded=True))):
+        keys |= dict(lora=True, drafter="domino", objective="b_auf", max_grad_norm=0.05)
+        logs = launch(folder, tmp_path / str(number), **keys)["logs"]
+        state = weights(tmp_path / str(number))
+        assert any("embed_proj" in name for name in state) and all("lora_" in name for name in state)
+        found.append(([(log["loss"], log["grad_norm"]) for log in logs if "loss" in log], state))
+    (one, state), (two, other) = found
+    assert len(one) == 4 and two == [pytest.approx(pair, rel=1e-4) for pair in one]
+    for name, value in state.items():
+        torch.testing.assert_close(other[name], value, rtol=1e-4, atol=2e-6, msg=name)
+
+
 @pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs `pip install deepspeed`")
 def test_deepspeed_zero2_gives_the_loss_gradient_and_weights_of_plain_training(folder, tmp_path):
     """One process: on CPU accelerate runs each DeepSpeed process as if it were alone."""
