@@ -207,6 +207,7 @@ def target_writer(args, target: PreTrainedModel, tokenizer: PreTrainedTokenizerB
             print(f"continuous batching cannot run this target here ({' '.join(str(error).split())}): plain batches")
 
     def answer(conversation, prompt: list[int], ids: list[int]) -> dict:
+        """What `Conversation.take` is told of the ids that were generated."""
         ids = until_end(ids, ends)
         whole = bool(ids) and ids[-1] in ends
         # without what the template wrote of the answer's beginning, transformers parses nothing
@@ -218,6 +219,7 @@ def target_writer(args, target: PreTrainedModel, tokenizer: PreTrainedTokenizerB
         return {"prompt_ids": prompt, "ids": ids, "truncated": not whole, "turn": {"role": "assistant"} | turn}
 
     def write(conversations: list, seed: int) -> list[dict]:
+        """The next answer of each conversation."""
         prompts = [prompt_ids(c, tokenizer, args.chat_template_kwargs, args.prompt_tokens) for c in conversations]
         most = longest - args.max_new_tokens
         long = f"its prompt leaves no room for max_new_tokens in the target's {longest} positions"
@@ -242,6 +244,7 @@ def endpoint_writer(args) -> Callable:
     settings |= {"chat_template_kwargs": args.chat_template_kwargs} if args.chat_template_kwargs else {}
 
     def ask(conversation, seed: int) -> dict:
+        """The next answer of one conversation."""
         if conversation.text is not None:
             raise ValueError(
                 "rows of plain text are continued token by token, which needs the target itself: leave out --endpoint"

@@ -211,6 +211,7 @@ def flex_mask(
     ends = torch.where(real, anchors, 0)  # a block that is not real sees no context
 
     def sees(row, head, slot, key):
+        """Whether a slot sees a key: earlier context of its document, or its own block."""
         block = slot // block_size
         position = key.clamp(max=length - 1)
         context = (key < ends[row, block]) & (document_ids[row, position] == anchor_document[row, block])

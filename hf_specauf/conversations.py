@@ -104,6 +104,7 @@ def measure_rows(rows: Dataset, mask_token_id: int, num_proc: int | None) -> dic
     were `refused` as raw rows, `tokens`, longest supervised `run`, `has_mask`, the encoder's `source` and `cut`."""
 
     def measure(batch: dict) -> dict:
+        """Of a batch of token rows."""
         return {
             "run": [longest_run(flags) for flags in batch["supervised"]],
             "tokens": [len(ids) for ids in batch["input_ids"]],

@@ -127,19 +127,7 @@ def from_target(
     base = AdapterBase.read(adapter)
     if base.borrowed_layers is None:
         raise ValueError(f"{folder_or_repo} borrows no layers of a target: use load_drafter({str(folder_or_repo)!r})")
-    if fingerprint(borrowed_tensors(target, base.borrowed_layers)) != base.fingerprint:
-        at = f" at {base.revision}" if base.revision else ""
-        raise ValueError(
-            f"{folder_or_repo} borrows layers {base.borrowed_layers} of {base.name_or_path}{at}, and this target's "
-            "layers are other weights: load that target, at that revision"
-        )
-    trained, found = (base.trained_for or {}).get("target_fingerprint"), target_fingerprint(target)
-    if trained and found and trained != found:
-        raise ValueError(
-            f"this target's layers {base.borrowed_layers} are those {folder_or_repo} borrows, but other weights of it "
-            f"differ from {base.trained_for['target_model_name_or_path']}, whose hidden states the drafter was "
-            "trained on: load that target, at that revision"
-        )
+    _check_lender(target, base, folder_or_repo)
     given = json.loads((adapter / "config.json").read_text()) | {"borrowed_layers": None}
     config = (DominoConfig if given["model_type"] == DominoConfig.model_type else DFlashConfig).from_dict(given)
     drafter = borrow(target, config, base.borrowed_layers, frozen=True)
@@ -160,6 +148,23 @@ def from_target(
     if dtype == "auto":
         dtype = torch.bfloat16 if target.dtype == torch.float16 else target.dtype
     return drafter.to(dtype).eval()
+
+
+def _check_lender(target: PreTrainedModel, base: AdapterBase, folder_or_repo: str | Path) -> None:
+    """Raise unless the target has the layers that were borrowed, and the weights around them."""
+    if fingerprint(borrowed_tensors(target, base.borrowed_layers)) != base.fingerprint:
+        at = f" at {base.revision}" if base.revision else ""
+        raise ValueError(
+            f"{folder_or_repo} borrows layers {base.borrowed_layers} of {base.name_or_path}{at}, and this target's "
+            "layers are other weights: load that target, at that revision"
+        )
+    trained, found = (base.trained_for or {}).get("target_fingerprint"), target_fingerprint(target)
+    if trained and found and trained != found:
+        raise ValueError(
+            f"this target's layers {base.borrowed_layers} are those {folder_or_repo} borrows, but other weights of it "
+            f"differ from {base.trained_for['target_model_name_or_path']}, whose hidden states the drafter was "
+            "trained on: load that target, at that revision"
+        )
 
 
 def named(odd: list[str]) -> str:

@@ -89,6 +89,18 @@ def prompt_row(prompt: torch.Tensor, plain: tuple, assisted: tuple, rounds: list
     }
 
 
+def timed(target, prompt: torch.Tensor, assistant, config: GenerationConfig, seed: int) -> tuple[torch.Tensor, float]:
+    """Generate after a prompt (1, S), plainly where `assistant` is `None` -> output (1, T) and seconds."""
+    torch.manual_seed(seed)
+    start = time.perf_counter()
+    output = target.generate(
+        prompt, attention_mask=torch.ones_like(prompt), generation_config=config, assistant_model=assistant
+    )
+    if output.is_cuda:
+        torch.cuda.synchronize()
+    return output, time.perf_counter() - start
+
+
 def compare(
     target,
     drafter,
@@ -119,22 +131,13 @@ def compare(
     kinds = [("plain", None), ("assisted", drafter)]
     tokens, rows, counts = {"plain": 0, "assisted": 0}, [], {"identical": 0, "near_tie": 0, "different": 0}
 
-    def run(prompt: torch.Tensor, assistant) -> tuple[torch.Tensor, float]:
-        torch.manual_seed(seed)
-        start = time.perf_counter()
-        output = target.generate(
-            prompt, attention_mask=torch.ones_like(prompt), generation_config=config, assistant_model=assistant
-        )
-        if output.is_cuda:
-            torch.cuda.synchronize()
-        return output, time.perf_counter() - start
-
     with attach(target, drafter, max_draft_tokens=max_draft_tokens) as attachment, torch.no_grad():
         for _, assistant in kinds:  # warm up, not counted
-            run(prompts[0], assistant)
+            timed(target, prompts[0], assistant, config, seed)
         attachment.generations.clear()
         for turn, prompt in enumerate(track(prompts, "decoding", disable=not show_progress, transient=True)):
-            found = {kind: run(prompt, assistant) for kind, assistant in (kinds if turn % 2 else kinds[::-1])}
+            order = kinds if turn % 2 else kinds[::-1]
+            found = {kind: timed(target, prompt, assistant, config, seed) for kind, assistant in order}
             difference = first_difference(model, found["plain"][0], found["assisted"][0]) if temperature == 0 else None
             verdict = "identical" if difference is None else "near_tie" if difference["near_tie"] else "different"
             counts[verdict] += temperature == 0

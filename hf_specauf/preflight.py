@@ -3,14 +3,20 @@
 import torch
 from peft import PeftConfig
 from transformers import PreTrainedTokenizerBase
+from transformers.trainer_utils import HubStrategy
 
 from .auf_config import AUFConfig
 from .drafters.configuration_domino import DominoConfig
+from .lora import AdapterBase
 from .objectives import DOMINO_OBJECTIVES, OBJECTIVES
 
 
 def check_start(
-    drafter, args: AUFConfig, tokenizer: PreTrainedTokenizerBase | None, peft_config: PeftConfig | None
+    drafter,
+    args: AUFConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    peft_config: PeftConfig | None,
+    adapter_base: AdapterBase | None,
 ) -> None:
     """Raise for what would train a drafter that silently accepts nothing, before anything heavy is done.
 
@@ -31,6 +37,12 @@ def check_start(
         raise ValueError(
             f"the drafter's weights are {drafter.dtype}: small updates vanish in it, RMSNorms freeze "
             "(Model-Optimizer#2322). Load it with dtype=torch.float32; bf16: true trains under autocast."
+        )
+    borrows = adapter_base is not None and adapter_base.borrowed_layers is not None
+    if borrows and args.shard_target and args.push_to_hub and args.hub_strategy != HubStrategy.END:
+        raise ValueError(
+            f"hub_strategy is {args.hub_strategy.value}, and a checkpoint with borrowed layers is published by "
+            "reading the target's, which shard_target spreads over processes: set hub_strategy: end"
         )
     if args.shard_target and args.world_size == 1:
         raise ValueError("shard_target: true spreads the target over processes, and there is one: remove the key")

@@ -115,6 +115,24 @@ def train_tokenizer(texts: list[str], vocab_size: int):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD, mask_token=MASK)
 
 
+def target_config(settings: TargetSettings, tokenizer) -> Qwen3Config:
+    """The quickstart target's shape."""
+    return Qwen3Config(
+        vocab_size=settings.vocab_size,
+        hidden_size=settings.hidden_size,
+        intermediate_size=settings.intermediate_size,
+        num_hidden_layers=settings.num_hidden_layers,
+        num_attention_heads=settings.num_attention_heads,
+        num_key_value_heads=settings.num_key_value_heads,
+        head_dim=settings.head_dim,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+    )
+
+
 def quickstart_target(settings: TargetSettings) -> Path:
     """Folder with the trained target, its tokenizer and `heldout.jsonl` / `train.jsonl`; trained on the first call.
 
@@ -134,20 +152,6 @@ def quickstart_target(settings: TargetSettings) -> Path:
     ids = [token for document in documents for token in document + [tokenizer.eos_token_id]]
     size = settings.row_tokens
     rows = [ids[i : i + size] for i in range(0, len(ids) - size, size)]
-    config = Qwen3Config(
-        vocab_size=settings.vocab_size,
-        hidden_size=settings.hidden_size,
-        intermediate_size=settings.intermediate_size,
-        num_hidden_layers=settings.num_hidden_layers,
-        num_attention_heads=settings.num_attention_heads,
-        num_key_value_heads=settings.num_key_value_heads,
-        head_dim=settings.head_dim,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
-    )
     work = folder.with_name(folder.name + ".training")
     arguments = TrainingArguments(
         output_dir=str(work),
@@ -163,7 +167,7 @@ def quickstart_target(settings: TargetSettings) -> Path:
         logging_steps=50,
         report_to="none",
     )
-    model = Qwen3ForCausalLM(config)
+    model = Qwen3ForCausalLM(target_config(settings, tokenizer))
     trainer = Trainer(
         model=model,
         optimizers=(MuonWithAdamW(model, settings.learning_rate, settings.adam_learning_rate), None),

@@ -21,7 +21,7 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
-from transformers.trainer_utils import HubStrategy, IntervalStrategy
+from transformers.trainer_utils import IntervalStrategy
 
 from .acceptance import accepted_prefix, summarize
 from .auf_config import AUFConfig
@@ -114,7 +114,7 @@ class AUFTrainer(TwoBranches, WorstCase, CompleteCheckpoints, Publishing, Traine
         callbacks: list[TrainerCallback] | None = None,
         adapter_base: AdapterBase | None = None,
     ):
-        check_start(model, args, processing_class, peft_config)
+        check_start(model, args, processing_class, peft_config, adapter_base)
         config = model.config
         self.args = args
         self.drafter_config = config
@@ -179,12 +179,6 @@ class AUFTrainer(TwoBranches, WorstCase, CompleteCheckpoints, Publishing, Traine
         sharded = any(isinstance(p, DTensor) for p in self.model.parameters())
         if self.args.muon_learning_rate is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled or sharded):
             raise ValueError("muon_learning_rate needs whole matrices, and FSDP and DeepSpeed shard them: remove it")
-        borrows = self.adapter_base is not None and self.adapter_base.borrowed_layers is not None
-        if borrows and self.args.shard_target and self.args.push_to_hub and self.args.hub_strategy != HubStrategy.END:
-            raise ValueError(
-                f"hub_strategy is {self.args.hub_strategy.value}, and a checkpoint with borrowed layers is published "
-                "by reading the target's, which shard_target spreads over processes: set hub_strategy: end"
-            )
         if self.is_fsdp_enabled and self.args.bf16:
             # accelerate's own sums gradients in bf16, and casts what forward returns, also Domino's losses
             policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -405,7 +399,7 @@ class AUFTrainer(TwoBranches, WorstCase, CompleteCheckpoints, Publishing, Traine
         whole = AutoModel.from_config(config, dtype=torch.float32)
         if self._peft_config is not None:
             whole = get_peft_model(whole, self._peft_config)
-        # one at a time on the accelerator
+        # each leaves the accelerator before the next is gathered
         whole.load_state_dict({k: (v.full_tensor() if isinstance(v, DTensor) else v).cpu() for k, v in state.items()})
         return whole
 

@@ -23,6 +23,7 @@ from hf_specauf import DFlashDraftModel
 from hf_specauf.blocks import EVALUATION_STEP, make_blocks, sample_anchors
 from hf_specauf.conversations import RowCollator
 from hf_specauf.generate import attach
+from hf_specauf.lora import AdapterBase
 from hf_specauf.target import drafter_config
 from hf_specauf.train import resume_folder
 from hf_specauf.trainer import AUFConfig, AUFTrainer
@@ -66,7 +67,7 @@ def build(pair, tmp_path):
     def build(cls=AUFTrainer, **overrides) -> AUFTrainer:
         given = dict(
             model=pair.drafter, target_model=pair.target, train_dataset=pair.rows, eval_dataset=pair.rows,
-            processing_class=pair.tokenizer, peft_config=None, callbacks=None,
+            processing_class=pair.tokenizer, peft_config=None, callbacks=None, adapter_base=None,
         )  # fmt: skip
         given |= {key: overrides.pop(key) for key in given if key in overrides}
         given["model"] = deepcopy(given["model"])
@@ -418,6 +419,25 @@ def test_resume_continues_bit_for_bit(build, pair, tmp_path, peft_config):
     assert logs == expected
     assert resumed.state.global_step == 6
     assert_same(weights(resumed), weights(whole))
+
+
+def test_an_adapter_resumes_only_with_its_own_keys(build, tmp_path):
+    keys = dict(save_strategy="steps", save_steps=1, max_steps=2)
+    build(output_dir=str(tmp_path / "full"), **keys).train()
+    build(peft_config=LoraConfig(r=4, target_modules="all-linear"), **keys).train()
+    for folder, rank, advice in (
+        ("full", 4, "holds a drafter trained in full, and this run trains an adapter: set use_peft: false"),
+        ("out", 8, "was trained with r 4, and this run has 8: resume with the LoRA keys of that run"),
+    ):
+        trainer = build(peft_config=LoraConfig(r=rank, target_modules="all-linear"), **keys)
+        with pytest.raises(ValueError, match=advice):
+            trainer.train(resume_from_checkpoint=str(tmp_path / folder / "checkpoint-1"))
+
+
+def test_checkpoints_on_borrowed_layers_are_not_published_while_the_target_is_sharded(build):
+    borrowed = AdapterBase("some/target", None, "", [1])
+    with pytest.raises(ValueError, match="hub_strategy is every_save.*set hub_strategy: end"):
+        build(adapter_base=borrowed, shard_target=True, push_to_hub=True)
 
 
 def test_lora_trains_the_adapter_alone_and_loads_with_peft(build, pair, tmp_path):

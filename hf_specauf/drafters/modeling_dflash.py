@@ -45,6 +45,7 @@ class DFlashAttention(nn.Module):
         attention_mask: torch.Tensor | tuple[torch.Tensor, ...] | None,
         past_key_values: Cache | None,
     ) -> torch.Tensor:
+        """What the block's slots read, (B, Q, H); masks as of [`DFlashDraftModel.forward`]."""
         batch, slots, _ = block.shape
         both = torch.cat([context, block], dim=1)
         heads = (batch, -1, self.head_dim)
@@ -76,6 +77,8 @@ class DFlashAttention(nn.Module):
 
 
 class DFlashDecoderLayer(GradientCheckpointingLayer):
+    """Attention over context and block, and Qwen3's MLP, before each a norm."""
+
     def __init__(self, config: DFlashConfig, layer_idx: int):
         super().__init__()
         self.self_attn = DFlashAttention(config, layer_idx)
@@ -84,6 +87,7 @@ class DFlashDecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, hidden_states, context, cos, sin, attention_mask=None, past_key_values=None):
+        """The block's hidden states, (B, Q, H) -> (B, Q, H); the rest as of [`DFlashAttention.forward`]."""
         hidden_states = hidden_states + self.self_attn(
             self.input_layernorm(hidden_states), context, cos, sin, attention_mask, past_key_values
         )
