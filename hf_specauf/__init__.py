@@ -13,7 +13,7 @@ from .drafters.configuration_domino import DominoConfig
 from .drafters.modeling_dflash import DFlashDraftModel
 from .drafters.modeling_domino import DominoDraftModel
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 for _config, _model in ((DFlashConfig, DFlashDraftModel), (DominoConfig, DominoDraftModel)):
     AutoConfig.register(_config.model_type, _config)

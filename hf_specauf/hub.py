@@ -29,6 +29,7 @@ from transformers.utils import logging as transformers_logging
 
 from .convert import load_drafter
 from .drafters.configuration_domino import DominoConfig
+from .drafters.transformers_internals import TESTED
 from .lora import BASE_FILE, AdapterBase, fingerprint, finish_adapter
 from .model_card import render
 from .records import HUB_ID, errors_in_one_line, public, same_target, write_record
@@ -58,6 +59,27 @@ if more:
     found["correction"] = output.reduced
 save_file({name: tensor.contiguous() for name, tensor in found.items()}, outputs)
 """
+
+
+def last_version_of_code(folder: Path) -> str | None:
+    """The newest minor version of transformers that a drafter folder's own code was tested with; `None` where it holds
+    no code, which `AutoModel` then takes from elsewhere."""
+    if not any(folder.glob("modeling_*.py")):
+        return None
+    path = folder / "transformers_internals.py"
+    if not path.is_file():  # published by hf_specauf 0.1.0
+        return "5.23"
+    return re.search(r'^TESTED = \("[\d.]+", "([\d.]+)"\)', path.read_text(), re.MULTILINE)[1]
+
+
+def say_where_code_stops(folder: str | Path) -> None:
+    """Print a line where a drafter folder's own code is older than this package's."""
+    last, newest = last_version_of_code(Path(folder)), TESTED[1]
+    if last not in (None, newest):
+        print(
+            f"{folder}: its own code (*.py) stops at transformers {last}, and this package's goes to {newest}. Who "
+            f"loads it without hf_specauf needs transformers {last}; pushing it again, with today's code, mends that."
+        )
 
 
 def find_secrets(folder: Path) -> list[str]:
@@ -121,7 +143,14 @@ def public_base(
             "is. Publish that drafter, and give its Hub id with --base OWNER/NAME"
         )
     name, wanted = (given, revision) if given else (base.name_or_path, base.revision)
-    commit = HfApi(token=token).model_info(name, revision=wanted).sha
+    info = HfApi(token=token).model_info(name, revision=wanted)
+    commit, files = info.sha, {file.rfilename for file in info.siblings or []}
+    if small and "modeling_dflash.py" in files and "transformers_internals.py" not in files:
+        print(
+            f"the base {name} at {commit} was published by hf_specauf 0.1.0, whose code stops at transformers 5.23: "
+            "who loads the adapter without hf_specauf needs that version. Push the base again and name its new commit "
+            "with --base-revision, or leave out --small."
+        )
     found = replace(base, name_or_path=name, revision=commit)
     if given is not None or commit != base.revision:  # nobody has compared it yet
         drafter = load_drafter(name, commit, key="--base")
@@ -466,9 +495,12 @@ def main(argv: list[str] | None = None) -> None:
     transformers_logging.set_verbosity_error()
     command = args.pop("command")
     if command == "check":
+        say_where_code_stops(args["drafter"])
         print(f"ready to publish: {', '.join(check(**args))}")
     elif command == "pull":
-        print(f"pulled into {pull(**args)}")
+        folder = pull(**args)
+        say_where_code_stops(folder)
+        print(f"pulled into {folder}")
     else:
         info = push(**args)
         print(f"published: {info.pr_url or info.commit_url}")

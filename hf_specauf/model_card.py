@@ -14,6 +14,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .acceptance import TAU_DEFINITION
+from .drafters.transformers_internals import TESTED
 from .records import HUB_ID, errors_in_one_line, public
 
 NOT_MEASURED = "not measured"
@@ -216,7 +217,7 @@ def render(
         alpha_plot=(folder / "alpha.png").is_file(), layers=config["num_hidden_layers"],
         block_size=config["block_size"], taps=config["target_layer_ids"], mask_token_id=config["mask_token_id"],
         dtype=config.get("dtype"), form=form, base=base.get("name_or_path"), base_revision=base.get("revision"),
-        domino=config if domino else None, **training_lines(provenance),
+        domino=config if domino else None, oldest=TESTED[0], newest=TESTED[1], **training_lines(provenance),
     )  # fmt: skip
 
 

@@ -29,10 +29,12 @@ from huggingface_hub.errors import (
 PACKAGES = ("hf-specauf", "torch", "transformers", "peft", "trl", "accelerate", "datasets", "huggingface-hub")
 
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-# Keys that name places, people, tokens or ways of showing, and change nothing in the drafter
+# Keys that name places, people, tokens or ways of showing, and change nothing in the drafter; and the old names that
+# transformers still mirrors (`gradient_checkpointing*` is `activation_checkpointing*`)
 NOT_PUBLIC = re.compile(
     r"output_dir|run_name|report_to|resume_from_checkpoint|hub_.*|push_to_hub|project|trackio_.*|disable_tqdm|"
-    r".*_logging_dir|save_total_limit|logging_.*|log_level.*|local_rank|_n_gpu|deepspeed_plugin|.*_token"
+    r".*_logging_dir|save_total_limit|logging_.*|log_level.*|local_rank|_n_gpu|deepspeed_plugin|.*_token|"
+    r"gradient_checkpointing.*"
 )
 
 

@@ -10,7 +10,7 @@ import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftConfig, get_peft_model
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from transformers import (
     AutoModel,
@@ -31,6 +31,7 @@ from .checkpoints import CompleteCheckpoints
 from .conversations import RowCollator, fill_up, prepare_rows, prompt_length
 from .domino_loss import TwoBranches, domino_losses
 from .drafters.configuration_domino import DominoConfig
+from .drafters.transformers_internals import check_methods
 from .evaluate import decoding_config
 from .generate import attach
 from .lora import AdapterBase, finish_adapter
@@ -41,6 +42,15 @@ from .progressive import HeadLoss, head_loss
 from .publishing import Publishing
 from .target import FrozenTarget
 from .worst_case import WorstCase, local
+
+# Private methods of Trainer that we override: one that is gone would no longer be called, and nothing would say so.
+OVERRIDDEN = {
+    "_get_output_dir": ("trial",),
+    "_save_checkpoint": ("model", "trial"),
+    "_save": ("output_dir", "state_dict"),
+    "_load_from_checkpoint": ("resume_from_checkpoint", "model"),
+    "_push_from_checkpoint": ("checkpoint_folder",),
+}
 
 # Sums over slots or blocks; the columns of every counter tensor below.
 COUNTERS = (
@@ -114,6 +124,7 @@ class AUFTrainer(TwoBranches, WorstCase, CompleteCheckpoints, Publishing, Traine
         callbacks: list[TrainerCallback] | None = None,
         adapter_base: AdapterBase | None = None,
     ):
+        check_methods(Trainer, OVERRIDDEN)
         check_start(model, args, processing_class, peft_config, adapter_base)
         config = model.config
         self.args = args
@@ -204,13 +215,27 @@ class AUFTrainer(TwoBranches, WorstCase, CompleteCheckpoints, Publishing, Traine
         # a CPU out of memory kills without an exception, and DeepSpeed would step on the trial's gradient
         self._untried_memory = self.args.device.type != "cpu" and not self.is_deepspeed_enabled
         self._clear_unfinished()
+        # An evaluation before training leaves whole weights in FSDP2's modules, and the optimizer must get the sharded
+        # ones. Newer versions of Trainer do this themselves; twice is harmless.
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
         try:
             return super().train(*args, **kwargs)
         finally:
             self._interrupt.release()
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """Trainer's own, for raw rows too."""
+        """Trainer's own, for raw rows too.
+
+        Raises:
+            ValueError: accelerate's FSDP2 has not sharded the drafter yet, which it does together with an optimizer.
+        """
+        if self.is_fsdp_enabled and self.optimizer is None:
+            raise ValueError(
+                "evaluate before train and accelerate's FSDP2 cannot go together: it shards a drafter when training "
+                "starts. Set eval_on_start: true, which evaluates before the first step."
+            )
         named = isinstance(eval_dataset, str)  # one of several sets
         return super().evaluate(eval_dataset if named else self._prepare(eval_dataset), ignore_keys, metric_key_prefix)
 

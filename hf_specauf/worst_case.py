@@ -76,5 +76,5 @@ class WorstCase:
             raise ValueError(
                 f"memory runs out on the largest micro-batch, {shape[0]} rows of {length} tokens with {wanted} "
                 f"anchors each: {advice}. Or lower per_device_train_batch_size (raising gradient_accumulation_steps), "
-                "max_length or head_rows_per_chunk, or set gradient_checkpointing: true."
+                "max_length or head_rows_per_chunk, or set activation_checkpointing: true."
             )

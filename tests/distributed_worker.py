@@ -59,7 +59,7 @@ class TryMemory(TrainerCallback):
 def main(
     folder: Path, out: Path, lora: bool = False, sharded: bool = False, drafter: str = "drafter",
     launched_with: str | None = None, try_memory: bool = False, interrupt: bool = False, resume: str | None = None,
-    **keys,
+    evaluate_first: bool = False, **keys,
 ) -> None:  # fmt: skip
     torch.set_num_threads(1)
     if launched_with is not None:
@@ -82,6 +82,8 @@ def main(
     )  # fmt: skip
     if try_memory:
         trainer.add_callback(TryMemory(trainer))
+    if evaluate_first:
+        trainer.evaluate()
     try:
         trainer.train(resume_from_checkpoint=resume)
     except FloatingPointError:

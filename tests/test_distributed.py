@@ -13,6 +13,8 @@ from conftest import make_domino, make_drafter, make_target, random_prompts
 from safetensors.torch import load_file
 from transformers import AutoModel
 
+pytestmark = pytest.mark.internals
+
 ROOT = Path(__file__).parents[1]
 WORKER = Path(__file__).with_name("distributed_worker.py")
 # sharded by accelerate's plugin, as the recipe asks, instead of by transformers' loader; its optimizer has no one file
@@ -231,6 +233,25 @@ def test_fsdp2_of_accelerate_keeps_losses_and_gradients_in_fp32_under_bf16_and_r
     ends = [weights(tmp_path / name) for name in ("whole", "resumed")]
     assert {value.dtype for value in ends[0].values()} == {torch.float32}
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+@pytest.mark.parametrize("keys", [dict(sharded=True), FSDP2], ids=["transformers", "accelerate"])
+def test_an_evaluation_before_sharded_training_changes_nothing(folder, tmp_path, keys):
+    first = dict(evaluate_first=True) if "sharded" in keys else dict(eval_on_start=True)
+    found = []
+    for number, more in enumerate(({}, first)):
+        record = launch(folder, tmp_path / str(number), 2, 2, **keys, **more)
+        assert record["drafter"] == ["DTensor"]
+        logs = [(log["loss"], log["grad_norm"]) for log in record["logs"] if "loss" in log]
+        found.append((logs, weights(tmp_path / str(number))))
+    (logs, state), (other_logs, other_state) = found
+    assert len(logs) == 4 and other_logs == logs
+    assert all(torch.equal(other_state[name], tensor) for name, tensor in state.items())
+
+
+def test_evaluating_before_accelerate_has_sharded_is_refused_with_the_key_that_does_it(folder, tmp_path):
+    with pytest.raises(AssertionError, match="Set eval_on_start: true"):
+        launch(folder, tmp_path, 2, 2, evaluate_first=True, **FSDP2)
 
 
 @pytest.mark.parametrize("keys", [{}, FSDP2], ids=["ddp", "fsdp2"])

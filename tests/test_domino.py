@@ -24,6 +24,8 @@ from hf_specauf.generate import attach
 from hf_specauf.objectives import DOMINO_OBJECTIVES
 from hf_specauf.target import FrozenTarget
 
+pytestmark = pytest.mark.internals
+
 K = 5
 HEADS = [dict(shift_label=shift, pure_draft_prefix_len=pure) for shift in (True, False) for pure in (0, 1, 2)]
 

@@ -21,6 +21,8 @@ from hf_specauf.generate import attach
 from hf_specauf.objectives import DOMINO_OBJECTIVES
 from hf_specauf.train import main
 
+pytestmark = pytest.mark.internals
+
 BASE = DFLASH_BASE | dict(objective="b_auf")
 
 
@@ -126,7 +128,7 @@ WAYS = {
     "4 x 2 rows": dict(per_device_train_batch_size=2, gradient_accumulation_steps=4),
     "8 x 1 row": dict(per_device_train_batch_size=1, gradient_accumulation_steps=8),
     "one slot's logits at a time": dict(head_rows_per_chunk=1),
-    "gradient checkpointing": dict(gradient_checkpointing=True),
+    "gradient checkpointing": dict(activation_checkpointing=True),
 }
 
 

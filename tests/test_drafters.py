@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import MASK, VOCAB, make_drafter, make_target, overfit, random_prompts
+from conftest import MASK, VOCAB, make_domino, make_drafter, make_target, overfit, random_prompts
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, DynamicCache
 from transformers.cache_utils import DFlashCache
@@ -22,6 +22,8 @@ from hf_specauf.drafters.generation_block import embed_noise
 from hf_specauf.drafters.modeling_dflash import DFlashDraftModel
 from hf_specauf.generate import attach
 from hf_specauf.target import FrozenTarget
+
+pytestmark = pytest.mark.internals
 
 K, H, TAPS = 4, 32, (0, 2)
 BLOCK = dict(dtype=torch.float64, block_size=K, layers=2, taps=TAPS)
@@ -253,6 +255,25 @@ def test_the_native_assistant_of_transformers_gives_the_same_output_with_our_wei
     assert ours.std() > 0.1
 
 
+@pytest.mark.parametrize("make", [make_drafter, make_domino], ids=["dflash", "domino"])
+def test_a_cache_goes_by_either_name_and_never_by_both(row, make):
+    drafter = make(row.target, block_size=K, taps=TAPS, dtype=torch.float64)
+    noise, context = row.noise[:, :K], row.context[:, :9]
+    one, other, fifth = (DynamicCache(config=drafter.config) for _ in range(3))
+    with torch.no_grad():
+        found = [
+            drafter(noise, context, cache=one).last_hidden_state,
+            drafter(noise, context, past_key_values=other).last_hidden_state,
+            drafter(noise, context, None, None, fifth).last_hidden_state,
+        ]
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    assert [cache.get_seq_length() for cache in (one, other, fifth)] == [9 + K] * 3
+    with pytest.raises(TypeError, match="two names for one argument"):
+        drafter(noise, context, cache=one, past_key_values=other)
+    # a drafter that accelerate spread over devices must leave its cache where it is
+    assert {"cache", "past_key_values"} <= set(drafter._skip_keys_device_placement)
+
+
 def test_gradient_checkpointing_recomputes_each_layer_and_changes_no_gradient(row):
     gradients, calls = [], []
     for checkpointing in (False, True):
@@ -367,7 +388,7 @@ def test_a_process_without_the_package_generates_the_same_with_the_saved_files(s
 
 def test_saved_python_files_import_only_torch_transformers_and_each_other(saved):
     files = {path.stem: path for path in (saved.folder / "drafter").glob("*.py")}
-    assert set(files) == {"configuration_dflash", "generation_block", "modeling_dflash"}
+    assert set(files) == {"configuration_dflash", "generation_block", "modeling_dflash", "transformers_internals"}
     allowed = {"torch", "transformers"} | set(sys.stdlib_module_names)
     for name, path in files.items():
         for node in ast.walk(ast.parse(path.read_text())):

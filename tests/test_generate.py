@@ -16,10 +16,13 @@ from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
     BloomForCausalLM,
+    CompileConfig,
     DynamicCache,
+    GenerationMixin,
     pipeline,
     set_seed,
 )
+from transformers.cache_utils import QuantizedCache
 from transformers.generation import (
     LogitsProcessor,
     LogitsProcessorList,
@@ -35,8 +38,11 @@ from hf_specauf.acceptance import accepted_prefix, summarize
 from hf_specauf.blocks import make_blocks
 from hf_specauf.drafters.generation_block import BlockCandidateGenerator, Round
 from hf_specauf.drafters.modeling_dflash import DFlashDraftModel
+from hf_specauf.drafters.transformers_internals import CACHE, STATIC_CACHES_CROP, check_cache
 from hf_specauf.generate import attach
 from hf_specauf.target import FrozenTarget, drafter_config, tokenizer_hashes
+
+pytestmark = pytest.mark.internals
 
 K, PROMPT, NEW = 4, 12, 36
 GREEDY = dict(do_sample=False, max_new_tokens=NEW)
@@ -345,7 +351,7 @@ def test_a_target_without_position_ids_is_served():
     "options",
     [
         lambda p: dict(speculation_type="dflash"),  # the line that works without this package works with it
-        lambda p: dict(past_key_values=DynamicCache(config=p.target.config)),  # empty
+        lambda p: {CACHE: DynamicCache(config=p.target.config)},  # empty
         lambda p: dict(inputs_embeds=p.target.get_input_embeddings()(p.prompts[0])),  # beside input_ids
         lambda p: dict(return_dict_in_generate=True, output_scores=True),
         lambda p: dict(max_length=PROMPT + NEW, max_new_tokens=None),
@@ -358,6 +364,77 @@ def test_harmless_options_change_neither_output_nor_rounds(options):
         output, rounds, _ = decode(p, p.prompts[0], **options(p))
     sequences = output if torch.is_tensor(output) else output.sequences
     assert torch.equal(sequences, p.plain[0]) and rounds == p.assisted[0][1]
+
+
+# ---- static caches: taken by transformers from 5.24 on
+
+served = pytest.mark.skipif(not STATIC_CACHES_CROP, reason="static caches can be cropped from transformers 5.24 on")
+
+
+@served
+@pytest.mark.parametrize("architecture", ["qwen3", "llama", "gpt2", "mixtral"])
+def test_a_static_cache_gives_the_output_and_rounds_of_a_dynamic_one(architecture):
+    p = pair(architecture)
+    for prompt, expected, (_, rounds, _) in zip(p.prompts, p.plain, p.assisted):
+        output, found, _ = decode(p, prompt, cache_implementation="static")
+        assert torch.equal(output, expected) and found == rounds
+
+
+@served
+def test_a_compiled_verification_pass_gives_the_same_output_and_rounds():
+    p, graphs = pair(), []
+
+    def backend(graph, example_inputs, **options):
+        graphs.append(graph)
+        return graph.forward
+
+    config = CompileConfig(backend=backend, fullgraph=False)
+    config._compile_all_devices = True  # transformers compiles on accelerators alone
+    try:
+        output, rounds, _ = decode(p, p.prompts[0], cache_implementation="static", compile_config=config)
+    finally:
+        vars(p.target).pop("_compiled_call", None)
+        torch.compiler.reset()
+    assert graphs, "nothing was compiled"
+    assert torch.equal(output, p.plain[0]) and rounds == p.assisted[0][1]
+
+
+@served
+@pytest.mark.parametrize("architecture", ["gemma3_text", "gpt_oss"])
+def test_a_static_cache_with_windows_serves_texts_within_the_window_and_is_refused_beyond(architecture):
+    p = pair(architecture)
+    short = dict(cache_implementation="static", max_new_tokens=4)  # 16 tokens, as many as the window
+    output, rounds, _ = decode(p, p.prompts[0], **short)
+    assert torch.equal(output, p.plain[0][:, : PROMPT + 4]) and rounds
+    with pytest.raises(ValueError, match="its sliding-window layers overwrite.*Leave cache_implementation out"):
+        decode(p, p.prompts[0], cache_implementation="static")
+
+
+@pytest.mark.skipif(STATIC_CACHES_CROP, reason="transformers 5.24 takes static caches")
+def test_a_static_cache_is_refused_with_the_version_that_takes_it():
+    p = pair()
+    with pytest.raises(ValueError, match="go together from transformers 5.24 on.*Leave cache_implementation out"):
+        decode(p, p.prompts[0], cache_implementation="static")
+
+
+def test_a_quantised_cache_is_refused():
+    quantised = QuantizedCache.__new__(QuantizedCache)  # its backends are packages of their own
+    with pytest.raises(ValueError, match="a quantised cache cannot be cut back.*dynamic cache"):
+        check_cache(quantised)
+
+
+# ---- experts
+
+
+@pytest.mark.parametrize("kernel", ["grouped_mm", "batched_mm"])
+def test_fused_expert_kernels_give_plain_decodings_text(kernel):
+    """transformers switches between these two kernels while decoding, on accelerators."""
+    target = make_target("mixtral", dtype=torch.float32)
+    drafter, prompt = make_drafter(target, block_size=K), random_prompts(1, PROMPT)
+    target.set_experts_implementation(kernel)
+    p = SimpleNamespace(target=target, drafter=drafter)
+    output, rounds, _ = decode(p, prompt)
+    assert torch.equal(output, plain(p, prompt)) and rounds
 
 
 @pytest.mark.parametrize(
@@ -652,13 +729,13 @@ WATERMARK = SynthIDTextWatermarkingConfig(keys=[1, 2, 3], ngram_len=3)
 
 
 def filled_cache(p):
-    return dict(past_key_values=p.target(p.prompts[0][:, :4], use_cache=True).past_key_values)
+    return {CACHE: p.target(p.prompts[0][:, :4], use_cache=True)[CACHE]}
 
 
 @pytest.mark.parametrize(
     ("options", "advice"),
     [
-        (filled_cache, "pass the full conversation as input_ids and no past_key_values"),
+        (filled_cache, "pass the full conversation as input_ids and no cache"),
         (lambda p: dict(inputs=torch.cat(p.prompts)), "the batch has 3 rows.*Call generate row by row"),
         (lambda p: dict(num_beams=2), "silently ignore the drafter: set num_beams=1"),
         (lambda p: dict(num_return_sequences=2, do_sample=True), "num_return_sequences has to be 1"),
@@ -667,16 +744,30 @@ def filled_cache(p):
         (lambda p: dict(use_cache=False), "use_cache=True"),
         (lambda p: dict(guidance_scale=1.5), "silently wrong. Leave them out"),
         (lambda p: dict(watermarking_config=WATERMARK, do_sample=True), "silently wrong. Leave them out"),
-        (lambda p: dict(cache_implementation="static"), "(?i)static cache"),
     ],
     ids=["filled cache", "batch", "beams", "sequences", "hidden states", "embeds alone", "no cache", "guidance",
-         "SynthID", "static cache"],
+         "SynthID"],
 )  # fmt: skip
 def test_a_call_that_cannot_be_drafted_for_says_what_to_change(options, advice):
     p = pair()
     with attach(p.target, p.drafter) as attachment, pytest.raises(ValueError, match=advice):
         p.target.generate(**GREEDY | dict(inputs=p.prompts[0], assistant_model=p.drafter) | options(p))
     assert attachment.rounds == []
+
+
+def test_internals_that_are_gone_or_changed_are_one_clear_error_before_anything_is_decoded(monkeypatch):
+    p = pair()
+    advice = "tested with 5.23 to 5.24: `pip install 'transformers==5.24"
+    with monkeypatch.context() as patch:
+        patch.delattr(GenerationMixin, "_get_candidate_generator")
+        with pytest.raises(RuntimeError, match=f"has no method _get_candidate_generator.*{advice}"):
+            attach(p.target, p.drafter)
+    with monkeypatch.context() as patch:
+        patch.setattr(GenerationMixin, "_validate_generation_mode", lambda self, mode: None)
+        with pytest.raises(RuntimeError, match=f"takes no generation_mode or generation_config.*{advice}"):
+            hf_specauf.generate(p.target, p.drafter, p.prompts[0])
+    assert not {"_drafting", "_get_candidate_generator"} & set(vars(p.target))
+    assert torch.equal(decode(p, p.prompts[0])[0], p.plain[0])
 
 
 def test_a_stateful_target_is_refused():

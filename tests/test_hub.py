@@ -26,9 +26,11 @@ from hf_specauf.model_card import render, validate
 from hf_specauf.records import public
 from hf_specauf.train import main as train
 
+pytestmark = pytest.mark.internals
+
 PUBLISHED = {
     ".gitattributes", "README.md", "alpha.png", "config.json", "configuration_dflash.py", "eval.json",
-    "generation_block.py", "model.safetensors", "modeling_dflash.py", "provenance.json",
+    "generation_block.py", "model.safetensors", "modeling_dflash.py", "provenance.json", "transformers_internals.py",
 }  # fmt: skip
 DOMINO_PUBLISHED = PUBLISHED | {
     "configuration_domino.py", "modeling_domino.py", "custom_generate/generate.py"

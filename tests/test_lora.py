@@ -29,6 +29,8 @@ from hf_specauf.recipe import DrafterArguments
 from hf_specauf.target import drafter_config, target_fingerprint
 from hf_specauf.train import main
 
+pytestmark = pytest.mark.internals
+
 LORA = dict(use_peft="true", lora_r=4, learning_rate=0.05)
 
 

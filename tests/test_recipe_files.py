@@ -150,7 +150,7 @@ def test_recipe_trains_scaled_down_on_a_tiny_target_of_the_same_architecture(pat
     assert (tmp_path / "out/adapter/adapter_model.safetensors").is_file() == ("use_peft" in keys)
     record = json.loads((tmp_path / "out" / "provenance.json").read_text())
     assert record["steps"] == 2 and record["on_policy"]["tokens"] > 0
-    unscaled = ("objective", "learning_rate", "lr_scheduler_type", "gradient_checkpointing", "packing")
+    unscaled = ("objective", "learning_rate", "lr_scheduler_type", "activation_checkpointing", "packing")
     assert all(record["recipe"][key] == keys[key] for key in unscaled if key in keys)
     if target_args.target_quantization:
         assert record["recipe"]["target_quantization"] == target_args.target_quantization

@@ -26,6 +26,8 @@ from hf_specauf.conversations import show_row
 from hf_specauf.regenerate import main
 from hf_specauf.sources import load_rows
 
+pytestmark = pytest.mark.internals
+
 NEW = 6
 
 

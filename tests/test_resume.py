@@ -16,6 +16,8 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from hf_specauf.train import main
 
+pytestmark = pytest.mark.internals
+
 STEPS, EVERY = 60, 5
 COMPLETE = {
     "config.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json",

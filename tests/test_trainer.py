@@ -28,6 +28,8 @@ from hf_specauf.target import drafter_config
 from hf_specauf.train import resume_folder
 from hf_specauf.trainer import AUFConfig, AUFTrainer
 
+pytestmark = pytest.mark.internals
+
 PROMPT, LENGTHS = 8, (42, 11, 24, 13, 36, 10, 18)
 BASE = dict(
     use_cpu=True, anchors_per_row=6, max_steps=3, per_device_train_batch_size=8, learning_rate=1e-3,
@@ -201,7 +203,7 @@ WAYS = {
     "2 x 4 rows": dict(per_device_train_batch_size=4, gradient_accumulation_steps=2),
     "8 x 1 row": dict(per_device_train_batch_size=1, gradient_accumulation_steps=8),
     "one slot's logits at a time": dict(head_rows_per_chunk=1),
-    "gradient checkpointing": dict(gradient_checkpointing=True),
+    "gradient checkpointing": dict(activation_checkpointing=True),
 }
 
 
@@ -249,7 +251,7 @@ def test_accuracy_over_all_slots_costs_nothing_between_logs(build, pair, keys):
 def test_gradient_checkpointing_recomputes_the_layers(build):
     calls = []
     for on in (False, True):
-        trainer = build(gradient_checkpointing=on, max_steps=1)
+        trainer = build(activation_checkpointing=on, max_steps=1)
         trainer.model.layers[0].mlp.register_forward_pre_hook(lambda *_, on=on: calls.append(on))
         trainer.train()
     assert calls == [False, True, True]
@@ -684,7 +686,7 @@ def test_largest_micro_batch_is_tried_and_the_anchors_that_fit_are_named(tokeniz
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     printed = dict(line.split(" ", 1) for line in done.stdout.splitlines()[-3:])
-    assert "not even one anchor fits" in printed["1"] and "gradient_checkpointing: true" in printed["1"]
+    assert "not even one anchor fits" in printed["1"] and "activation_checkpointing: true" in printed["1"]
     told = re.search(r"8 rows of 200 tokens with 128 anchors each: anchors_per_row: (\d+) would fit", printed["900"])
     assert told and int(told[1]) in (64, 32, 16, 8)
     assert printed["20000"] == "fits"

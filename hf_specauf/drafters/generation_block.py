@@ -10,15 +10,21 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from transformers.cache_utils import DynamicCache
-from transformers.generation import GenerationMode
-from transformers.generation.candidate_generator import CandidateGenerator
-from transformers.generation.stopping_criteria import (
+
+from .transformers_internals import (
+    OVERRIDDEN,
+    CandidateGenerator,
+    DynamicCache,
     EosTokenCriteria,
+    GenerationMode,
     MaxLengthCriteria,
     MaxTimeCriteria,
     StoppingCriteria,
     StoppingCriteriaList,
+    cache_of,
+    check_cache,
+    check_cache_implementation,
+    check_methods,
 )
 
 UNSET_ASSISTANT_TOKENS = 20  # what transformers fills in for `num_assistant_tokens`
@@ -159,7 +165,7 @@ class BlockCandidateGenerator(CandidateGenerator):
             context_hidden_states=context,
             attention_mask=mask,
             position_ids=positions.to(self.device),
-            past_key_values=self.cache,
+            cache=self.cache,
         )
         self.cache.crop(-self.block_size)  # the block's own keys and values never become context
         return output.last_hidden_state
@@ -245,6 +251,7 @@ class DraftingOverrides:
     NAMES = ("_get_candidate_generator", "_validate_generation_mode", "_get_stopping_criteria")
 
     def __init__(self, target, drafter, make_generator: Callable):
+        check_methods(type(target), OVERRIDDEN)
         self.target, self.drafter, self.make_generator = target, drafter, make_generator
         self.generator = None  # of the call under way
         self.all = vars(target).setdefault("_drafting", [])  # of this target; the first one's methods serve them all
@@ -281,6 +288,9 @@ class DraftingOverrides:
                     "output_hidden_states=True and a block drafter cannot go together: the target keeps only the "
                     "tapped layers. Run one more forward pass on the finished text for its hidden states."
                 )
+            if generation_config.use_cache is False:
+                raise ValueError("a drafter needs the target's cache: leave use_cache out, or set use_cache=True")
+            check_cache_implementation(generation_config.cache_implementation)
             watermark = type(generation_config.watermarking_config).__name__
             if generation_config.guidance_scale not in (None, 1) or watermark.startswith("SynthID"):
                 raise ValueError(
@@ -321,11 +331,13 @@ class DraftingOverrides:
             )
         if input_ids.shape[1] == 0:
             raise ValueError("a block drafter needs token ids: pass input_ids (inputs_embeds alone are not enough)")
-        if model_kwargs["past_key_values"].get_seq_length() > 0:
+        target_cache = cache_of(model_kwargs)
+        if target_cache.get_seq_length() > 0:
             raise ValueError(
-                "past_key_values already holds tokens. transformers would feed the whole prompt again and the output "
-                "would be silently wrong: pass the full conversation as input_ids and no past_key_values."
+                "the cache given already holds tokens. transformers would feed the whole prompt again and the output "
+                "would be silently wrong: pass the full conversation as input_ids and no cache (past_key_values)."
             )
+        check_cache(target_cache)
         if (positions := model_kwargs.get("position_ids")) is not None and positions.dim() != 2:
             raise ValueError(
                 f"{type(target).__name__} uses {positions.dim()}-D position ids, which a block drafter cannot follow"

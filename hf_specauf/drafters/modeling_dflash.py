@@ -3,19 +3,22 @@
 import torch
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask
-from transformers.cache_utils import Cache
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
-from transformers.models.qwen3.modeling_qwen3 import (
+from transformers.modeling_outputs import BaseModelOutput
+
+from .configuration_dflash import DFlashConfig
+from .generation_block import BlockCandidateGenerator
+from .transformers_internals import (
+    ALL_ATTENTION_FUNCTIONS,
+    Cache,
+    GradientCheckpointingLayer,
+    PreTrainedModel,
     Qwen3MLP,
     Qwen3RotaryEmbedding,
     eager_attention_forward,
     rotate_half,
+    the_cache,
+    warn_if_newer_than_tested,
 )
-
-from .configuration_dflash import DFlashConfig
-from .generation_block import BlockCandidateGenerator
 
 
 class DFlashAttention(nn.Module):
@@ -43,7 +46,7 @@ class DFlashAttention(nn.Module):
         cos: torch.Tensor,  # (B, 1, C + Q, head_dim)
         sin: torch.Tensor,
         attention_mask: torch.Tensor | tuple[torch.Tensor, ...] | None,
-        past_key_values: Cache | None,
+        cache: Cache | None,
     ) -> torch.Tensor:
         """What the block's slots read, (B, Q, H); masks as of [`DFlashDraftModel.forward`]."""
         batch, slots, _ = block.shape
@@ -54,8 +57,8 @@ class DFlashAttention(nn.Module):
         value = self.v_proj(both).view(heads[0], both.shape[1], -1, heads[2]).transpose(1, 2)
         query = query * cos[:, :, -slots:] + rotate_half(query) * sin[:, :, -slots:]
         key = key * cos + rotate_half(key) * sin
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
         key = key.to(query.dtype)
         if not isinstance(attention_mask, tuple):
             return self.o_proj(self._attend(query, key, value, attention_mask).reshape(batch, slots, -1))
@@ -86,10 +89,10 @@ class DFlashDecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, hidden_states, context, cos, sin, attention_mask=None, past_key_values=None):
+    def forward(self, hidden_states, context, cos, sin, attention_mask=None, cache=None):
         """The block's hidden states, (B, Q, H) -> (B, Q, H); the rest as of [`DFlashAttention.forward`]."""
         hidden_states = hidden_states + self.self_attn(
-            self.input_layernorm(hidden_states), context, cos, sin, attention_mask, past_key_values
+            self.input_layernorm(hidden_states), context, cos, sin, attention_mask, cache
         )
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
@@ -108,12 +111,13 @@ class DFlashDraftModel(PreTrainedModel):
     correct = None  # a causal head's step in decoding; see `DominoDraftModel`
     accepts_loss_kwargs = False  # Trainer must not think that forward divides by num_items_in_batch
     _no_split_modules = ["DFlashDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # a cache stays where it is, under either name
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
 
     def __init__(self, config: DFlashConfig):
+        warn_if_newer_than_tested()
         super().__init__(config)
         self.fc = nn.Linear(len(config.target_layer_ids) * config.hidden_size, config.hidden_size, bias=False)
         self.hidden_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -130,7 +134,9 @@ class DFlashDraftModel(PreTrainedModel):
         attention_mask: torch.Tensor | tuple[torch.Tensor, ...] | BlockMask | None = None,
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
-    ) -> BaseModelOutputWithPast:
+        *,
+        cache: Cache | None = None,
+    ) -> BaseModelOutput:
         """Fill the blocks: the five arguments transformers' own DFlash generator passes, used in training too.
 
         Args:
@@ -141,18 +147,19 @@ class DFlashDraftModel(PreTrainedModel):
                 mask `(B, 1, Q_g, C_g + Q_g)` for each group of Q_g consecutive slots, whose keys are the first C_g
                 context positions and the group's own slots; a `BlockMask` (training with `flex_attention`) covers all.
             position_ids (`torch.LongTensor` of shape `(B, C + Q)`, *optional*): by default counts on from the cache.
-            past_key_values (`Cache`, *optional*): keys and values of earlier context; the block's own are appended
-                too, and the caller crops them.
+            past_key_values, cache (`Cache`, *optional*): keys and values of earlier context, under the name of either
+                transformers version, not both; the block's own are appended too, and the caller crops them.
 
         Returns:
-            `BaseModelOutputWithPast` with `last_hidden_state` of shape `(B, Q, H)` in `noise_embeds`' dtype.
+            `BaseModelOutput` with `last_hidden_state` of shape `(B, Q, H)` in `noise_embeds`' dtype.
         """
+        cache = the_cache(cache, past_key_values)
         dtype = self.norm.weight.dtype
         if dtype == torch.float16:
             raise ValueError("fp16 drafters accept nothing (vllm#55250): load the drafter in bfloat16 or float32")
         batch, slots, _ = noise_embeds.shape
         if position_ids is None:
-            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            past = cache.get_seq_length() if cache is not None else 0
             new = context_hidden_states.shape[1] + slots
             position_ids = torch.arange(past, past + new, device=noise_embeds.device).expand(batch, -1)
         hidden_states = noise_embeds.to(dtype)
@@ -160,9 +167,9 @@ class DFlashDraftModel(PreTrainedModel):
         cos, sin = (table.unsqueeze(1) for table in self.rotary_emb(hidden_states, position_ids))
         mask = self._prepare_mask(attention_mask, dtype)
         for layer in self.layers:
-            hidden_states = layer(hidden_states, context, cos, sin, mask, past_key_values)
-        hidden_states = self.norm(hidden_states).to(noise_embeds.dtype)
-        return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
+            hidden_states = layer(hidden_states, context, cos, sin, mask, cache)
+        # without the cache, which is changed in place: nobody reads it off a drafter
+        return BaseModelOutput(last_hidden_state=self.norm(hidden_states).to(noise_embeds.dtype))
 
     def _prepare_mask(self, mask, dtype: torch.dtype):
         if mask is None:

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import initialization as init
-from transformers.cache_utils import Cache, DFlashCache
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutput
 
 from .configuration_domino import DominoConfig
 from .generation_block import add_correction, generate_with_drafter
 from .modeling_dflash import DFlashDraftModel
+from .transformers_internals import Cache, DFlashCache, the_cache
 
 # What `target.generate(custom_generate="owner/repo", assistant_model=drafter, trust_remote_code=True)` runs. The
 # drafter object brings the code, so that its revision is the one the user loaded.
@@ -61,7 +61,7 @@ class LowRankHead(nn.Sequential):
 
 
 @dataclass
-class DominoOutput(BaseModelOutputWithPast):
+class DominoOutput(BaseModelOutput):
     """As of the backbone, and what `reduce` returned."""
 
     reduced: Any = None
@@ -103,14 +103,16 @@ class DominoDraftModel(DFlashDraftModel):
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         *,
+        cache: Cache | None = None,
         prev_embeds: torch.Tensor | None = None,
         reduce: Callable[[torch.Tensor, torch.Tensor, nn.Module], Any] | None = None,
-    ) -> BaseModelOutputWithPast:
+    ) -> BaseModelOutput:
         """Fill the blocks as [`DFlashDraftModel`] does and, in training, run the causal head too, which may be
         sharded and so must run in here.
 
         Args:
-            noise_embeds, context_hidden_states, attention_mask, position_ids, past_key_values: as of the backbone.
+            noise_embeds, context_hidden_states, attention_mask, position_ids, past_key_values, cache: as of the
+                backbone.
             prev_embeds (`torch.Tensor` of shape `(B, N, P, H)`, *optional*): target embeddings of the true tokens at
                 anchor .. anchor + P - 1, P = `config.predictions` (teacher forcing).
             reduce (`Callable`, *optional*): called with hidden rows (B, N, P, H), low-rank rows (B, N, P, E) that are
@@ -121,14 +123,15 @@ class DominoDraftModel(DFlashDraftModel):
             ValueError: transformers' own DFlash generator runs a drafter whose slots are off by one for it. One whose
                 slots are not is a warning: its causal head is left out.
         """
-        if isinstance(past_key_values, DFlashCache):  # the cache of that generator, and of no other
+        cache = the_cache(cache, past_key_values)
+        if isinstance(cache, DFlashCache):  # the cache of that generator, and of no other
             if self.config.shift_label:
                 raise ValueError(
                     'speculation_type="dflash" reads slot k as the token at anchor + k, but this Domino drafter '
                     f"(shift_label: true) predicts the one after it: nothing would be accepted. {WHAT_TO_CALL}"
                 )
             warnings.warn(f'speculation_type="dflash" leaves the causal head out. {WHAT_TO_CALL}', stacklevel=2)
-        output = super().forward(noise_embeds, context_hidden_states, attention_mask, position_ids, past_key_values)
+        output = super().forward(noise_embeds, context_hidden_states, attention_mask, position_ids, cache)
         if reduce is None:
             return output
         hidden = output.last_hidden_state.view(*prev_embeds.shape[:2], self.config.block_size, -1)

@@ -1,0 +1,176 @@
+"""What drafters use of transformers that is no public API, and what differs between its versions: all of it is here.
+
+Travels to the Hub, where it runs on whatever version its reader has. The rest of the package, and the other files of
+this folder, ask for no version.
+
+| | 5.23 | 5.24 |
+|---|---|---|
+| name of a cache in model kwargs, forwards and outputs | `past_key_values` | `cache` |
+| static caches in assisted decoding | refused | taken, where their layers can be cropped |
+| quantised caches in assisted decoding | taken, and cropped wrongly | refused |
+| FSDP2 modules before the optimizer is made | as the last forward left them | resharded |
+"""
+
+import inspect
+import re
+import warnings
+from functools import cache as once
+
+from transformers import __version__ as VERSION
+
+TESTED = ("5.23", "5.24")
+"""Oldest and newest minor version on which this code was tested."""
+
+
+def version_error(what: str) -> RuntimeError:
+    """The one error for internals that are not as this code knows them.
+
+    Args:
+        what (`str`): what is missing or different.
+    """
+    oldest, newest = TESTED
+    return RuntimeError(
+        f"transformers {VERSION} is installed, and {what}, which block drafters need. This code was tested with "
+        f"{oldest} to {newest}: `pip install 'transformers=={newest}.*'`, or update what this code came with "
+        "(`pip install -U hf-specauf`, or a newer revision of the drafter's repository)."
+    )
+
+
+try:
+    from transformers.cache_utils import Cache, DFlashCache, DynamicCache, QuantizedCache, StaticCache, StaticLayer
+    from transformers.generation import GenerationMode
+    from transformers.generation.candidate_generator import CandidateGenerator
+    from transformers.generation.stopping_criteria import (
+        EosTokenCriteria,
+        MaxLengthCriteria,
+        MaxTimeCriteria,
+        StoppingCriteria,
+        StoppingCriteriaList,
+    )
+    from transformers.generation.utils import ALL_CACHE_NAMES
+    from transformers.modeling_layers import GradientCheckpointingLayer
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+    from transformers.models.qwen3.modeling_qwen3 import (
+        Qwen3MLP,
+        Qwen3RotaryEmbedding,
+        eager_attention_forward,
+        rotate_half,
+    )
+except ImportError as error:
+    # Older than 5.23, or so new that a name is gone: a bare "cannot import name" would not tell which to install.
+    raise version_error(f"it is without something that is imported ({error})") from error
+
+CACHE: str = ALL_CACHE_NAMES[0]
+"""The word this version has for a cache, in model kwargs and in a target's forward."""
+
+STATIC_CACHES_CROP: bool = StaticLayer.is_croppable
+"""Whether this version's static caches can be cut back to the accepted tokens."""
+
+# What `generation_block` overrides on a target, and the arguments it reads of each.
+OVERRIDDEN = {
+    "_get_candidate_generator": ("generation_config", "input_ids", "logits_processor", "model_kwargs"),
+    "_validate_generation_mode": ("generation_mode", "generation_config", "generation_mode_kwargs"),
+    "_get_stopping_criteria": ("generation_config", "stopping_criteria"),
+    "_assisted_decoding": ("assistant_model",),
+}
+
+
+@once
+def warn_if_newer_than_tested() -> None:
+    """Warn, once in a process, where transformers is newer than what this code was tested with."""
+    oldest, newest = TESTED
+    if _minor(VERSION) > _minor(newest):
+        warnings.warn(
+            f"transformers {VERSION} is newer than those this drafter's code was tested with ({oldest} to {newest}). "
+            f"If something fails, `pip install 'transformers=={newest}.*'` mends it.",
+            stacklevel=3,
+        )
+
+
+def _minor(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])  # "6.0rc1" and "5.25.0.dev0" too
+
+
+def check_methods(owner: type, needed: dict[str, tuple[str, ...]]) -> None:
+    """Raise unless a class of transformers still has the methods that we override, with the arguments that we read.
+
+    Args:
+        owner (`type`): a target's class, or `Trainer`.
+        needed (`dict`): names of methods, and of each the arguments that are read.
+
+    Raises:
+        RuntimeError: names what is gone, and the versions that were tested.
+    """
+    for name, arguments in needed.items():
+        method = getattr(owner, name, None)
+        if method is None:
+            raise version_error(f"{owner.__name__} has no method {name}")
+        missing = [argument for argument in arguments if argument not in inspect.signature(method).parameters]
+        if missing:
+            raise version_error(f"{owner.__name__}.{name} takes no {' or '.join(missing)}")
+
+
+def cache_of(model_kwargs: dict) -> Cache:
+    """The target's cache among the arguments of its forward.
+
+    Raises:
+        RuntimeError: it has another name there than in the versions that were tested.
+    """
+    if CACHE not in model_kwargs:
+        raise version_error(f"generate keeps its cache under none of the names known ({', '.join(ALL_CACHE_NAMES)})")
+    return model_kwargs[CACHE]
+
+
+def the_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
+    """The one cache that was given, under either name.
+
+    Raises:
+        TypeError: both were given.
+    """
+    if cache is not None and past_key_values is not None:
+        raise TypeError("cache and past_key_values are two names for one argument: give one of them")
+    return past_key_values if cache is None else cache
+
+
+def check_cache(target_cache: Cache) -> None:
+    """Raise unless a target's cache can be cut back to the accepted tokens after each pass.
+
+    Raises:
+        ValueError: it cannot, and what to use instead.
+    """
+    advice = "Leave cache_implementation out (a dynamic cache), or generate without assistant_model."
+    if isinstance(target_cache, QuantizedCache):
+        raise ValueError(
+            "a quantised cache cannot be cut back to the accepted tokens: the output would be silently wrong. "
+            + advice
+        )
+    static = [layer for layer in target_cache.layers if isinstance(layer, StaticLayer)]
+    if not all(layer.is_croppable for layer in static):
+        raise ValueError(
+            "this static cache cannot be cut back to the accepted tokens, since its sliding-window layers overwrite "
+            f"what has left their window. A text no longer than the window would fit. {advice}"
+        )
+
+
+def check_cache_implementation(name: str | None) -> None:
+    """Raise where `cache_implementation` names static caches, and this version's cannot be cropped.
+
+    Raises:
+        ValueError: names the version that can.
+    """
+    is_static = name is not None and ("static" in name or "hybrid" in name or name == "sliding_window")
+    if is_static and not STATIC_CACHES_CROP:
+        raise ValueError(
+            f"cache_implementation={name!r} and a drafter go together from transformers 5.24 on, and {VERSION} is "
+            "installed. Leave cache_implementation out (a dynamic cache), or update transformers."
+        )
+
+
+__all__ = [
+    "ALL_ATTENTION_FUNCTIONS", "CACHE", "OVERRIDDEN", "STATIC_CACHES_CROP", "TESTED", "VERSION", "Cache",
+    "CandidateGenerator", "DFlashCache", "DynamicCache", "EosTokenCriteria", "GenerationMode",
+    "GradientCheckpointingLayer", "MaxLengthCriteria", "MaxTimeCriteria", "PreTrainedModel", "Qwen3MLP",
+    "Qwen3RotaryEmbedding", "StaticCache", "StoppingCriteria", "StoppingCriteriaList", "cache_of", "check_cache",
+    "check_cache_implementation", "check_methods", "eager_attention_forward", "rotate_half", "the_cache",
+    "version_error", "warn_if_newer_than_tested",
+]  # fmt: skip

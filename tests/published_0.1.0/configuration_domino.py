@@ -1,0 +1,53 @@
+"""Configuration of a Domino drafter. Travels to the Hub: imports only transformers and its sibling."""
+
+from typing import Any
+
+from .configuration_dflash import REQUIRED_KEYS, DFlashConfig
+
+
+class DominoConfig(DFlashConfig):
+    r"""
+    Configuration of a [`DominoDraftModel`]: a DFlash backbone and a causal head (Domino, arXiv 2605.29707). The keys
+    are those SpecForge writes and SGLang reads.
+
+    Args:
+        gru_hidden_dim (`int`, *optional*, defaults to 1024): G, size of the state that the head keeps of drafted
+            tokens.
+        emb_dim (`int`, *optional*, defaults to 256): E, rank of the correction of the logits.
+        pure_draft_prefix_len (`int`, *optional*, defaults to 1): the first predictions of a block that are left to
+            the backbone alone, without correction; SGLang serves 1.
+        shift_label (`bool`, *optional*, defaults to `True`): label alignment. `True`: slot k predicts the token at
+            anchor + 1 + k, and a block has K predictions. `False`: that at anchor + k, K - 1 predictions (DFlash).
+
+    The other arguments are those of [`DFlashConfig`].
+    """
+
+    model_type = "specauf_domino"
+    required_keys = (*REQUIRED_KEYS, "gru_hidden_dim", "emb_dim", "pure_draft_prefix_len")
+
+    gru_hidden_dim: int = 1024
+    emb_dim: int = 256
+    pure_draft_prefix_len: int = 1
+    shift_label: bool = True
+
+    @property
+    def dflash_config(self) -> dict[str, Any]:
+        """The same fields in the shape SpecForge writes and SGLang reads."""
+        own = ("emb_dim", "gru_hidden_dim", "pure_draft_prefix_len", "shift_label")
+        return super().dflash_config | {"projector_type": "domino"} | {key: getattr(self, key) for key in own}
+
+    def _check(self, mirrored: dict[str, Any]) -> None:
+        if min(self.gru_hidden_dim, self.emb_dim) < 1:
+            raise ValueError(
+                f"gru_hidden_dim is {self.gru_hidden_dim} and emb_dim {self.emb_dim}: the causal head needs 1 or more "
+                "of each; published drafters have 1024 and 256"
+            )
+        if not 0 <= self.pure_draft_prefix_len < self.predictions:
+            raise ValueError(
+                f"pure_draft_prefix_len is {self.pure_draft_prefix_len}: it must be in 0..{self.predictions - 1}, or "
+                "no prediction of a block would be corrected and the head never trained. Published drafters have 1."
+            )
+        super()._check(mirrored)
+
+
+__all__ = ["DominoConfig"]

@@ -1,0 +1,192 @@
+"""The Domino drafter: the DFlash backbone and a causal head on top. Travels to the Hub."""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DFlashCache
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from .configuration_domino import DominoConfig
+from .generation_block import add_correction, generate_with_drafter
+from .modeling_dflash import DFlashDraftModel
+
+# What `target.generate(custom_generate="owner/repo", assistant_model=drafter, trust_remote_code=True)` runs. The
+# drafter object brings the code, so that its revision is the one the user loaded.
+CUSTOM_GENERATE = '''"""What target.generate(custom_generate="owner/repo", ...) runs: a Domino drafter as assistant."""
+
+
+def generate(
+    model, assistant_model=None, revision=None, token=None, cache_dir=None, local_files_only=None,
+    force_download=None, proxies=None, **kwargs
+):
+    """Generate with a Domino drafter: the target's own output, faster. `revision`, `token` and the other arguments of
+    a download have served to find this file.
+
+    Raises:
+        ValueError: `assistant_model` is no drafter with a causal head.
+    """
+    if not hasattr(assistant_model, "generate_for"):
+        raise ValueError(
+            f"assistant_model is {type(assistant_model).__name__}: load the drafter with "
+            "AutoModel.from_pretrained(..., trust_remote_code=True) and give it as assistant_model"
+        )
+    return assistant_model.generate_for(model, **kwargs)
+'''
+
+WHAT_TO_CALL = (
+    "Call hf_specauf.generate(target, drafter, ...), or without that package target.generate(..., custom_generate="
+    '"<this repository>", trust_remote_code=True, assistant_model=drafter)'
+)
+
+
+class LowRankHead(nn.Sequential):
+    """W2 SiLU(W1 x), in two halves where training needs the rows between them. Properties, because those reach the
+    trained copy where PEFT has wrapped this module, and indices do not."""
+
+    @property
+    def down(self) -> nn.Module:
+        """W1: H + G to E."""
+        return self[0]
+
+    @property
+    def up(self) -> nn.Module:
+        """W2: E to V."""
+        return self[2]
+
+
+@dataclass
+class DominoOutput(BaseModelOutputWithPast):
+    """As of the backbone, and what `reduce` returned."""
+
+    reduced: Any = None
+
+
+class DominoDraftModel(DFlashDraftModel):
+    """A DFlash drafter with a causal head (Domino, arXiv 2605.29707): the backbone's logits of a slot are corrected by
+    the tokens drafted before it.
+
+    State S_j: a GRU (one layer, no bias, zero at first) over the target's embeddings of the tokens at anchor ..
+    anchor + j. Correction of the prediction of the token at anchor + j + 1: W2 SiLU(W1 [hidden ; S_j]), hidden being
+    slot j's with `shift_label` and slot j + 1's without. The first `pure_draft_prefix_len` predictions are not
+    corrected. Tensor names are SpecForge's, which SGLang reads.
+    """
+
+    config_class = DominoConfig
+
+    def __init__(self, config: DominoConfig):
+        super().__init__(config)
+        self.prefix_gru = nn.GRU(config.hidden_size, config.gru_hidden_dim, bias=False, batch_first=True)
+        self.embed_proj = LowRankHead(
+            nn.Linear(config.hidden_size + config.gru_hidden_dim, config.emb_dim, bias=False),
+            nn.SiLU(),
+            nn.Linear(config.emb_dim, config.vocab_size, bias=False),
+        )
+        self.post_init()
+
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, nn.GRU):
+            for weight in module.parameters():
+                init.normal_(weight, std=weight.shape[1] ** -0.5)
+
+    def forward(
+        self,
+        noise_embeds: torch.Tensor,
+        context_hidden_states: torch.Tensor,
+        attention_mask=None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        *,
+        prev_embeds: torch.Tensor | None = None,
+        reduce: Callable[[torch.Tensor, torch.Tensor, nn.Module], Any] | None = None,
+    ) -> BaseModelOutputWithPast:
+        """Fill the blocks as [`DFlashDraftModel`] does and, in training, run the causal head too, which may be
+        sharded and so must run in here.
+
+        Args:
+            noise_embeds, context_hidden_states, attention_mask, position_ids, past_key_values: as of the backbone.
+            prev_embeds (`torch.Tensor` of shape `(B, N, P, H)`, *optional*): target embeddings of the true tokens at
+                anchor .. anchor + P - 1, P = `config.predictions` (teacher forcing).
+            reduce (`Callable`, *optional*): called with hidden rows (B, N, P, H), low-rank rows (B, N, P, E) that are
+                zero where nothing is corrected, and the module that makes corrections (..., V) of them. What it
+                returns is the output's `reduced`.
+
+        Raises:
+            ValueError: transformers' own DFlash generator runs a drafter whose slots are off by one for it. One whose
+                slots are not is a warning: its causal head is left out.
+        """
+        if isinstance(past_key_values, DFlashCache):  # the cache of that generator, and of no other
+            if self.config.shift_label:
+                raise ValueError(
+                    'speculation_type="dflash" reads slot k as the token at anchor + k, but this Domino drafter '
+                    f"(shift_label: true) predicts the one after it: nothing would be accepted. {WHAT_TO_CALL}"
+                )
+            warnings.warn(f'speculation_type="dflash" leaves the causal head out. {WHAT_TO_CALL}', stacklevel=2)
+        output = super().forward(noise_embeds, context_hidden_states, attention_mask, position_ids, past_key_values)
+        if reduce is None:
+            return output
+        hidden = output.last_hidden_state.view(*prev_embeds.shape[:2], self.config.block_size, -1)
+        hidden = hidden[:, :, -self.config.predictions :]
+        return DominoOutput(**output, reduced=reduce(hidden, self.low_rank(hidden, prev_embeds), self.embed_proj.up))
+
+    def low_rank(self, hidden: torch.Tensor, prev_embeds: torch.Tensor) -> torch.Tensor:
+        """SiLU(W1 [hidden ; S]) of every prediction at once: (B, N, P, H) and (B, N, P, H) -> (B, N, P, E)."""
+        dtype = self.norm.weight.dtype
+        with torch.autocast(hidden.device.type, enabled=False):  # a recurrence is no place to save bits
+            states, _ = self.prefix_gru(prev_embeds.flatten(0, 1).to(dtype))  # (B N, P, G)
+        rows = torch.cat([hidden.to(dtype), states.view(*hidden.shape[:3], -1)], dim=-1)
+        rows = nn.functional.silu(self.embed_proj.down(rows))
+        corrected = torch.arange(hidden.shape[2], device=hidden.device) >= self.config.pure_draft_prefix_len
+        return (rows * corrected[:, None]).to(dtype)
+
+    def correct(
+        self, logits: torch.Tensor, hidden: torch.Tensor, prev_embed: torch.Tensor, state: torch.Tensor | None, j: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One prediction in decoding: the base logits of prediction j, corrected, and the state for the next.
+
+        Args:
+            logits (`torch.Tensor` of shape `(1, V)`): base logits.
+            hidden (`torch.Tensor` of shape `(1, H)`): of the slot that predicts.
+            prev_embed (`torch.Tensor` of shape `(1, H)`): target embedding of the token at anchor + j.
+            state (`torch.Tensor` of shape `(1, G)`, *optional*): from the call before; `None` at the first.
+            j (`int`): index of the prediction.
+        """
+        dtype = self.norm.weight.dtype
+        gru, prev_embed = self.prefix_gru, prev_embed.to(dtype)
+        if state is None:
+            state = prev_embed.new_zeros(1, self.config.gru_hidden_dim)
+        # one step of the same GRU, at half the cost of calling the module for a sequence of one
+        state = torch.gru_cell(prev_embed, state, gru.weight_ih_l0, gru.weight_hh_l0)
+        if j >= self.config.pure_draft_prefix_len:
+            correction = self.embed_proj(torch.cat([hidden.to(dtype), state], dim=-1))
+            logits = add_correction(logits, correction.to(logits.device))
+        return logits, state
+
+    def generate_for(self, target, *args, **kwargs):
+        """`target.generate(...)` with this drafter: the same output, faster. See [`generate_with_drafter`]."""
+        return generate_with_drafter(target, self, *args, **kwargs)
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """transformers' own, and `custom_generate/generate.py`.
+
+        Raises:
+            ValueError: `push_to_hub=True`, which would upload the folder before that file is in it.
+        """
+        if kwargs.get("push_to_hub"):
+            raise ValueError(
+                "save_pretrained(push_to_hub=True) would publish a Domino drafter without custom_generate/: save it, "
+                "then call drafter.push_to_hub(repo), or python -m hf_specauf.hub push"
+            )
+        super().save_pretrained(save_directory, *args, **kwargs)
+        path = Path(save_directory, "custom_generate", "generate.py")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(CUSTOM_GENERATE)
+
+
+__all__ = ["DominoDraftModel"]
