@@ -7,7 +7,7 @@ from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
 from .domino_loss import check_domino_keys
-from .objectives import DOMINO_OBJECTIVES, NORMALISATIONS, OBJECTIVES
+from .objectives import NORMALISATIONS, OBJECTIVES, find_objective
 
 # Keys of TrainingArguments that would be accepted and ignored, or break the exact loss, and their harmless values.
 INAPPLICABLE = {
@@ -28,8 +28,9 @@ class AUFConfig(TrainingArguments):
     objective: str = field(
         default="auf",
         metadata={
-            "help": "Which slots count: uniform, decay (DFlash), auf (up to the first wrong slot), auf_decay; for a "
-            "Domino drafter domino_decay, b_auf, s_auf, f_auf, b_auf_decay, s_auf_decay, f_auf_decay."
+            "help": "Which slots count. "
+            + "; ".join(f"{name}: {entry.says}" for name, entry in OBJECTIVES.items())
+            + ". Those with a base branch are for Domino drafters."
         },
     )
     gamma: float | None = field(
@@ -92,11 +93,7 @@ class AUFConfig(TrainingArguments):
             raise ValueError("fp16: true would train a drafter that accepts nothing (vllm#55250): use bf16: true")
         if self.bf16 is None:
             self.bf16 = not self.use_cpu and torch.cuda.is_available() and is_torch_bf16_gpu_available()
-        if self.objective not in OBJECTIVES + DOMINO_OBJECTIVES:
-            raise ValueError(
-                f"objective is {self.objective!r}; it must be one of {', '.join(OBJECTIVES)}, or for a Domino drafter "
-                f"one of {', '.join(DOMINO_OBJECTIVES)}"
-            )
+        find_objective(self.objective)
         check_domino_keys(self.objective, self.normalisation, self.lambda_decay_ratio)
         if self.normalisation not in NORMALISATIONS:
             raise ValueError(f"normalisation is {self.normalisation!r}; it must be one of {', '.join(NORMALISATIONS)}")

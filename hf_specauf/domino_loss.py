@@ -14,26 +14,13 @@ Only the ratio d_b / d_f must be known before the backward pass. It is 1 where b
 before the backward pass; where gradients are accumulated, a pass over all micro-batches without gradients comes first.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
-from .objectives import DOMINO_OBJECTIVES
+from .objectives import LossSpec, find_objective
 from .progressive import HeadLoss, head_loss
-
-# objective without decay -> objectives of base and final branch
-BRANCHES = {
-    "domino": ("uniform", "uniform"),  # only with decay: domino_decay
-    "b_auf": ("auf", "uniform"),  # up to the base branch's first failure, for the base branch alone
-    "s_auf": ("auf", "uniform"),  # that same support for both
-    "f_auf": ("auf", "auf"),  # each branch up to its own first failure
-}
-
-
-def branch_objectives(objective: str) -> tuple[str, str]:
-    """Objectives (of `objectives.py`) of the base and the final branch."""
-    decays = objective.endswith("_decay")
-    pair = BRANCHES[objective.removesuffix("_decay")]
-    return tuple({"uniform": "decay", "auf": "auf_decay"}[part] if decays else part for part in pair)
 
 
 def domino_losses(
@@ -44,88 +31,86 @@ def domino_losses(
     head: nn.Module,
     labels: torch.Tensor,
     valid: torch.Tensor,
-    objective: str,
-    gamma: float | None = None,
+    spec: LossSpec,
     every_prediction: bool = False,
-    **keys,
 ) -> tuple[HeadLoss, HeadLoss]:
     """Base and final branch of a batch; runs inside the drafter's forward, as its `reduce`.
 
     Args:
         hidden (`torch.Tensor` of shape `(B, N, P, H)`): rows that predict.
         low_rank_rows (`torch.Tensor` of shape `(B, N, P, E)`), project: the causal head, as the drafter hands it out.
-        head, labels, valid, gamma: as for `head_loss`.
-        objective (`str`): one of `objectives.DOMINO_OBJECTIVES`.
+        head, labels, valid: as for `head_loss`.
+        spec (`LossSpec`): of an objective with a base branch.
         every_prediction (`bool`, *optional*): the final branch also predicts valid slots that do not count.
-        keys: `normalisation` and `rows_per_chunk`, as for `head_loss`.
     """
-    of_base, of_final = branch_objectives(objective)
-    base = head_loss(hidden, head, labels, valid, objective=of_base, gamma=gamma, **keys)
+    objective = spec.objective
+    base = head_loss(hidden, head, labels, valid, spec.branch(objective.base))
     final = head_loss(
-        hidden, head, labels, valid, objective=of_final, gamma=gamma, every_prediction=every_prediction,
-        support=base.weights > 0 if objective.startswith("s_auf") else None, low_rank=(low_rank_rows, project), **keys,
+        hidden, head, labels, valid, spec, every_prediction=every_prediction,
+        support=base.weights > 0 if objective.shared_support else None, low_rank=(low_rank_rows, project),
     )  # fmt: skip
     return base, final
 
 
 def check_domino_keys(objective: str, normalisation: str, lambda_decay_ratio: float | None) -> None:
     """Raise where a key would be ignored or cannot be had."""
-    if lambda_decay_ratio is not None and objective not in DOMINO_OBJECTIVES:
+    found = find_objective(objective)
+    if lambda_decay_ratio is not None and found.base is None:
         raise ValueError(
             f"lambda_decay_ratio is {lambda_decay_ratio}, but objective {objective!r} has no base branch and would "
             "ignore it: remove the key"
         )
     if lambda_decay_ratio is not None and not 0 < lambda_decay_ratio <= 1:
         raise ValueError(f"lambda_decay_ratio is {lambda_decay_ratio}; it must be in (0, 1], a share of training")
-    if objective.startswith("f_auf") and normalisation == "per_block":
+    if found.base is not None and found.until_fail and normalisation == "per_block":
         raise ValueError(
-            "normalisation: per_block cannot be had with f_auf: a block's weight is known only after the causal "
-            "head's gradient is formed. Use normalisation: pooled."
+            f"normalisation: per_block cannot be had with {objective}: a block's weight is known only after the "
+            "causal head's gradient is formed. Use normalisation: pooled."
         )
 
 
-class TwoBranches:
-    """The trainer's part: lambda, and d_b / d_f of the optimizer step under way."""
+class BranchBalance:
+    """d_b / d_f of the optimizer step under way: what the final branch's numerator is multiplied by.
 
-    _micro_batches: list[dict] = []
-    _step_balance: float | None = None  # d_b / d_f, where accumulation needs it before the first backward pass
+    Args:
+        spec (`LossSpec`): tells whether the two denominators can differ at all.
+        add_up (`Callable`): sums a tensor over all processes.
+    """
 
-    def base_weight(self, step: int) -> float:
-        """lambda: from 1 at step 0 linearly to 0 at `lambda_decay_ratio` of all steps (arXiv 2605.29707)."""
-        return max(0.0, 1.0 - step / ((self.args.lambda_decay_ratio or 1.0) * self.state.max_steps))
+    def __init__(self, spec: LossSpec, add_up: Callable[[torch.Tensor], torch.Tensor]):
+        self.differs = spec.supports_differ
+        self._add_up = add_up
+        self._of_step: float | None = None  # known before the first backward pass, where gradients are accumulated
+
+    def reset(self) -> None:
+        """Forget the step that has ended."""
+        self._of_step = None
 
     @property
-    def _supports_differ(self) -> bool:
-        return self.args.normalisation == "pooled" and self.args.objective.startswith(("b_auf", "f_auf"))
+    def is_known(self) -> bool:
+        """Whether [`begin`] was called for the step under way."""
+        return self._of_step is not None
 
-    def get_batch_samples(self, *args, **kwargs):
-        """Trainer's own; the micro-batches of a step are kept for [`begin_balance`]."""
-        batches, items = super().get_batch_samples(*args, **kwargs)
-        self._micro_batches = batches if self._supports_differ else []
-        return batches, items
+    def begin(self, denominators: torch.Tensor) -> None:
+        """Note the step's ratio.
 
-    @torch.no_grad()
-    def begin_balance(self, model) -> None:
-        """Before the first of several micro-batches: the supports of all, which the first backward pass needs. (With
-        dropout in an adapter this pass and the next differ a little.)"""
-        if self._supports_differ and len(self._micro_batches) > 1 and self._step_balance is None:
-            sums = 0.0
-            for inputs in self._micro_batches:
-                _, final, base = self._run_blocks(
-                    model, self._prepare_inputs(inputs), self.state.global_step, self.args.anchors_per_row,
-                    objective=self.args.objective, gamma=self.gamma,
-                )  # fmt: skip
-                sums = sums + torch.stack([base.denominator, final.denominator]).double()
-            self._step_balance = self._ratio(sums)
+        Args:
+            denominators (`torch.Tensor` of shape `(2,)`): of the base and the final branch, over all micro-batches of
+                this process.
+        """
+        self._of_step = self._ratio(denominators)
 
-    def balance(self, base: HeadLoss, final: HeadLoss) -> float:
-        """d_b / d_f over the whole step."""
-        if not self._supports_differ:
+    def ratio(self, base: HeadLoss, final: HeadLoss) -> float:
+        """d_b / d_f of the step, of which this micro-batch is a part or the whole."""
+        if not self.differs:
             return 1.0
-        if self._step_balance is not None:
-            return self._step_balance
-        return self._ratio(torch.stack([base.denominator, final.denominator]).double())
+        return self._of_step if self.is_known else self._ratio(branch_denominators(base, final))
 
-    def _ratio(self, sums: torch.Tensor) -> float:
-        of_base, of_final = self.accelerator.reduce(sums, "sum").tolist()
+    def _ratio(self, denominators: torch.Tensor) -> float:
+        of_base, of_final = self._add_up(denominators).tolist()
         return of_base / of_final if of_final else 1.0
+
+
+def branch_denominators(base: HeadLoss, final: HeadLoss) -> torch.Tensor:
+    """Denominators of both branches, (2,) in float64."""
+    return torch.stack([base.denominator, final.denominator]).double()

@@ -15,6 +15,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .acceptance import TAU_DEFINITION
 from .drafters.transformers_internals import TESTED
+from .objectives import OBJECTIVES
 from .records import HUB_ID, errors_in_one_line, public
 
 NOT_MEASURED = "not measured"
@@ -143,16 +144,12 @@ def training_lines(provenance: dict) -> dict:
     """What a card says of the training, as words."""
     recipe, found = provenance.get("recipe", {}), provenance.get("environment", {})
     objective, size, data = recipe.get("objective"), provenance.get("trainable_parameters"), sources(provenance)
-    names = {"auf": "Accept-Until-Fail", "auf_decay": "Accept-Until-Fail and decay", "decay": "decay weights"}
-    names |= {
-        f"{letter}_auf{decay}": f"{letter.upper()}-AUF (Accept-Until-Fail){words}"
-        for letter in "bsf" for decay, words in (("", ""), ("_decay", " and decay"))
-    } | {"domino_decay": "decay weights"}  # fmt: skip
+    method = OBJECTIVES[objective].title if objective in OBJECTIVES else objective
     steps = f"{provenance['steps']} steps, {provenance['seconds'] / 60:.0f} minutes" if provenance else NOT_MEASURED
     packages = found.get("packages", {})
     versions = [f"{key} {packages[key]}" for key in ("hf-specauf", "torch", "transformers") if key in packages]
     return {
-        "method": names.get(objective, objective or "an objective that was not recorded"),
+        "method": method or "an objective that was not recorded",
         "objective": f"{objective}, {recipe.get('normalisation')}" if objective else "not recorded",
         "parameters": f"{size / 1e6:.1f} M" if size else "not recorded",
         "data": f"{', '.join(data)} ({provenance['rows']} rows)" if data else "not recorded",

@@ -1,40 +1,176 @@
-"""Objectives of masked block drafters as detached slot weights: pure functions, no logging, no model.
+"""Objectives of masked block drafters, as a table: which slots of a block count, and how much.
 
-Shape letters are those of `blocks.py`. Every objective answers one question: how much does slot k of block n count?
-The loss is then sum(weight * cross-entropy) / sum(weight), over everything an optimizer step sees.
+Shape letters are those of `blocks.py`; P predictions of a block. The loss of any objective is
+
+    sum(weight * cross-entropy) / sum(weight)
+
+over everything an optimizer step sees. Weights carry no gradient. To add an objective, add one entry to `OBJECTIVES`.
 """
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 
-OBJECTIVES = ("uniform", "decay", "auf", "auf_decay")
-# Of Domino drafters (arXiv 2605.29707, 2607.01893); `domino_loss.py` says what each means for its two branches.
-DOMINO_OBJECTIVES = ("domino_decay", "b_auf", "s_auf", "f_auf", "b_auf_decay", "s_auf_decay", "f_auf_decay")
 NORMALISATIONS = ("pooled", "per_block")
-# DFlash (arXiv 2602.06036): gamma for K = 16, 10, 8.
+# DFlash (arXiv 2602.06036): gamma, in slots, for K = 16, 10, 8.
 DECAY_GAMMA = {16: 7.0, 10: 5.0, 8: 4.0}
 
 
-def resolve_gamma(objective: str, block_size: int, gamma: float | None) -> float | None:
-    """`gamma` for an objective, checked: refused where it would be ignored, required where it has no published value.
+@dataclass(frozen=True)
+class Objective:
+    """One entry of the table: how a drafter's logits are judged. A drafter with two branches of logits (Domino's
+    backbone, and the same corrected by a causal head) has an entry with a `base`; the entry itself then judges the
+    final logits, those that decoding uses.
+
+    Attributes:
+        title (`str`): what cards call it.
+        says (`str`): what counts, in a few words, for `--help`.
+        until_fail (`bool`): only slots up to and *including* the first wrong one count (Accept-Until-Fail).
+        decays (`bool`): slot k's weight is multiplied by exp(-(k-1) / gamma).
+        factor (`Callable`, *optional*): multiplies the weights by what the drafter predicted. Called with `right`
+            (bool), `log_p` (of the label; 0 where nothing was computed) and `support` (bool), each of shape
+            `(B, N, P)`; returns a tensor of that shape, 0 or more.
+        base (`Objective`, *optional*): how the base branch's logits are judged.
+        shared_support (`bool`): the final branch counts only slots that the base branch counts.
+    """
+
+    title: str
+    says: str
+    until_fail: bool = False
+    decays: bool = False
+    factor: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+    base: "Objective | None" = None
+    shared_support: bool = False
+
+    @property
+    def branches(self) -> int:
+        """Branches of logits that a drafter must have for this objective."""
+        return 1 if self.base is None else 2
+
+    @property
+    def supports_differ(self) -> bool:
+        """Whether the two branches may count different slots, so that the loss has two denominators."""
+        return self.base is not None and not self.shared_support and (self.until_fail or self.base.until_fail)
+
+    @property
+    def judges_every_slot(self) -> bool:
+        """Whether the loss needs a prediction of every valid slot. Otherwise the walk through a block stops early."""
+        return not self.until_fail and not self.shared_support
+
+    def without_factor(self) -> "Objective":
+        """The same, as far as it is known before anything was predicted."""
+        return replace(self, factor=None)
+
+    def support(self, right: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+        """The supported slots: those of the valid ones that count. Bool tensors of shape `(B, N, P)`."""
+        return first_failure_support(right, valid) if self.until_fail else valid
+
+    @torch.no_grad()
+    def weights(
+        self,
+        right: torch.Tensor,
+        valid: torch.Tensor,
+        gamma: float | None = None,
+        log_p: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Slot weights, without gradient.
+
+        Args:
+            right (`torch.BoolTensor` of shape `(B, N, P)`): the drafter's first choice is the label.
+            valid (`torch.BoolTensor` of shape `(B, N, P)`): the slot is supervised; contiguous from the first slot.
+            gamma (`float`, *optional*): decay length in slots, where the objective decays.
+            log_p (`torch.Tensor` of shape `(B, N, P)`, *optional*): log-probability of the label, in nats; needed
+                where the objective has a `factor`.
+
+        Returns:
+            `torch.FloatTensor` of shape `(B, N, P)`, 0 outside the support.
+        """
+        support = self.support(right, valid)
+        weights = support.float()
+        if self.decays:
+            slots = torch.arange(right.shape[-1], device=right.device)
+            weights = weights * torch.exp(-slots / gamma)
+        if self.factor is not None:
+            weights = weights * self.factor(right, log_p, support).to(weights.dtype)
+        return weights
+
+
+UNIFORM = Objective("equal weights", "all supervised slots")
+DECAY = Objective(
+    "decay weights", "all supervised slots, weighted exp(-(k-1)/gamma): the DFlash baseline", decays=True
+)
+AUF = Objective("Accept-Until-Fail", "up to and including the first wrong slot", until_fail=True)
+
+B_AUF = Objective(
+    "B-AUF (Accept-Until-Fail)", "base branch up to its first wrong slot, final branch everywhere", base=AUF
+)
+S_AUF = Objective(
+    "S-AUF (Accept-Until-Fail)", "base branch up to its first wrong slot, final branch the same slots",
+    base=AUF, shared_support=True,
+)  # fmt: skip
+F_AUF = Objective("F-AUF (Accept-Until-Fail)", "each branch up to its own first wrong slot", until_fail=True, base=AUF)
+
+
+def with_decay(objective: Objective) -> Objective:
+    """The same, with every branch's slots weighted exp(-(k-1)/gamma) as well."""
+    base = None if objective.base is None else with_decay(objective.base)
+    title, says = objective.title + " and decay", objective.says + ", weighted exp(-(k-1)/gamma)"
+    return replace(objective, title=title, says=says, decays=True, base=base)
+
+
+OBJECTIVES: dict[str, Objective] = {
+    # one branch: DFlash (arXiv 2602.06036), Spec-AUF (arXiv 2607.01893)
+    "uniform": UNIFORM,
+    "decay": DECAY,
+    "auf": AUF,
+    "auf_decay": with_decay(AUF),
+    # two branches: Domino (arXiv 2605.29707), Spec-AUF's section on Domino
+    "domino_decay": replace(DECAY, says="both branches everywhere, weighted exp(-(k-1)/gamma)", base=DECAY),
+    "b_auf": B_AUF,
+    "s_auf": S_AUF,
+    "f_auf": F_AUF,
+    "b_auf_decay": with_decay(B_AUF),
+    "s_auf_decay": with_decay(S_AUF),
+    "f_auf_decay": with_decay(F_AUF),
+}
+
+
+def objectives_for(branches: int) -> list[str]:
+    """Names of the objectives for drafters with so many branches of logits (1 or 2)."""
+    return [name for name, objective in OBJECTIVES.items() if objective.branches == branches]
+
+
+def find_objective(name: str) -> Objective:
+    """The entry of that name.
+
+    Raises:
+        ValueError: there is none; lists those there are.
+    """
+    if name not in OBJECTIVES:
+        raise ValueError(
+            f"objective is {name!r}; it must be one of {', '.join(objectives_for(1))}, or for a Domino drafter one of "
+            f"{', '.join(objectives_for(2))}"
+        )
+    return OBJECTIVES[name]
+
+
+def resolve_gamma(name: str, block_size: int, gamma: float | None) -> float | None:
+    """`gamma` for an objective, checked: refused where it would be ignored, required where none is published.
 
     Raises:
         ValueError: unknown objective; gamma with an objective that has no decay; no gamma for an unpublished K.
     """
-    if objective not in OBJECTIVES + DOMINO_OBJECTIVES:
-        raise ValueError(
-            f"objective is {objective!r}; it must be one of {', '.join(OBJECTIVES)}, or for a Domino drafter one of "
-            f"{', '.join(DOMINO_OBJECTIVES)}"
-        )
-    if not objective.endswith("decay"):
+    if not find_objective(name).decays:
         if gamma is not None:
             raise ValueError(
-                f"gamma is {gamma}, but objective {objective!r} has no decay and would ignore it: remove gamma"
+                f"gamma is {gamma}, but objective {name!r} has no decay and would ignore it: remove gamma"
             )
         return None
     if gamma is None and block_size not in DECAY_GAMMA:
         raise ValueError(
-            f"objective {objective!r} needs gamma: published values exist for block sizes {sorted(DECAY_GAMMA)} only, "
-            f"and block_size is {block_size}. Give gamma (slots; about block_size / 2)."
+            f"objective {name!r} needs gamma: published values exist for block sizes {sorted(DECAY_GAMMA)} only, and "
+            f"block_size is {block_size}. Give gamma (slots; about block_size / 2)."
         )
     gamma = DECAY_GAMMA[block_size] if gamma is None else float(gamma)
     if gamma <= 0:
@@ -42,52 +178,76 @@ def resolve_gamma(objective: str, block_size: int, gamma: float | None) -> float
     return gamma
 
 
-def first_failure_support(correct: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+@dataclass(frozen=True)
+class LossSpec:
+    """Everything that decides a loss. The trainer makes it once, and hands it down whole.
+
+    Attributes:
+        objective (`Objective`): of the drafter, or of the one branch that is computed.
+        gamma (`float`, *optional*): decay length in slots, where the objective decays.
+        normalisation (`str`): `pooled`: one division by all weights of an optimizer step. `per_block`: mean over
+            blocks of each block's own weighted mean.
+        rows_per_chunk (`int`): slots whose logits (V each) are held at once.
+    """
+
+    objective: Objective
+    gamma: float | None = None
+    normalisation: str = "pooled"
+    rows_per_chunk: int = 256
+
+    def __post_init__(self):
+        if self.normalisation not in NORMALISATIONS:
+            raise ValueError(f"normalisation is {self.normalisation!r}; it must be one of {', '.join(NORMALISATIONS)}")
+
+    @classmethod
+    def of(cls, name: str, block_size: int, gamma: float | None = None, **keys) -> "LossSpec":
+        """By an objective's name, for blocks of `block_size` slots; `keys` are `normalisation`, `rows_per_chunk`.
+
+        Raises:
+            ValueError: as [`resolve_gamma`]; an unknown normalisation.
+        """
+        return cls(find_objective(name), resolve_gamma(name, block_size, gamma), **keys)
+
+    @property
+    def supports_differ(self) -> bool:
+        """Whether the two branches have two denominators. `per_block` denominators count blocks: they are equal."""
+        return self.normalisation == "pooled" and self.objective.supports_differ
+
+    def branch(self, objective: Objective) -> "LossSpec":
+        """The same for one branch's objective."""
+        return replace(self, objective=objective)
+
+    def of_every_slot(self) -> "LossSpec":
+        """The same with every valid slot counted, in both branches: the most that a step can cost."""
+        base = None if self.objective.base is None else UNIFORM
+        return replace(self, objective=replace(UNIFORM, base=base), gamma=None, normalisation="pooled")
+
+
+def first_failure_support(right: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
     """AUF's support: valid slots up to and *including* the first wrong one (Spec-AUF, arXiv 2607.01893).
 
     Without the failing slot training collapses (arXiv 2608.30135: tau 3.11 against 5.75).
 
     Args:
-        correct, valid (`torch.BoolTensor` of shape `(B, N, K-1)`).
+        right, valid (`torch.BoolTensor` of shape `(B, N, P)`).
     """
-    wrong = (~correct & valid).long()
+    wrong = (~right & valid).long()
     wrong_before = wrong.cumsum(-1) - wrong
     return valid & (wrong_before == 0)
 
 
-def weights_from_correct(
-    objective: str, correct: torch.Tensor, valid: torch.Tensor, gamma: float | None = None
-) -> torch.Tensor:
-    """Slot weights of an objective that depends on right and wrong alone (all of this module's do).
-
-    Args:
-        objective (`str`): one of `OBJECTIVES`.
-        correct (`torch.BoolTensor` of shape `(B, N, K-1)`): argmax of the drafter's logits equals the label.
-        valid (`torch.BoolTensor` of shape `(B, N, K-1)`): slot is supervised; contiguous from slot 1.
-        gamma (`float`, *optional*): decay length in slots, for `decay` and `auf_decay`.
-
-    Returns:
-        `torch.FloatTensor` of shape `(B, N, K-1)`, without gradient.
-    """
-    gamma = resolve_gamma(objective, correct.shape[-1] + 1, gamma)
-    support = first_failure_support(correct, valid) if objective.startswith("auf") else valid
-    weights = support.float()
-    if gamma is not None:
-        weights = weights * torch.exp(-torch.arange(correct.shape[-1], device=correct.device) / gamma)
-    return weights
-
-
+@torch.no_grad()
 def slot_weights(
-    objective: str, logits: torch.Tensor, labels: torch.Tensor, valid: torch.Tensor, **params
+    objective: str, logits: torch.Tensor, labels: torch.Tensor, valid: torch.Tensor, gamma: float | None = None
 ) -> torch.Tensor:
-    """Detached slot weights of an objective, from the drafter's logits.
+    """Slot weights of an objective, straight from a drafter's logits: the plain form of what `head_loss` walks.
 
     Args:
-        objective (`str`): `uniform`, `decay`, `auf` or `auf_decay`.
+        objective (`str`): a name in `OBJECTIVES`, of one branch.
         logits (`torch.Tensor` of shape `(B, N, K-1, V)`): of the drafted slots 1..K-1.
         labels (`torch.LongTensor` of shape `(B, N, K-1)`): token at anchor + k.
         valid (`torch.BoolTensor` of shape `(B, N, K-1)`): contiguous from slot 1.
-        params: `gamma` (slots) for `decay` and `auf_decay`.
+        gamma (`float`, *optional*): decay length in slots, for objectives that decay.
 
     Returns:
         `torch.FloatTensor` of shape `(B, N, K-1)`: 0 outside the support; for AUF (arXiv 2607.01893) 1 up to and
@@ -96,9 +256,9 @@ def slot_weights(
     Raises:
         ValueError: unknown objective, or gamma where it does not apply.
     """
-    with torch.no_grad():
-        correct = logits.argmax(-1) == labels
-        return weights_from_correct(objective, correct, valid.bool(), **params)
+    gamma = resolve_gamma(objective, logits.shape[-2] + 1, gamma)
+    log_p = logits.log_softmax(-1).gather(-1, labels[..., None])[..., 0]
+    return OBJECTIVES[objective].weights(logits.argmax(-1) == labels, valid.bool(), gamma, log_p)
 
 
 def row_terms(
@@ -108,19 +268,17 @@ def row_terms(
     one division.
 
     Args:
-        losses (`torch.Tensor` of shape `(B, N, K-1)`): cross-entropy of each slot.
-        weights (`torch.Tensor` of shape `(B, N, K-1)`): from `slot_weights`.
-        normalisation (`str`): `pooled`: sum of weighted losses over sum of weights. `per_block`: mean over the blocks
-            that have any weight of each block's own weighted mean.
+        losses (`torch.Tensor` of shape `(B, N, P)`): cross-entropy of each slot.
+        weights (`torch.Tensor` of shape `(B, N, P)`): of an objective.
+        normalisation (`str`): as in [`LossSpec`].
 
     Returns:
         Two tensors of shape `(B,)`. With nothing supervised both are 0 and the numerators still have their graph.
     """
-    if normalisation not in NORMALISATIONS:
-        raise ValueError(f"normalisation is {normalisation!r}; it must be one of {', '.join(NORMALISATIONS)}")
     weights = weights.detach().to(losses.dtype)
     # where, not times: a slot of weight 0 may hold anything, even inf
-    numerators, denominators = (torch.where(weights > 0, losses, 0.0) * weights).sum(-1), weights.sum(-1)  # (B, N)
+    weighted = torch.where(weights > 0, losses, 0.0) * weights
+    numerators, denominators = weighted.sum(-1), weights.sum(-1)  # (B, N)
     if normalisation == "per_block":
         numerators = numerators / denominators.clamp(min=torch.finfo(losses.dtype).tiny)
         denominators = (denominators > 0).to(losses.dtype)

@@ -8,7 +8,7 @@ from transformers.trainer_utils import HubStrategy
 from .auf_config import AUFConfig
 from .drafters.configuration_domino import DominoConfig
 from .lora import AdapterBase
-from .objectives import DOMINO_OBJECTIVES, OBJECTIVES
+from .objectives import find_objective, objectives_for
 
 
 def check_start(
@@ -54,9 +54,9 @@ def check_start(
             "draft_attn_implementation: flex_attention trains on CUDA only (torch has no backward of it on CPU): "
             "use sdpa"
         )
-    is_domino = isinstance(config, DominoConfig)
-    if is_domino != (args.objective in DOMINO_OBJECTIVES):
-        wanted = DOMINO_OBJECTIVES if is_domino else OBJECTIVES
+    branches = 2 if isinstance(config, DominoConfig) else 1
+    if find_objective(args.objective).branches != branches:
+        wanted = objectives_for(branches)
         raise ValueError(
             f"objective {args.objective!r} is not for a {config.model_type} drafter: its objective is one of "
             f"{', '.join(wanted)}. Change objective, or drafter (dflash, domino) in the recipe."

@@ -1,9 +1,26 @@
 """Cross-entropy through the target's frozen head that computes only the logits that count, a chunk at a time.
 
-Slots after a block's first failure weigh nothing in AUF (arXiv 2607.01893), so their logits are never needed: blocks
-are walked slot by slot, and those that failed are left behind. The gradient with respect to the hidden rows is formed
-in the same pass, so that no logits outlive their chunk. Loss and gradient are those of the plain computation.
-Objectives that count all valid slots use the same chunks without stopping. Shape letters are those of `blocks.py`.
+Slots after a block's first failure weigh nothing in AUF (arXiv 2607.01893), so nobody needs their logits. Loss and
+gradient are those of the plain computation, which is eight lines:
+
+    logits = head(hidden)                                             # (B, N, P, V)
+    log_p = logits.log_softmax(-1).gather(-1, labels[..., None])[..., 0]
+    right = logits.argmax(-1) == labels
+    weights = objective.weights(right, valid, gamma, log_p).detach()  # (B, N, P)
+    numerator = -(weights * log_p).sum()
+    denominator = weights.sum()
+    numerator.backward()                                              # gradient of hidden
+    loss = numerator / denominator                                    # once every micro-batch and rank is in
+
+`head_loss` does the same in this order:
+
+1. Take slot 1 of every block that has one.
+2. Compute its logits, a chunk of rows at a time.
+3. Form loss, prediction and the gradient of the hidden rows at once; let the logits go.
+4. Leave behind every block whose slot was wrong, and go on with the next slot of the others.
+5. Hand autograd the finished gradients, scaled by the gradient of the numerator.
+
+Objectives that count all valid slots use the same chunks without step 4. Shape letters are those of `blocks.py`.
 """
 
 from typing import NamedTuple
@@ -12,10 +29,10 @@ import torch
 from torch import nn
 
 from .drafters.generation_block import add_correction, apply_head
-from .objectives import loss_terms, weights_from_correct
+from .objectives import LossSpec, loss_terms
 
-# A product with few rows costs as much as one with this many (the head's weights are read once either way), so the
-# last survivors are given several slots at a time.
+# A product with few rows costs as much as one with this many, because the head's weights are read once either way. So
+# the last survivors are given several slots at a time.
 FEWEST_ROWS = 32
 
 
@@ -24,9 +41,9 @@ class HeadLoss(NamedTuple):
 
     numerator: torch.Tensor  # scalar
     denominator: torch.Tensor  # scalar
-    losses: torch.Tensor  # (B, N, K-1), 0 where nothing was computed
-    weights: torch.Tensor  # (B, N, K-1), the objective's, 0 outside its support
-    correct: torch.Tensor  # (B, N, K-1) bool, false where nothing was predicted
+    losses: torch.Tensor  # (B, N, P), 0 where nothing was computed
+    weights: torch.Tensor  # (B, N, P), the objective's, 0 outside its support
+    correct: torch.Tensor  # (B, N, P) bool, false where nothing was predicted
 
 
 class _Walker:
@@ -145,56 +162,59 @@ def head_loss(
     head: nn.Module,
     labels: torch.Tensor,
     valid: torch.Tensor,
+    spec: LossSpec,
     *,
-    objective: str = "auf",
-    gamma: float | None = None,
-    normalisation: str = "pooled",
-    rows_per_chunk: int = 256,
     every_prediction: bool = False,
     support: torch.Tensor | None = None,
     low_rank: tuple[torch.Tensor, nn.Module] | None = None,
 ) -> HeadLoss:
     """Numerator and denominator of an objective, from the drafter's hidden rows and the target's frozen head.
 
-    Equal to `loss_terms(cross_entropy(head(hidden), labels), slot_weights(...))` in value and gradient.
-
     Args:
-        hidden (`torch.Tensor` of shape `(B, N, K-1, H)`): of the drafted slots.
+        hidden (`torch.Tensor` of shape `(B, N, P, H)`): of the slots that predict.
         head (`nn.Module`): `target.get_output_embeddings()`; frozen, also quantised.
-        labels, valid (`torch.Tensor` of shape `(B, N, K-1)`): `valid` bool, contiguous from slot 1.
-        objective, gamma, normalisation: as in `objectives`.
-        rows_per_chunk (`int`, *optional*, defaults to 256): slots whose logits (V each) are held at once.
+        labels, valid (`torch.Tensor` of shape `(B, N, P)`): `valid` bool, contiguous from the first slot.
+        spec (`LossSpec`): its objective is the one these logits are judged by.
         every_prediction (`bool`, *optional*): also predict valid slots that do not count, for diagnostics.
-        support (`torch.BoolTensor` of shape `(B, N, K-1)`, *optional*): the valid slots that may count at all,
-            contiguous from slot 1; by default all.
-        low_rank (`tuple`, *optional*): trainable rows (B, N, K-1, E) and the module without biases that makes a
+        support (`torch.BoolTensor` of shape `(B, N, P)`, *optional*): the valid slots that may count at all,
+            contiguous from the first slot; by default all.
+        low_rank (`tuple`, *optional*): trainable rows (B, N, P, E) and the module without biases that makes a
             correction (..., V) of them, which is added to the logits (Domino's head, arXiv 2605.29707); rows and
             the module's trained parameters receive their gradient.
 
     Raises:
-        ValueError: `low_rank` with an AUF objective and `per_block`: its weights are known only after the walk.
+        ValueError: `low_rank` with weights that are known only after the walk: the module's gradient needs them in it.
     """
-    until_fail = objective.startswith("auf")
-    if low_rank is not None and until_fail and normalisation == "per_block":
+    objective, gamma, per_block = spec.objective, spec.gamma, spec.normalisation == "per_block"
+    # Slots are weighed while a block is walked. What depends on the whole block is multiplied in afterwards.
+    weighs_later = objective.factor is not None or (per_block and objective.until_fail)
+    if low_rank is not None and weighs_later:
+        found = "normalisation: per_block" if objective.factor is None else "an objective that weighs by probabilities"
         raise ValueError(
-            "normalisation: per_block cannot be had for a trainable head whose support is its own first failure: a "
-            "block's weight is known only after its gradient. Use normalisation: pooled."
+            f"{found} cannot be had for a trainable head: a block's weights are known only after its gradient. Use "
+            "normalisation: pooled and an objective without probabilities."
         )
     wide = torch.promote_types(hidden.dtype, torch.float32)
-    # what each slot weighs if it is reached
+    tiny = torch.finfo(wide).tiny
     counting = valid if support is None else support
-    weights = weights_from_correct(objective, torch.ones_like(valid), counting, gamma).to(wide)
-    if normalisation == "per_block" and not until_fail:
-        weights = weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(wide).tiny)
+    # what each slot weighs if the walk reaches it, as far as that is known
+    if_reached = objective.without_factor().weights(torch.ones_like(valid), counting, gamma).to(wide)
+    if per_block and not weighs_later:
+        if_reached = if_reached / if_reached.sum(-1, keepdim=True).clamp(min=tiny)
     trained = [hidden] if low_rank is None else [hidden, low_rank[0], *trainable(low_rank[1])]
     want_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in trained)
-    walker = _Walker(hidden, head, labels, counting, weights, low_rank, want_gradient, rows_per_chunk)
-    walker.until_first_failure() if until_fail else walker.all_valid()
+    walker = _Walker(hidden, head, labels, counting, if_reached, low_rank, want_gradient, spec.rows_per_chunk)
+    if objective.until_fail:
+        walker.until_first_failure()
+    else:
+        walker.all_valid()
     losses, correct = walker.losses.view(valid.shape), walker.correct.view(valid.shape)
-    weights = weights_from_correct(objective, correct, counting, gamma).to(wide)
-    numerator, denominator = loss_terms(losses, weights, normalisation)
+    weights = objective.weights(correct, counting, gamma, log_p=-losses).to(wide)
+    numerator, denominator = loss_terms(losses, weights, spec.normalisation)
     if want_gradient:
-        if normalisation == "per_block" and until_fail:
+        if objective.factor is not None:
+            walker.gradients[0] *= (weights / if_reached.clamp(min=tiny))[..., None]
+        if per_block and weighs_later:
             walker.gradients[0] /= weights.sum(-1)[:, :, None, None].clamp(min=1e-30)
         numerator = _HeadLossFunction.apply(numerator, walker.gradients, *trained)
     if every_prediction:

@@ -101,7 +101,7 @@ def resolved_recipe(trainer: AUFTrainer, *arguments) -> dict:
         "block_size": config.block_size,
         "mask_token_id": config.mask_token_id,
         "target_layer_ids": config.target_layer_ids,
-        "gamma": trainer.gamma,
+        "gamma": trainer.loss_spec.gamma,
         **{key: getattr(config, key) for key in DOMINO_KEYS if trainer.is_domino},
     }
 
@@ -212,7 +212,7 @@ def _released_drafter(
 
 def announce(trainer: AUFTrainer, target_args: TargetArguments, draft: DrafterArguments) -> None:
     """Print what was derived, and one row as the drafter will see it."""
-    config, objective = trainer.drafter_config, trainer.args.objective
+    config, objective, gamma = trainer.drafter_config, trainer.args.objective, trainer.loss_spec.gamma
     own = draft.drafter_name_or_path is None
     origin = {"mask_token_id": draft.mask_token_id, "target_layer_ids": draft.target_layer_ids}
     for key, given in origin.items():
@@ -223,7 +223,7 @@ def announce(trainer: AUFTrainer, target_args: TargetArguments, draft: DrafterAr
         f"target: {target_args.target_model_name_or_path}{' at ' + revision if revision else ''}, "
         f"{config.num_target_layers} layers; drafter: {config.num_hidden_layers} layers, block size "
         f"{config.block_size}, {trainer.get_num_trainable_parameters() / 1e6:.2f} M trained parameters; objective: "
-        f"{objective}" + (f", gamma {trainer.gamma:g}" if trainer.gamma else "")
+        f"{objective}" + (f", gamma {gamma:g}" if gamma else "")
     )
     print(f"first row, supervised tokens between ⟦ and ⟧:\n{show_row(trainer.train_dataset[0], trainer.tokenizer)}\n")
 

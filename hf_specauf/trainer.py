@@ -29,13 +29,13 @@ from .blocks import EVALUATION_STEP, Blocks, make_blocks, row_inputs, sample_anc
 from .callbacks import InterruptCallback, TauProgressCallback
 from .checkpoints import CompleteCheckpoints
 from .conversations import RowCollator, fill_up, prepare_rows, prompt_length
-from .domino_loss import TwoBranches, domino_losses
+from .domino_loss import BranchBalance, branch_denominators, domino_losses
 from .drafters.configuration_domino import DominoConfig
 from .drafters.transformers_internals import check_methods
 from .evaluate import decoding_config
 from .generate import attach
 from .lora import AdapterBase, finish_adapter
-from .objectives import resolve_gamma, row_terms
+from .objectives import LossSpec, row_terms
 from .optimizer import MuonWithAdamW
 from .preflight import check_start
 from .progressive import HeadLoss, head_loss
@@ -88,7 +88,7 @@ def diagnostics(sums: dict[str, float]) -> dict[str, float]:
     return found
 
 
-class AUFTrainer(TwoBranches, WorstCase, CompleteCheckpoints, Publishing, Trainer):
+class AUFTrainer(WorstCase, CompleteCheckpoints, Publishing, Trainer):
     """Trains a block drafter on its target's own hidden states.
 
     Args:
@@ -131,7 +131,10 @@ class AUFTrainer(TwoBranches, WorstCase, CompleteCheckpoints, Publishing, Traine
         self.drafter_config = config
         self.block_size = config.block_size
         self.is_domino = isinstance(config, DominoConfig)
-        self.gamma = resolve_gamma(args.objective, config.block_size, args.gamma)
+        self.loss_spec = LossSpec.of(
+            args.objective, config.block_size, args.gamma,
+            normalisation=args.normalisation, rows_per_chunk=args.head_rows_per_chunk,
+        )  # fmt: skip
         self.target = FrozenTarget(target_model, config)
         self.tokenizer = processing_class
         self._interrupt = InterruptCallback()
@@ -165,6 +168,8 @@ class AUFTrainer(TwoBranches, WorstCase, CompleteCheckpoints, Publishing, Traine
         # numerator, denominator, ranks whose gradient is not finite, ranks that were told to stop
         self._step_sums = torch.zeros(4, dtype=torch.float64, device=args.device)
         self._log_sums = torch.zeros(len(COUNTERS), dtype=torch.float64, device=args.device)
+        self._balance = BranchBalance(self.loss_spec, lambda sums: self.accelerator.reduce(sums, "sum"))
+        self._micro_batches: list[dict] = []  # of the step under way, where the balance needs them
 
     def _place_target(self, rows: Dataset) -> None:
         """Move or shard the target, and check on real rows that it lends what the drafter is trained on."""
@@ -211,7 +216,7 @@ class AUFTrainer(TwoBranches, WorstCase, CompleteCheckpoints, Publishing, Traine
         """Trainer's own; whatever ends it, Ctrl-C is given back and the next call starts with clean sums."""
         self._step_sums.zero_()
         self._log_sums.zero_()
-        self._step_balance = None
+        self._balance.reset()
         # a CPU out of memory kills without an exception, and DeepSpeed would step on the trial's gradient
         self._untried_memory = self.args.device.type != "cpu" and not self.is_deepspeed_enabled
         self._clear_unfinished()
@@ -250,7 +255,7 @@ class AUFTrainer(TwoBranches, WorstCase, CompleteCheckpoints, Publishing, Traine
     # ---- the loss
 
     def _run_blocks(
-        self, model, inputs: dict, step: int, anchors_per_row: int, **loss_keys
+        self, model, inputs: dict, step: int, anchors_per_row: int, spec: LossSpec, every_prediction: bool = False
     ) -> tuple[Blocks, HeadLoss, HeadLoss | None]:
         """Draw anchors and fill their blocks -> the blocks, the loss on the logits that decoding uses, and that of
         Domino's base branch."""
@@ -271,39 +276,38 @@ class AUFTrainer(TwoBranches, WorstCase, CompleteCheckpoints, Publishing, Traine
             attention_mask=blocks.attention_mask,
             position_ids=blocks.position_ids,
         )
-        loss_keys |= dict(labels=blocks.labels, valid=blocks.valid, rows_per_chunk=self.args.head_rows_per_chunk)
+        asked = dict(labels=blocks.labels, valid=blocks.valid, spec=spec, every_prediction=every_prediction)
         if self.is_domino:
             given["prev_embeds"] = self.target.noise_embeds(blocks.previous_ids)
-            given["reduce"] = partial(domino_losses, head=self.target.head, **loss_keys)
+            given["reduce"] = partial(domino_losses, head=self.target.head, **asked)
             base, final = model(**given).reduced
             return blocks, final, base
         hidden = model(**given).last_hidden_state.view(*anchors.shape, self.block_size, -1)[:, :, 1:]
-        return blocks, head_loss(hidden, self.target.head, **loss_keys), None
+        return blocks, head_loss(hidden, self.target.head, **asked), None
 
     def _counters(self, model, inputs: dict, step: int, every_prediction: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss numerator with its graph, and detached counters per row (B, len(COUNTERS)). In evaluation a Domino
         drafter's loss is its final branch's alone, so that it does not move with lambda."""
-        args = self.args
-        blocks, found, base = self._run_blocks(
-            model, inputs, step, args.anchors_per_row, objective=args.objective, gamma=self.gamma,
-            normalisation=args.normalisation, every_prediction=every_prediction,
-        )  # fmt: skip
+        spec, anchors = self.loss_spec, self.args.anchors_per_row
+        blocks, found, base = self._run_blocks(model, inputs, step, anchors, spec, every_prediction)
         valid, numerator = blocks.valid, found.numerator
-        numerators, denominators = row_terms(found.losses, found.weights, args.normalisation)
+        numerators, denominators = row_terms(found.losses, found.weights, spec.normalisation)
         if base is not None and step != EVALUATION_STEP:
             of_base = self.base_weight(step)
-            of_final = (1 - of_base) * self.balance(base, found)
+            of_final = (1 - of_base) * self._balance.ratio(base, found)
             numerator = of_base * base.numerator + of_final * found.numerator
-            base_numerators, denominators = row_terms(base.losses, base.weights, args.normalisation)
+            base_numerators, denominators = row_terms(base.losses, base.weights, spec.normalisation)
             numerators = of_base * base_numerators + of_final * numerators
         with torch.no_grad():
             supported, correct = found.weights > 0, found.correct
-            everywhere = every_prediction or not args.objective.startswith(("auf", "s_auf", "f_auf"))
+            # slots whose prediction is known; in evaluation and on logging steps all are
+            everywhere = every_prediction or spec.objective.judges_every_slot
             judged = valid if everywhere else torch.zeros_like(valid)
-            # a support that another branch cut hides how far the prefix goes
-            walked = valid if everywhere or not args.objective.startswith("s_auf") else torch.zeros_like(valid)
+            # a support that the base branch cut hides how far the final branch's prefix goes
+            hidden = spec.objective.shared_support and not everywhere
+            walked = torch.zeros_like(valid) if hidden else valid
             walked = walked[:, :, : self.block_size - 1]  # what decoding drafts
-            slots = args.anchors_per_row * valid.shape[2]
+            slots = anchors * valid.shape[2]
             columns = (
                 numerators, denominators, supported.sum((1, 2)),
                 (supported & correct).sum((1, 2)), valid.sum((1, 2)), judged.sum((1, 2)),
@@ -361,7 +365,8 @@ class AUFTrainer(TwoBranches, WorstCase, CompleteCheckpoints, Publishing, Traine
         if self._untried_memory:
             self._untried_memory = False
             self.try_worst_case(model)
-        self.begin_balance(model)
+        if self._balance.differs and len(self._micro_batches) > 1 and not self._balance.is_known:
+            self._balance.begin(self._branch_denominators_of_step(model))
         super().training_step(model, inputs, num_items_in_batch)
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
@@ -371,7 +376,7 @@ class AUFTrainer(TwoBranches, WorstCase, CompleteCheckpoints, Publishing, Traine
         # every rank sees the same sums, and so all stop at the same step
         numerator, denominator, unsound, told_to_stop = self.accelerator.reduce(self._step_sums, "sum").tolist()
         self._step_sums.zero_()
-        self._step_balance = None
+        self._balance.reset()
         if unsound or not math.isfinite(numerator):
             raise self._not_finite("gradient" if math.isfinite(numerator) else "loss")
         if self.args.world_size > 1:
@@ -381,6 +386,27 @@ class AUFTrainer(TwoBranches, WorstCase, CompleteCheckpoints, Publishing, Traine
         for gradient in gradients:
             gradient.mul_(scale)
         return torch.tensor(numerator / max(denominator, 1.0), device=self.args.device)
+
+    def base_weight(self, step: int) -> float:
+        """lambda: from 1 at step 0 linearly to 0 at `lambda_decay_ratio` of all steps (arXiv 2605.29707)."""
+        return max(0.0, 1.0 - step / ((self.args.lambda_decay_ratio or 1.0) * self.state.max_steps))
+
+    def get_batch_samples(self, *args, **kwargs):
+        """Trainer's own. It keeps a step's micro-batches where the first backward pass needs the supports of all."""
+        batches, items = super().get_batch_samples(*args, **kwargs)
+        self._micro_batches = batches if self._balance.differs else []
+        return batches, items
+
+    @torch.no_grad()
+    def _branch_denominators_of_step(self, model) -> torch.Tensor:
+        """Both branches' denominators over all micro-batches, (2,). It costs a forward pass of each. With dropout in
+        an adapter, this pass and the next one differ a little."""
+        anchors, step = self.args.anchors_per_row, self.state.global_step
+        sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        for inputs in self._micro_batches:
+            _, final, base = self._run_blocks(model, self._prepare_inputs(inputs), step, anchors, self.loss_spec)
+            sums += branch_denominators(base, final)
+        return sums
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the paper's diagnostics, over all ranks since the last log, to a training log."""

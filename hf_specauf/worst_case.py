@@ -55,9 +55,8 @@ class WorstCase:
                     if self.state.global_step == 0 and adamw:  # its moments, which the first step will allocate
                         moments += [torch.empty(2, *p.shape, dtype=p.dtype, device=args.device) for p in trained]
                     with no_sync(), self.compute_loss_context_manager():
-                        # every valid slot, in both branches of Domino
-                        objective = "domino_decay" if self.is_domino else "decay"
-                        _, found, base = self._run_blocks(model, inputs, 0, anchors, objective=objective, gamma=1e6)
+                        spec = self.loss_spec.of_every_slot()
+                        _, found, base = self._run_blocks(model, inputs, 0, anchors, spec)
                         self.accelerator.backward(found.numerator + (0 if base is None else base.numerator))
                 except RuntimeError as error:
                     if not should_reduce_batch_size(error):

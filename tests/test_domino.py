@@ -18,10 +18,10 @@ from transformers.generation import LogitsProcessorList
 import hf_specauf
 from hf_specauf import DFlashConfig, DominoConfig, DominoDraftModel
 from hf_specauf.blocks import make_blocks
-from hf_specauf.domino_loss import branch_objectives, domino_losses
+from hf_specauf.domino_loss import domino_losses
 from hf_specauf.drafters.generation_block import BlockCandidateGenerator, add_correction, apply_head
 from hf_specauf.generate import attach
-from hf_specauf.objectives import DOMINO_OBJECTIVES
+from hf_specauf.objectives import OBJECTIVES, LossSpec, objectives_for
 from hf_specauf.target import FrozenTarget
 
 pytestmark = pytest.mark.internals
@@ -181,14 +181,14 @@ SUPPORTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("objective", DOMINO_OBJECTIVES)
+@pytest.mark.parametrize("objective", objectives_for(2))
 def test_supports_of_each_variant_on_hand_made_predictions(objective):
     hidden, rows, project, head, labels = crafted(BASE_RIGHT, FINAL_RIGHT)
     decays = objective.endswith("decay")
     valid = torch.ones_like(labels, dtype=torch.bool)
     base, final = domino_losses(
-        hidden, rows, project, head=head, labels=labels, valid=valid, objective=objective,
-        gamma=2.0 if decays else None, every_prediction=True,
+        hidden, rows, project, head=head, labels=labels, valid=valid, every_prediction=True,
+        spec=LossSpec.of(objective, 5, 2.0 if decays else None),
     )  # fmt: skip
     decay = torch.exp(-torch.arange(4) / 2.0) if decays else torch.ones(4)
     for branch, support in zip((base, final), SUPPORTS[objective.removesuffix("_decay")]):
@@ -204,20 +204,10 @@ def test_supports_of_each_variant_on_hand_made_predictions(objective):
 def test_a_slot_that_is_not_valid_ends_every_support():
     hidden, rows, project, head, labels = crafted(ALL, ALL)
     valid = torch.tensor([[[1, 1, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]]]).bool()
-    for objective in DOMINO_OBJECTIVES:
-        gamma = 2.0 if objective.endswith("decay") else None
-        for branch in domino_losses(
-            hidden, rows, project, head=head, labels=labels, valid=valid, objective=objective, gamma=gamma
-        ):
+    for objective in objectives_for(2):
+        spec = LossSpec.of(objective, 5, 2.0 if OBJECTIVES[objective].decays else None)
+        for branch in domino_losses(hidden, rows, project, head=head, labels=labels, valid=valid, spec=spec):
             assert torch.equal(branch.weights > 0, valid)
-
-
-def test_every_domino_objective_has_its_branches():
-    assert branch_objectives("b_auf_decay") == ("auf_decay", "decay")
-    assert branch_objectives("domino_decay") == ("decay", "decay")
-    assert {branch_objectives(objective) for objective in DOMINO_OBJECTIVES} == {
-        ("decay", "decay"), ("auf", "uniform"), ("auf", "auf"), ("auf_decay", "decay"), ("auf_decay", "auf_decay"),
-    }  # fmt: skip
 
 
 # ---- decoding is the target's own

@@ -18,7 +18,7 @@ from transformers import AutoModel
 from hf_specauf import AUFConfig, AUFTrainer, DominoDraftModel
 from hf_specauf.blocks import EVALUATION_STEP, make_blocks, sample_anchors
 from hf_specauf.generate import attach
-from hf_specauf.objectives import DOMINO_OBJECTIVES
+from hf_specauf.objectives import objectives_for
 from hf_specauf.train import main
 
 pytestmark = pytest.mark.internals
@@ -87,7 +87,7 @@ def by_hand(trainer, drafter, rows, step: int, of_base: float):
             }
             for branch, counted in counts.items():
                 if counted:
-                    weight = math.exp(-j / trainer.gamma) if decays else 1.0
+                    weight = math.exp(-j / trainer.loss_spec.gamma) if decays else 1.0
                     sums[branch][0] += -weight * logits[branch].log_softmax(-1)[ids[b, a + j + 1]]
                     sums[branch][1] += weight
             for branch in alive:
@@ -97,7 +97,7 @@ def by_hand(trainer, drafter, rows, step: int, of_base: float):
 
 
 @pytest.mark.parametrize("shift_label", [True, False], ids=["shifted", "unshifted"])
-@pytest.mark.parametrize("objective", DOMINO_OBJECTIVES)
+@pytest.mark.parametrize("objective", objectives_for(2))
 def test_one_step_equals_a_computation_of_all_logits_by_hand(build, pair, objective, shift_label):
     gamma = 2.0 if objective.endswith("decay") else None
     # learning rate 0 in the first step of a linear warm-up, so that the second starts from known weights
@@ -135,7 +135,7 @@ WAYS = {
 @pytest.mark.parametrize("max_grad_norm", [0.0, 0.5], ids=["unclipped", "clipped"])
 @pytest.mark.parametrize(
     "objective, normalisation",
-    [(name, "pooled") for name in DOMINO_OBJECTIVES] + [("b_auf", "per_block"), ("s_auf", "per_block")],
+    [(name, "pooled") for name in objectives_for(2)] + [("b_auf", "per_block"), ("s_auf", "per_block")],
 )
 def test_losses_gradients_and_weights_do_not_depend_on_how_a_step_is_computed(
     build, objective, normalisation, max_grad_norm

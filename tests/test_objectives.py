@@ -10,15 +10,18 @@ from torch.nn.functional import cross_entropy, one_hot
 
 from hf_specauf.objectives import (
     DECAY_GAMMA,
+    NORMALISATIONS,
     OBJECTIVES,
+    LossSpec,
     first_failure_support,
     loss_terms,
+    objectives_for,
     resolve_gamma,
     slot_weights,
-    weights_from_correct,
 )
 
-GAMMA = {objective: 2.0 if objective.endswith("decay") else None for objective in OBJECTIVES}
+ONE_BRANCH = objectives_for(1)
+GAMMA = {name: 2.0 if objective.decays else None for name, objective in OBJECTIVES.items()}
 E1, E2 = math.exp(-1 / 2), math.exp(-2 / 2)  # decay of slots 2 and 3 at gamma 2
 
 # One row, four blocks of K = 4. Label 0 everywhere; V = 3. Right/wrong and valid:
@@ -63,15 +66,15 @@ def objective_loss(objective, logits, labels, valid, normalisation="pooled", gam
     return loss_terms(losses, weights, normalisation)
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("objective", ONE_BRANCH)
 def test_weights_match_the_example_by_hand(objective):
     weights = slot_weights(objective, golden_logits(), torch.zeros_like(VALID).long(), VALID, gamma=GAMMA[objective])
     torch.testing.assert_close(weights, torch.tensor([WEIGHTS[objective]]).float())
-    torch.testing.assert_close(weights, weights_from_correct(objective, CORRECT, VALID, GAMMA[objective]))
+    torch.testing.assert_close(weights, OBJECTIVES[objective].weights(CORRECT, VALID, GAMMA[objective]))
 
 
 @pytest.mark.parametrize(("normalisation", "table"), [("pooled", POOLED), ("per_block", PER_BLOCK)])
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("objective", ONE_BRANCH)
 def test_loss_matches_the_example_by_hand(objective, normalisation, table):
     labels = torch.zeros_like(VALID).long()
     terms = objective_loss(objective, golden_logits(), labels, VALID, normalisation, GAMMA[objective])
@@ -143,7 +146,7 @@ def test_auf_decay_is_auf_times_decay(batch, gamma):
 
 
 @settings(deadline=None, max_examples=60)
-@given(batches(), st.sampled_from(OBJECTIVES), st.sampled_from(["pooled", "per_block"]), st.integers(1, 3))
+@given(batches(), st.sampled_from(ONE_BRANCH), st.sampled_from(["pooled", "per_block"]), st.integers(1, 3))
 def test_padding_blocks_and_micro_batches_change_nothing(batch, objective, normalisation, padding):
     def terms_and_gradient(parts):
         leaf = batch[0].clone().requires_grad_()
@@ -176,7 +179,7 @@ def test_padding_blocks_and_micro_batches_change_nothing(batch, objective, norma
 # ---- edges
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("objective", ONE_BRANCH)
 def test_weights_carry_no_gradient(objective):
     logits = golden_logits().requires_grad_()
     weights = slot_weights(objective, logits, torch.zeros_like(VALID).long(), VALID, gamma=GAMMA[objective])
@@ -188,7 +191,7 @@ def test_weights_carry_no_gradient(objective):
 
 
 @pytest.mark.parametrize("normalisation", ["pooled", "per_block"])
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("objective", ONE_BRANCH)
 def test_nothing_supervised_gives_zero_over_zero_with_a_graph(objective, normalisation):
     logits = golden_logits().requires_grad_()
     nothing = torch.zeros_like(VALID)
@@ -202,7 +205,7 @@ def test_nothing_supervised_gives_zero_over_zero_with_a_graph(objective, normali
 
 @pytest.mark.parametrize("poison", [math.inf, -math.inf, math.nan])
 @pytest.mark.parametrize("normalisation", ["pooled", "per_block"])
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("objective", ONE_BRANCH)
 def test_slots_of_weight_zero_may_hold_anything(objective, normalisation, poison):
     table = {"pooled": POOLED, "per_block": PER_BLOCK}[normalisation]
     labels = torch.zeros_like(VALID).long()
@@ -222,7 +225,7 @@ def test_published_gammas():
         assert resolve_gamma("decay", block_size, None) == resolve_gamma("auf_decay", block_size, None) == gamma
         assert resolve_gamma("auf", block_size, None) is None
         correct = torch.ones(1, 1, block_size - 1, dtype=torch.bool)
-        weights = weights_from_correct("decay", correct, correct)[0, 0]
+        weights = OBJECTIVES["decay"].weights(correct, correct, gamma)[0, 0]
         expected = [math.exp(-(k - 1) / gamma) for k in range(1, block_size)]
         torch.testing.assert_close(weights, torch.tensor(expected))
     assert resolve_gamma("decay", 16, 2) == 2.0  # a given one wins
@@ -243,11 +246,53 @@ def test_published_gammas():
 def test_gamma_and_objective_that_cannot_be_meant_are_refused(objective, block_size, gamma, message):
     with pytest.raises(ValueError, match=message):
         resolve_gamma(objective, block_size, gamma)
-    correct = torch.ones(1, 1, block_size - 1, dtype=torch.bool)
     with pytest.raises(ValueError, match=message):
-        weights_from_correct(objective, correct, correct, gamma)
+        LossSpec.of(objective, block_size, gamma)
+    labels, valid = torch.zeros(1, 1, block_size - 1).long(), torch.ones(1, 1, block_size - 1).bool()
+    with pytest.raises(ValueError, match=message):
+        slot_weights(objective, torch.zeros(1, 1, block_size - 1, 3), labels, valid, gamma)
 
 
 def test_unknown_normalisation_is_refused():
     with pytest.raises(ValueError, match="'mean'.*pooled, per_block"):
-        loss_terms(LOSSES, LOSSES, "mean")
+        LossSpec.of("auf", 4, normalisation="mean")
+
+
+# ---- the table
+
+
+def test_every_entry_of_two_branches_says_what_each_of_them_counts():
+    counted = {
+        name: (entry.base.until_fail, entry.until_fail, entry.shared_support)
+        for name, entry in OBJECTIVES.items()
+        if entry.branches == 2
+    }
+    assert counted == {
+        "domino_decay": (False, False, False),
+        "b_auf": (True, False, False), "b_auf_decay": (True, False, False),
+        "s_auf": (True, False, True), "s_auf_decay": (True, False, True),
+        "f_auf": (True, True, False), "f_auf_decay": (True, True, False),
+    }  # fmt: skip
+    for name, entry in OBJECTIVES.items():
+        assert entry.decays == name.endswith("decay") and entry.says and entry.title
+        assert entry.base is None or entry.base.decays == entry.decays
+        assert entry.base is None or entry.base.branches == 1
+    assert objectives_for(1) == ["uniform", "decay", "auf", "auf_decay"] and len(objectives_for(2)) == 7
+
+
+def test_two_denominators_are_at_work_where_the_branches_may_count_different_slots():
+    differ = {
+        (name, normalisation)
+        for name in OBJECTIVES
+        for normalisation in NORMALISATIONS
+        if LossSpec.of(name, 4, GAMMA[name], normalisation=normalisation).supports_differ
+    }
+    assert differ == {(name, "pooled") for name in ("b_auf", "b_auf_decay", "f_auf", "f_auf_decay")}
+
+
+def test_the_dearest_step_counts_every_slot_of_every_branch():
+    for name in OBJECTIVES:
+        most = LossSpec.of(name, 4, GAMMA[name], rows_per_chunk=9).of_every_slot()
+        assert most.rows_per_chunk == 9 and most.objective.branches == OBJECTIVES[name].branches
+        for objective in {most.objective, most.objective.base} - {None}:
+            assert objective.weights(~CORRECT, VALID).equal(VALID.float())

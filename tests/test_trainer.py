@@ -140,7 +140,7 @@ def by_hand(trainer, drafter, rows, step: int):
             count["valid"] += 1
             count["correct"] += right
             if alive or not until_fail:
-                weight = math.exp(-k / trainer.gamma) if args.objective.endswith("decay") else 1.0
+                weight = math.exp(-k / trainer.loss_spec.gamma) if args.objective.endswith("decay") else 1.0
                 block.append((weight, -log_p[b, n, k, label]))
                 count["supported"] += 1
                 count["supported_correct"] += right

@@ -295,16 +295,18 @@ def test_training_decoding_and_answers_use_nothing_deprecated(files, command, tm
     """In processes of their own, since transformers says each thing once in a process."""
     out = tmp_path / "out"
     words = command(output_dir=out, activation_checkpointing="true", eval_strategy="steps", eval_steps=2)
+    lora = dict(use_peft="true", init_from_target_layers="6", num_draft_layers=1)
     common = ["--target", str(files / "target"), "--max_new_tokens", "8", "--device", "cpu"]
     runs = {
         "train": words,
+        "train with LoRA": command(output_dir=tmp_path / "lora", activation_checkpointing="true", **lora),
         "evaluate": [*common, "--drafter", str(out), "--prompts", str(files / "chat.jsonl"), "--count", "2"],
         "regenerate": [*common, "--dataset_name", str(files / "chat.jsonl"), "--out", str(tmp_path / "own.jsonl"),
                        "--max_rows", "2"],
     }  # fmt: skip
     cache = dict(HF_DATASETS_CACHE=str(files / "cache"), TRANSFORMERS_VERBOSITY="info")
     for name, given in runs.items():
-        code, printed = run(sys.executable, "-W", "default", "-m", f"hf_specauf.{name}", *given, **cache)
+        code, printed = run(sys.executable, "-W", "default", "-m", f"hf_specauf.{name.split()[0]}", *given, **cache)
         assert code == 0, printed
         ours = [line for line in printed.splitlines() if "deprecat" in line.lower() and "torch.jit" not in line]
         assert ours == [], name

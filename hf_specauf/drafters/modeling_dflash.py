@@ -183,6 +183,11 @@ class DFlashDraftModel(PreTrainedModel):
             return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
         return mask
 
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """transformers' own property by its old name, without its warning: peft 0.21 still asks by that name."""
+        return self.is_activation_checkpointing
+
     def get_input_embeddings(self) -> None:
         """There is none, which accelerate's FSDP asks for: embeddings are the target's."""
 

@@ -32,7 +32,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM, set_seed
 
 from hf_specauf.blocks import make_blocks, sample_anchors
 from hf_specauf.drafters.modeling_dflash import DFlashDraftModel
-from hf_specauf.objectives import first_failure_support
+from hf_specauf.objectives import OBJECTIVES, LossSpec, first_failure_support
 from hf_specauf.progressive import head_loss
 from hf_specauf.records import environment, write_record
 from hf_specauf.target import FrozenTarget, drafter_config
@@ -99,10 +99,9 @@ def loss_of(way: str, rows, head, labels, valid, chunk: int):
         support = first_failure_support(logits.detach().argmax(-1) == labels, valid)
         losses = cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
         return (losses * support).sum() / support.sum()
-    found = head_loss(
-        rows[None], head, labels[None], valid[None], objective="auf" if way == "progressive" else "uniform",
-        rows_per_chunk=chunk,
-    )  # fmt: skip
+    objective = OBJECTIVES["auf" if way == "progressive" else "uniform"]
+    spec = LossSpec(objective, rows_per_chunk=chunk)
+    found = head_loss(rows[None], head, labels[None], valid[None], spec)
     return found.numerator / found.denominator
 
 
