@@ -8,6 +8,7 @@ says which slots count, and the Trainer (`trainer`, `train`) learns them. `gener
 
 from transformers import AutoConfig, AutoModel
 
+from .drafters import DRAFTERS
 from .drafters.configuration_dflash import DFlashConfig
 from .drafters.configuration_domino import DominoConfig
 from .drafters.modeling_dflash import DFlashDraftModel
@@ -15,7 +16,7 @@ from .drafters.modeling_domino import DominoDraftModel
 
 __version__ = "0.2.0.dev0"
 
-for _config, _model in ((DFlashConfig, DFlashDraftModel), (DominoConfig, DominoDraftModel)):
+for _config, _model in DRAFTERS.values():
     AutoConfig.register(_config.model_type, _config)
     AutoModel.register(_config, _model)
     # save_pretrained then copies the modelling files, so that the folder loads where this package is absent

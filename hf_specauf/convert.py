@@ -14,8 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModel, PreTrainedModel
 
+from .drafters import DRAFTERS, config_class
 from .drafters.configuration_dflash import DFlashConfig
-from .drafters.configuration_domino import DominoConfig
 from .lora import AdapterBase, absolute, add_adapter, borrow, borrowed_tensors, fetch, fingerprint
 from .records import errors_in_one_line
 from .target import target_fingerprint
@@ -129,7 +129,7 @@ def from_target(
         raise ValueError(f"{folder_or_repo} borrows no layers of a target: use load_drafter({str(folder_or_repo)!r})")
     _check_lender(target, base, folder_or_repo)
     given = json.loads((adapter / "config.json").read_text()) | {"borrowed_layers": None}
-    config = (DominoConfig if given["model_type"] == DominoConfig.model_type else DFlashConfig).from_dict(given)
+    config = config_class(given["model_type"]).from_dict(given)
     drafter = borrow(target, config, base.borrowed_layers, frozen=True)
     with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
         saved = set(file.keys())
@@ -210,11 +210,11 @@ def foreign_config(config: dict, folder: str | Path = "config.json") -> DFlashCo
         ValueError: a key is missing, contradicts itself, or asks for a computation that a DFlash drafter has not.
     """
     nested, head = (config.get(f"{name}_config") or {} for name in ("dflash", "domino"))
-    domino = nested.get("projector_type") == "domino"
-    kind = DominoConfig if domino else DFlashConfig
-    keys = set(kind.required_keys) - {"rope_parameters"} - (set() if domino else {"shift_label"})
-    must_be_nested = MUST_BE_NESTED | ({"projector_type": "domino"} if domino else {})
-    found = {} if domino else {"shift_label": False}
+    kind, _ = DRAFTERS.get(nested.get("projector_type"), DRAFTERS["dflash"])
+    # only drafters with a key for the alignment of labels have a choice of it
+    found = {} if "shift_label" in kind.own_keys else {"shift_label": False}
+    keys = set(kind.required_keys) - {"rope_parameters", *found}
+    must_be_nested = MUST_BE_NESTED | {"projector_type": kind.kind}
     for name in sorted(keys):
         values = [part[name] for part in (config, nested, head) if part.get(name) is not None]
         if not values:

@@ -23,33 +23,39 @@ from .objectives import LossSpec, find_objective
 from .progressive import HeadLoss, head_loss
 
 
-def domino_losses(
+@torch.compiler.disable  # its shapes follow from what the drafter gets right: no graph would be used twice
+def branch_losses(
     hidden: torch.Tensor,
-    low_rank_rows: torch.Tensor,
-    project: nn.Module,
+    low_rank_rows: torch.Tensor | None,
+    project: nn.Module | None,
     *,
     head: nn.Module,
     labels: torch.Tensor,
     valid: torch.Tensor,
     spec: LossSpec,
     every_prediction: bool = False,
-) -> tuple[HeadLoss, HeadLoss]:
-    """Base and final branch of a batch; runs inside the drafter's forward, as its `reduce`.
+) -> tuple[HeadLoss, HeadLoss | None]:
+    """The loss on the logits that decoding uses, and that of the base branch where the objective has one. It runs
+    inside a drafter's forward, as its `reduce`.
 
     Args:
         hidden (`torch.Tensor` of shape `(B, N, P, H)`): rows that predict.
-        low_rank_rows (`torch.Tensor` of shape `(B, N, P, E)`), project: the causal head, as the drafter hands it out.
+        low_rank_rows (`torch.Tensor` of shape `(B, N, P, E)`, *optional*), project (`nn.Module`, *optional*): the
+            causal head, as the drafter hands it out.
         head, labels, valid: as for `head_loss`.
-        spec (`LossSpec`): of an objective with a base branch.
-        every_prediction (`bool`, *optional*): the final branch also predicts valid slots that do not count.
+        spec (`LossSpec`): of the drafter's objective.
+        every_prediction (`bool`, *optional*): also predict valid slots that do not count, by the final logits.
     """
     objective = spec.objective
-    base = head_loss(hidden, head, labels, valid, spec.branch(objective.base))
+    low_rank = None if project is None else (low_rank_rows, project)
+    base, support = None, None
+    if objective.base is not None:
+        base = head_loss(hidden, head, labels, valid, spec.branch(objective.base))
+        support = base.weights > 0 if objective.shared_support else None
     final = head_loss(
-        hidden, head, labels, valid, spec, every_prediction=every_prediction,
-        support=base.weights > 0 if objective.shared_support else None, low_rank=(low_rank_rows, project),
-    )  # fmt: skip
-    return base, final
+        hidden, head, labels, valid, spec, every_prediction=every_prediction, support=support, low_rank=low_rank
+    )
+    return final, base
 
 
 def check_domino_keys(objective: str, normalisation: str, lambda_decay_ratio: float | None) -> None:

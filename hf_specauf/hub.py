@@ -28,7 +28,6 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from .convert import load_drafter
-from .drafters.configuration_domino import DominoConfig
 from .drafters.transformers_internals import TESTED
 from .lora import BASE_FILE, AdapterBase, fingerprint, finish_adapter
 from .model_card import render
@@ -48,14 +47,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 folder, inputs, outputs = sys.argv[1:]
 drafter = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype="auto").eval()
-given = load_file(inputs)
-more = {}
-if "prev_embeds" in given:
-    more = {"prev_embeds": given["prev_embeds"], "reduce": lambda hidden, rows, project: project(rows)}
+def corrections(hidden, rows, project):
+    return None if project is None else project(rows)
 with torch.no_grad():
-    output = drafter(given["noise"], given["context"], **more)
+    output = drafter(**load_file(inputs), reduce=corrections)
 found = {"hidden": output.last_hidden_state}
-if more:
+if output.reduced is not None:
     found["correction"] = output.reduced
 save_file({name: tensor.contiguous() for name, tensor in found.items()}, outputs)
 """
@@ -168,25 +165,17 @@ def public_base(
     return found
 
 
-def probe(config) -> dict[str, torch.Tensor]:
-    """Inputs on which two drafters are compared."""
-    generator = torch.Generator().manual_seed(0)
-    width, taps = config.hidden_size, len(config.target_layer_ids)
-    given = {"noise": torch.randn(1, config.block_size, width, generator=generator)}
-    given["context"] = torch.randn(1, 7, taps * width, generator=generator)
-    if isinstance(config, DominoConfig):  # the causal head too
-        given["prev_embeds"] = torch.randn(1, 1, config.predictions, width, generator=generator)
-    return given
+def corrections(hidden, rows, project):
+    """What a causal head adds to logits; `None` of a drafter without one."""
+    return None if project is None else project(rows)
 
 
 @torch.no_grad()
 def outputs_of(drafter: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """What a drafter makes of [`probe`]; `RELOAD` does the same."""
-    given, more = probe(drafter.config), {}
-    if "prev_embeds" in given:
-        more = dict(prev_embeds=given["prev_embeds"], reduce=lambda hidden, rows, project: project(rows))
-    output = drafter.eval()(given["noise"], given["context"], **more)
-    return {"hidden": output.last_hidden_state} | ({"correction": output.reduced} if more else {})
+    """What a drafter makes of its config's `probe`; `RELOAD` does the same."""
+    output = drafter.eval()(**drafter.config.probe(), reduce=corrections)
+    found = {"hidden": output.last_hidden_state, "correction": output.reduced}
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
 def check_same(drafter: PreTrainedModel, found: dict[str, torch.Tensor], how: str) -> None:
@@ -212,7 +201,7 @@ def check_reload(drafter: PreTrainedModel, folder: Path) -> None:
     """
     with TemporaryDirectory() as scratch:
         inputs, outputs = Path(scratch, "in.safetensors"), Path(scratch, "out.safetensors")
-        save_file(probe(drafter.config), inputs)
+        save_file(drafter.config.probe(), inputs)
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": scratch}
         words = [sys.executable, "-c", RELOAD, str(folder.absolute()), str(inputs), str(outputs)]
         done = subprocess.run(words, env=environment, cwd=scratch, capture_output=True, text=True)

@@ -14,6 +14,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .acceptance import TAU_DEFINITION
+from .drafters import config_class
 from .drafters.transformers_internals import TESTED
 from .objectives import OBJECTIVES
 from .records import HUB_ID, errors_in_one_line, public
@@ -189,12 +190,11 @@ def render(
     first = records[0] if records else None
     conditions = {} if first is None else first["conditions"]
     target, commit = config["target_model_name_or_path"] or "unnamed target", config.get("target_revision")
-    domino = config["model_type"] == "specauf_domino"
+    kind = config_class(config["model_type"])
     base = small or provenance.get("base") or {}
     borrowed = config.get("borrowed_layers") or (small and small["borrowed_layers"])
     form = "borrowed" if borrowed else "adapter" if small else "plain"
-    kind = ["domino", "arxiv:2605.29707"] if domino else ["dflash"]
-    tags = ["speculative-decoding", *kind, "spec-auf", "custom_code", "arxiv:2607.01893", "arxiv:2602.06036"]
+    tags = ["speculative-decoding", *kind.card_tags, "spec-auf", "custom_code", "arxiv:2607.01893", "arxiv:2602.06036"]
     card_data = ModelCardData(
         base_model=base["name_or_path"] if form == "adapter" else target, base_model_relation="adapter",
         library_name="transformers", license=licence,
@@ -214,7 +214,8 @@ def render(
         alpha_plot=(folder / "alpha.png").is_file(), layers=config["num_hidden_layers"],
         block_size=config["block_size"], taps=config["target_layer_ids"], mask_token_id=config["mask_token_id"],
         dtype=config.get("dtype"), form=form, base=base.get("name_or_path"), base_revision=base.get("revision"),
-        domino=config if domino else None, oldest=TESTED[0], newest=TESTED[1], **training_lines(provenance),
+        native=kind.runs_in_native_generator, card_rows=kind.card_rows(config), card_method=kind.card_method,
+        oldest=TESTED[0], newest=TESTED[1], **training_lines(provenance),
     )  # fmt: skip
 
 

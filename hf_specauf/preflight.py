@@ -6,7 +6,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import HubStrategy
 
 from .auf_config import AUFConfig
-from .drafters.configuration_domino import DominoConfig
+from .drafters import DRAFTERS
 from .lora import AdapterBase
 from .objectives import find_objective, objectives_for
 
@@ -54,12 +54,11 @@ def check_start(
             "draft_attn_implementation: flex_attention trains on CUDA only (torch has no backward of it on CPU): "
             "use sdpa"
         )
-    branches = 2 if isinstance(config, DominoConfig) else 1
-    if find_objective(args.objective).branches != branches:
-        wanted = objectives_for(branches)
+    if find_objective(args.objective).branches != config.branches:
+        wanted = objectives_for(config.branches)
         raise ValueError(
             f"objective {args.objective!r} is not for a {config.model_type} drafter: its objective is one of "
-            f"{', '.join(wanted)}. Change objective, or drafter (dflash, domino) in the recipe."
+            f"{', '.join(wanted)}. Change objective, or drafter ({', '.join(DRAFTERS)}) in the recipe."
         )
     if peft_config is not None:
         check_adapter_names(drafter, peft_config)

@@ -1,7 +1,7 @@
 """A recipe: one YAML file, or the same keys on the command line, parsed into dataclasses. Unknown keys fail."""
 
 import json
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, make_dataclass
 
 import torch
 from peft import PeftConfig
@@ -10,6 +10,7 @@ from transformers.utils import is_bitsandbytes_available
 from trl import ModelConfig, TrlParser, get_peft_config
 
 from .auf_config import AUFConfig
+from .drafters import DRAFTERS
 
 
 def json_mapping(key: str, value: str | dict | None) -> dict | None:
@@ -85,17 +86,12 @@ class TargetArguments:
             raise ValueError("trust_remote_code: true needs target_revision, so that the code cannot change under you")
 
 
-DOMINO_KEYS = ("gru_hidden_dim", "emb_dim", "pure_draft_prefix_len", "shift_label")
-
-
 @dataclass
 class DrafterArguments:
     """The drafter. What is left out is `drafter_name_or_path`'s own, or else derived from the target once, printed,
     and stored in its config.json."""
 
-    drafter: str | None = field(
-        default=None, metadata={"help": "dflash (default), or domino: the same with a causal head."}
-    )
+    drafter: str | None = field(default=None, metadata={"help": f"One of {', '.join(DRAFTERS)} (default dflash)."})
     num_draft_layers: int | None = field(default=None, metadata={"help": "Layers of the drafter (default 5)."})
     block_size: int | None = field(
         default=None, metadata={"help": "K, slots of a block, anchor included: 2 or more (default 16)."}
@@ -112,18 +108,6 @@ class DrafterArguments:
     )
     draft_attn_implementation: str = field(
         default="sdpa", metadata={"help": "sdpa, eager, or flex_attention (block-sparse training masks, for CUDA)."}
-    )
-    gru_hidden_dim: int | None = field(
-        default=None, metadata={"help": "Domino: size of the causal head's state (default 1024)."}
-    )
-    emb_dim: int | None = field(
-        default=None, metadata={"help": "Domino: rank of the correction of the logits (default 256)."}
-    )
-    pure_draft_prefix_len: int | None = field(
-        default=None, metadata={"help": "Domino: first predictions of a block left uncorrected (default 1)."}
-    )
-    shift_label: bool | None = field(
-        default=None, metadata={"help": "Domino: slot k predicts the token after its own (default true)."}
     )
     save_dtype: str = field(
         default="auto", metadata={"help": "Dtype of the final folder: auto (the target's), bfloat16 or float32."}
@@ -166,14 +150,15 @@ class DrafterArguments:
                 f"draft_attn_implementation is {self.draft_attn_implementation!r}; it must be sdpa, eager or "
                 "flex_attention"
             )
-        if self.drafter not in (None, "dflash", "domino"):
-            raise ValueError(f"drafter is {self.drafter!r}; it must be dflash or domino")
-        given = [key for key in DOMINO_KEYS if getattr(self, key) is not None]
-        if given and self.drafter != "domino":
-            raise ValueError(
-                f"{', '.join(given)}: of Domino's causal head, which a DFlash drafter does not have and would ignore. "
-                "Set drafter: domino, or remove what is named"
-            )
+        if self.drafter not in (None, *DRAFTERS):
+            raise ValueError(f"drafter is {self.drafter!r}; it must be one of {', '.join(DRAFTERS)}")
+        for kind, (config, _) in DRAFTERS.items():
+            given = [key for key in config.own_keys if getattr(self, key, None) is not None]
+            if given and kind != self.drafter:
+                raise ValueError(
+                    f"{', '.join(given)}: of a {kind} drafter; a {self.kind} drafter has no such thing and would "
+                    f"ignore it. Set drafter: {kind}, or remove what is named"
+                )
         if self.save_dtype not in ("auto", "bfloat16", "float32"):
             raise ValueError(f"save_dtype is {self.save_dtype!r}; it must be auto, bfloat16 or float32")
         if self.block_size is not None and self.block_size < 2:
@@ -199,7 +184,7 @@ class DrafterArguments:
                 raise ValueError(f"{', '.join(given)} would be ignored without use_peft: true")
         if self.use_peft and self.init_from_target_layers:
             # start at random, and nothing but the adapter would hold them
-            random = ["fc"] + (["prefix_gru", "embed_proj"] if self.drafter == "domino" else [])
+            random = DRAFTERS[self.kind][0].starts_at_random
             if self.lora_modules_to_save is None:
                 self.lora_modules_to_save = [*random, "norm"]  # the norms see other inputs than theirs
             if lacking := [name for name in random if name not in self.lora_modules_to_save]:
@@ -224,10 +209,26 @@ class DrafterArguments:
         return config
 
     @property
-    def domino(self) -> dict | None:
-        """The given keys of a Domino drafter's causal head, or `None` for a DFlash drafter."""
-        given = {key: getattr(self, key) for key in DOMINO_KEYS if getattr(self, key) is not None}
-        return given if self.drafter == "domino" else None
+    def kind(self) -> str:
+        """The drafter's name in the table `DRAFTERS`."""
+        return self.drafter or "dflash"
+
+    @property
+    def own_keys(self) -> dict:
+        """The given ones of the keys that only this kind of drafter has."""
+        own = {key: getattr(self, key, None) for key in DRAFTERS[self.kind][0].own_keys}
+        return {key: value for key, value in own.items() if value is not None}
+
+
+def drafter_arguments() -> type[DrafterArguments]:
+    """`DrafterArguments` with the own keys of every drafter in the table as further fields, so that a recipe may have
+    them and `--help` explains them."""
+    own = [
+        (key, config.__annotations__[key] | None, field(default=None, metadata={"help": f"{kind}: {says}"}))
+        for kind, (config, _) in DRAFTERS.items()
+        for key, says in config.own_keys.items()
+    ]
+    return make_dataclass("DrafterArguments", own, bases=(DrafterArguments,))
 
 
 @dataclass
@@ -334,7 +335,7 @@ def parse(argv: list[str]) -> tuple[TargetArguments, DrafterArguments, DataArgum
         ValueError: a key no dataclass knows, or a value that is not allowed.
     """
     parser = TrlParser(
-        (TargetArguments, DrafterArguments, DataArguments, AUFConfig), prog="python -m hf_specauf.train"
+        (TargetArguments, drafter_arguments(), DataArguments, AUFConfig), prog="python -m hf_specauf.train"
     )
     parser.description = (
         "Train an Accept-Until-Fail drafter for a causal LM. Give a recipe with --config recipe.yaml; any of its keys "

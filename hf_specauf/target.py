@@ -17,8 +17,8 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .blocks import row_inputs
+from .drafters import DRAFTERS
 from .drafters.configuration_dflash import DFlashConfig, check_target_layer_ids
-from .drafters.configuration_domino import DominoConfig
 from .drafters.generation_block import apply_head, embed_noise
 
 
@@ -151,7 +151,8 @@ def drafter_config(
     intermediate_size: int | None = None,
     target_revision: str | None = None,
     chat_template_kwargs: dict | None = None,
-    domino: dict | None = None,
+    kind: str = "dflash",
+    own_keys: dict | None = None,
 ) -> DFlashConfig:
     """A drafter config with the target's own widths, heads, rope base and special ids.
 
@@ -161,16 +162,17 @@ def drafter_config(
         num_hidden_layers, block_size, mask_token_id, target_layer_ids: as in [`DFlashConfig`]; taps default to
             `default_target_layer_ids`.
         intermediate_size (`int`, *optional*): defaults to the target's, or 4 H where it has none.
-        domino (`dict`, *optional*): keys of [`DominoConfig`]'s causal head, or `{}` for the published ones; gives a
-            `DominoConfig`.
+        kind (`str`, *optional*, defaults to `dflash`): a drafter of the table `DRAFTERS`.
+        own_keys (`dict`, *optional*): values of that drafter's own keys, e.g. of Domino's causal head; by default the
+            published ones.
     """
     target = innermost(target)
     text = target.config.get_text_config(decoder=True)
     heads = text.num_attention_heads
     rope = getattr(text, "rope_parameters", None) or {}
     rope = rope.get("full_attention", rope)  # Gemma-3 has one set per layer type
-    kind = DFlashConfig if domino is None else DominoConfig
-    return kind(
+    config, _ = DRAFTERS[kind]
+    return config(
         hidden_size=text.hidden_size,
         intermediate_size=intermediate_size or getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
         num_hidden_layers=num_hidden_layers,
@@ -196,7 +198,7 @@ def drafter_config(
         eos_token_id=target.generation_config.eos_token_id,
         pad_token_id=target.generation_config.pad_token_id,
         **(tokenizer_hashes(tokenizer) if tokenizer is not None else {}),
-        **(domino or {}),
+        **(own_keys or {}),
     )
 
 

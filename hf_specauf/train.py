@@ -20,11 +20,10 @@ from .checkpoints import checkpoints_by_age
 from .conversations import prepare_rows, show_row
 from .convert import load_drafter
 from .drafters.configuration_dflash import DFlashConfig
-from .drafters.configuration_domino import DominoConfig
 from .evaluate import compare, evaluation_record, plot_alpha, show
 from .lora import AdapterBase, borrow, finish_adapter
 from .on_policy import check_settings, on_policy_score, on_policy_words
-from .recipe import DOMINO_KEYS, DataArguments, DrafterArguments, TargetArguments, parse
+from .recipe import DataArguments, DrafterArguments, TargetArguments, parse
 from .records import NOT_PUBLIC, environment, errors_in_one_line, write_record
 from .sources import load_rows, take_shares
 from .target import default_mask_token_id, drafter_config, load_target, target_fingerprint, tokenizer_hashes
@@ -96,13 +95,13 @@ def resolved_recipe(trainer: AUFTrainer, *arguments) -> dict:
     keys |= {key: value for key, value in trainer.args.to_dict().items() if not NOT_PUBLIC.fullmatch(key)}
     config = trainer.drafter_config
     return keys | {
-        "drafter": "domino" if trainer.is_domino else "dflash",
+        "drafter": config.kind,
         "num_draft_layers": config.num_hidden_layers,
         "block_size": config.block_size,
         "mask_token_id": config.mask_token_id,
         "target_layer_ids": config.target_layer_ids,
         "gamma": trainer.loss_spec.gamma,
-        **{key: getattr(config, key) for key in DOMINO_KEYS if trainer.is_domino},
+        **{key: getattr(config, key) for key in config.own_keys},
     }
 
 
@@ -171,7 +170,8 @@ def start_drafter(
         intermediate_size=draft.draft_intermediate_size,
         target_revision=revision,
         chat_template_kwargs=draft.chat_template_kwargs,
-        domino=draft.domino,
+        kind=draft.kind,
+        own_keys=draft.own_keys,
     )
     set_seed(seed)
     if not layer_ids:
@@ -185,9 +185,8 @@ def _released_drafter(
     name, key = draft.drafter_name_or_path, "drafter_name_or_path"
     drafter = load_drafter(name, draft.drafter_revision, target=target, dtype=torch.float32, key=key)
     config = drafter.config
-    domino = isinstance(config, DominoConfig)
     shape = {
-        "drafter": "domino" if domino else "dflash", **{key: getattr(config, key) for key in DOMINO_KEYS if domino},
+        "drafter": config.kind, **{key: getattr(config, key) for key in config.own_keys},
         "num_draft_layers": config.num_hidden_layers, "block_size": config.block_size,
         "target_layer_ids": config.target_layer_ids, "mask_token_id": config.mask_token_id,
         "draft_intermediate_size": config.intermediate_size,

@@ -29,8 +29,7 @@ from .blocks import EVALUATION_STEP, Blocks, make_blocks, row_inputs, sample_anc
 from .callbacks import InterruptCallback, TauProgressCallback
 from .checkpoints import CompleteCheckpoints
 from .conversations import RowCollator, fill_up, prepare_rows, prompt_length
-from .domino_loss import BranchBalance, branch_denominators, domino_losses
-from .drafters.configuration_domino import DominoConfig
+from .domino_loss import BranchBalance, branch_denominators, branch_losses
 from .drafters.transformers_internals import check_methods
 from .evaluate import decoding_config
 from .generate import attach
@@ -38,7 +37,7 @@ from .lora import AdapterBase, finish_adapter
 from .objectives import LossSpec, row_terms
 from .optimizer import MuonWithAdamW
 from .preflight import check_start
-from .progressive import HeadLoss, head_loss
+from .progressive import HeadLoss
 from .publishing import Publishing
 from .target import FrozenTarget
 from .worst_case import WorstCase, local
@@ -130,7 +129,6 @@ class AUFTrainer(WorstCase, CompleteCheckpoints, Publishing, Trainer):
         self.args = args
         self.drafter_config = config
         self.block_size = config.block_size
-        self.is_domino = isinstance(config, DominoConfig)
         self.loss_spec = LossSpec.of(
             args.objective, config.block_size, args.gamma,
             normalisation=args.normalisation, rows_per_chunk=args.head_rows_per_chunk,
@@ -276,14 +274,14 @@ class AUFTrainer(WorstCase, CompleteCheckpoints, Publishing, Trainer):
             attention_mask=blocks.attention_mask,
             position_ids=blocks.position_ids,
         )
-        asked = dict(labels=blocks.labels, valid=blocks.valid, spec=spec, every_prediction=every_prediction)
-        if self.is_domino:
+        if self.drafter_config.reads_previous_tokens:
             given["prev_embeds"] = self.target.noise_embeds(blocks.previous_ids)
-            given["reduce"] = partial(domino_losses, head=self.target.head, **asked)
-            base, final = model(**given).reduced
-            return blocks, final, base
-        hidden = model(**given).last_hidden_state.view(*anchors.shape, self.block_size, -1)[:, :, 1:]
-        return blocks, head_loss(hidden, self.target.head, **asked), None
+        reduce = partial(
+            branch_losses, head=self.target.head, labels=blocks.labels, valid=blocks.valid, spec=spec,
+            every_prediction=every_prediction,
+        )  # fmt: skip
+        found, base = model(**given, reduce=reduce).reduced
+        return blocks, found, base
 
     def _counters(self, model, inputs: dict, step: int, every_prediction: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss numerator with its graph, and detached counters per row (B, len(COUNTERS)). In evaluation a Domino
@@ -414,7 +412,7 @@ class AUFTrainer(WorstCase, CompleteCheckpoints, Publishing, Trainer):
             sums = self.accelerator.reduce(self._log_sums, "sum").tolist()
             self._log_sums.zero_()
             logs |= diagnostics(dict(zip(COUNTERS, sums)))
-            if self.is_domino:
+            if self.loss_spec.objective.base is not None:
                 logs["lambda"] = round(self.base_weight(max(self.state.global_step - 1, 0)), 4)
         super().log(logs, start_time)
 

@@ -82,7 +82,7 @@ def make_domino(target, block_size: int = 4, layers: int = 1, taps=(0, 2), seed:
     """A Domino drafter for it with random weights; `head`: keys of its causal head."""
     config = drafter_config(
         target, num_hidden_layers=layers, block_size=block_size, mask_token_id=MASK, target_layer_ids=list(taps),
-        domino=dict(gru_hidden_dim=12, emb_dim=8) | head,
+        kind="domino", own_keys=dict(gru_hidden_dim=12, emb_dim=8) | head,
     )  # fmt: skip
     set_seed(seed)
     return DominoDraftModel(config).to(dtype).eval()

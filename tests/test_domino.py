@@ -18,7 +18,7 @@ from transformers.generation import LogitsProcessorList
 import hf_specauf
 from hf_specauf import DFlashConfig, DominoConfig, DominoDraftModel
 from hf_specauf.blocks import make_blocks
-from hf_specauf.domino_loss import domino_losses
+from hf_specauf.domino_loss import branch_losses
 from hf_specauf.drafters.generation_block import BlockCandidateGenerator, add_correction, apply_head
 from hf_specauf.generate import attach
 from hf_specauf.objectives import OBJECTIVES, LossSpec, objectives_for
@@ -186,7 +186,7 @@ def test_supports_of_each_variant_on_hand_made_predictions(objective):
     hidden, rows, project, head, labels = crafted(BASE_RIGHT, FINAL_RIGHT)
     decays = objective.endswith("decay")
     valid = torch.ones_like(labels, dtype=torch.bool)
-    base, final = domino_losses(
+    final, base = branch_losses(
         hidden, rows, project, head=head, labels=labels, valid=valid, every_prediction=True,
         spec=LossSpec.of(objective, 5, 2.0 if decays else None),
     )  # fmt: skip
@@ -206,7 +206,7 @@ def test_a_slot_that_is_not_valid_ends_every_support():
     valid = torch.tensor([[[1, 1, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]]]).bool()
     for objective in objectives_for(2):
         spec = LossSpec.of(objective, 5, 2.0 if OBJECTIVES[objective].decays else None)
-        for branch in domino_losses(hidden, rows, project, head=head, labels=labels, valid=valid, spec=spec):
+        for branch in branch_losses(hidden, rows, project, head=head, labels=labels, valid=valid, spec=spec):
             assert torch.equal(branch.weights > 0, valid)
 
 
@@ -294,7 +294,7 @@ def sampling_drafter(shift_label: bool):
     target = make_target(vocab_size=6, num_hidden_layers=2, dtype=torch.float32)
     config = dict(
         num_hidden_layers=1, block_size=4, mask_token_id=5, target_layer_ids=[0],
-        domino=dict(gru_hidden_dim=8, emb_dim=4, shift_label=shift_label),
+        kind="domino", own_keys=dict(gru_hidden_dim=8, emb_dim=4, shift_label=shift_label),
     )  # fmt: skip
     set_seed(0)
     drafter = DominoDraftModel(hf_specauf.target.drafter_config(target, **config)).eval()

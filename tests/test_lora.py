@@ -471,7 +471,7 @@ def test_layers_that_share_nothing_and_layers_that_are_not_there_are_refused():
         (dict(use_dora=True), "use_dora would be ignored"),
         (dict(drafter_revision="main"), "without drafter_name_or_path"),
         (dict(drafter_name_or_path="a/b", init_from_target_layers=[1]), "two starts"),
-        (dict(drafter_name_or_path="a/b", emb_dim=8), "emb_dim: of Domino's causal head"),
+        (dict(drafter_name_or_path="a/b", emb_dim=8), "emb_dim: of a domino drafter"),
     ],
 )
 def test_keys_that_say_nothing_are_refused(keys, said):

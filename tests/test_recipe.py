@@ -96,8 +96,8 @@ def test_unknown_keys_fail_and_are_named(recipe, key):
         (dict(block_size=1), "block_size is 1"),
         (dict(num_draft_layers=0), "num_draft_layers is 0"),
         (dict(fp16=True), "use bf16: true"),
-        (dict(drafter="eagle"), "drafter is 'eagle'; it must be dflash or domino"),
-        (dict(emb_dim=64, shift_label=True), "emb_dim, shift_label: of Domino's causal head.*Set drafter: domino"),
+        (dict(drafter="eagle"), "drafter is 'eagle'; it must be one of dflash, domino"),
+        (dict(emb_dim=64, shift_label=True), "emb_dim, shift_label: of a domino drafter.*Set drafter: domino"),
         (dict(lambda_decay_ratio=0.5), "has no base branch and would ignore it"),
         (dict(trust_remote_code=True), "trust_remote_code: true needs target_revision"),
     ],
@@ -183,7 +183,7 @@ def test_help_explains_the_objective():
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "Accept-Until-Fail" in done.stdout
-    assert re.search(r"--objective OBJECTIVE\s+Which slots count: uniform, decay \(DFlash\), auf", done.stdout)
+    assert re.search(r"--objective OBJECTIVE\s+Which slots count. uniform: all supervised slots; decay:", done.stdout)
 
 
 @pytest.mark.parametrize("path", LAUNCHES, ids=lambda path: path.name)

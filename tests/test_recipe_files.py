@@ -60,7 +60,8 @@ def test_recipe_fits_the_published_config_of_its_target(path):
         assert shape.pop("note") and shape.pop("target") == target_args.target_model_name_or_path
     with torch.device("meta"):
         target = AutoModelForCausalLM.from_config(AutoConfig.for_model(published["model_type"], **published["config"]))
-        config = drafter_config(target, intermediate_size=draft.draft_intermediate_size, domino=draft.domino, **shape)
+        shape |= dict(kind=draft.kind, own_keys=draft.own_keys, intermediate_size=draft.draft_intermediate_size)
+        config = drafter_config(target, **shape)
         drafter = borrow(target, config, layers, frozen=True) if layers else AutoModel.from_config(config)
         millions = sum(parameter.numel() for parameter in drafter.parameters()) / 1e6
         adapted = get_peft_model(drafter, draft.peft_config()) if draft.use_peft else drafter

@@ -300,7 +300,8 @@ def test_training_decoding_and_answers_use_nothing_deprecated(files, command, tm
     runs = {
         "train": words,
         "train with LoRA": command(output_dir=tmp_path / "lora", activation_checkpointing="true", **lora),
-        "evaluate": [*common, "--drafter", str(out), "--prompts", str(files / "chat.jsonl"), "--count", "2"],
+        "evaluate": [*common, "--drafter", str(out), "--prompts", str(files / "chat.jsonl"), "--count", "2",
+                     "--out", str(tmp_path / "eval")],
         "regenerate": [*common, "--dataset_name", str(files / "chat.jsonl"), "--out", str(tmp_path / "own.jsonl"),
                        "--max_rows", "2"],
     }  # fmt: skip

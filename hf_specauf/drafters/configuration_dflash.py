@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from transformers.configuration_utils import PreTrainedConfig
 
 # Never guessed when a folder is loaded: each of them decides acceptance (z-lab#156, speculators#613).
@@ -69,6 +70,17 @@ class DFlashConfig(PreTrainedConfig):
     model_type = "specauf_dflash"
     base_model_fsdp_plan = {"layers.*": "free_full_weight"}
     required_keys = REQUIRED_KEYS
+
+    # What the rest of the package asks of a drafter, instead of asking which one it is. Without annotations, so that
+    # they are no fields of config.json.
+    kind = "dflash"  # what recipes call it
+    own_keys = {}  # recipe keys that no other drafter has: {key: what --help says}
+    branches = 1  # of logits; 2 where a causal head corrects the backbone's
+    reads_previous_tokens = False  # whether training must tell each slot the true tokens before it (`prev_embeds`)
+    starts_at_random = ("fc",)  # modules that no layer of a target can be copied into
+    runs_in_native_generator = True  # by `speculation_type="dflash"`, without this package
+    card_tags = ("dflash",)
+    card_method = "DFlash, "  # how its card's sentence on the method begins
 
     hidden_size: int = 4096
     intermediate_size: int = 12288
@@ -170,6 +182,25 @@ class DFlashConfig(PreTrainedConfig):
     def predictions(self) -> int:
         """Tokens a block predicts in training; decoding drafts K - 1 in either alignment."""
         return self.block_size if self.shift_label else self.block_size - 1
+
+    @property
+    def predicting_slots(self) -> slice:
+        """The slots of a block whose hidden states predict: the last P."""
+        return slice(self.block_size - self.predictions, None)
+
+    def probe(self) -> dict[str, torch.Tensor]:
+        """Arguments of a forward on which two drafters of this shape can be compared: fixed random numbers."""
+        generator = torch.Generator().manual_seed(0)
+        taps = len(self.target_layer_ids) * self.hidden_size
+        return {
+            "noise_embeds": torch.randn(1, self.block_size, self.hidden_size, generator=generator),
+            "context_hidden_states": torch.randn(1, 7, taps, generator=generator),
+        }
+
+    @classmethod
+    def card_rows(cls, config: dict[str, Any]) -> dict[str, str]:
+        """Lines of a card's table that only this drafter has, from its config.json."""
+        return {}
 
     @property
     def dflash_config(self) -> dict[str, Any]:

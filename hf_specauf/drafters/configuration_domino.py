@@ -1,6 +1,8 @@
-"""Configuration of a Domino drafter. Travels to the Hub: imports only transformers and its sibling."""
+"""Configuration of a Domino drafter. Travels to the Hub: imports only torch and its sibling."""
 
 from typing import Any
+
+import torch
 
 from .configuration_dflash import REQUIRED_KEYS, DFlashConfig
 
@@ -25,16 +27,42 @@ class DominoConfig(DFlashConfig):
     model_type = "specauf_domino"
     required_keys = (*REQUIRED_KEYS, "gru_hidden_dim", "emb_dim", "pure_draft_prefix_len")
 
+    kind = "domino"
+    own_keys = {
+        "gru_hidden_dim": "size of the causal head's state (default 1024).",
+        "emb_dim": "rank of the correction of the logits (default 256).",
+        "pure_draft_prefix_len": "first predictions of a block left uncorrected (default 1).",
+        "shift_label": "slot k predicts the token after its own (default true).",
+    }
+    branches = 2
+    reads_previous_tokens = True
+    starts_at_random = ("fc", "prefix_gru", "embed_proj")
+    runs_in_native_generator = False
+    card_tags = ("domino", "arxiv:2605.29707")
+    card_method = "Domino, a causal head ([arXiv 2605.29707](https://arxiv.org/abs/2605.29707)) on DFlash, "
+
     gru_hidden_dim: int = 1024
     emb_dim: int = 256
     pure_draft_prefix_len: int = 1
     shift_label: bool = True
 
+    def probe(self) -> dict[str, torch.Tensor]:
+        """As of the backbone, and previous tokens for the causal head."""
+        generator = torch.Generator().manual_seed(1)
+        shape = (1, 1, self.predictions, self.hidden_size)
+        return super().probe() | {"prev_embeds": torch.randn(shape, generator=generator)}
+
+    @classmethod
+    def card_rows(cls, config: dict[str, Any]) -> dict[str, str]:
+        """The causal head's shape."""
+        said = "state {gru_hidden_dim}, rank {emb_dim}, {pure_draft_prefix_len} uncorrected, shift_label {shift_label}"
+        return {"causal head": said.format(**config)}
+
     @property
     def dflash_config(self) -> dict[str, Any]:
         """The same fields in the shape SpecForge writes and SGLang reads."""
-        own = ("emb_dim", "gru_hidden_dim", "pure_draft_prefix_len", "shift_label")
-        return super().dflash_config | {"projector_type": "domino"} | {key: getattr(self, key) for key in own}
+        own = {key: getattr(self, key) for key in sorted(self.own_keys)}
+        return super().dflash_config | {"projector_type": self.kind} | own
 
     def _check(self, mirrored: dict[str, Any]) -> None:
         if min(self.gru_hidden_dim, self.emb_dim) < 1:

@@ -112,7 +112,7 @@ class BlockCandidateGenerator(CandidateGenerator):
         # of all hidden states the target keeps just the taps
         self.model_kwargs_overrides = {"output_hidden_states": [i + 1 for i in self.taps]}
         self.block_size = config.block_size
-        self.first_slot = 0 if config.shift_label else 1  # the slot that predicts the token after the anchor
+        self.first_slot = config.predicting_slots.start  # the slot that predicts the token after the anchor
         asked = generation_config.num_assistant_tokens
         asked = self.block_size if asked in (None, UNSET_ASSISTANT_TOKENS) else asked
         self.max_draft_tokens = min(max_draft_tokens or self.block_size, asked, self.block_size - 1)

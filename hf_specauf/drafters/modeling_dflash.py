@@ -1,5 +1,9 @@
 """The DFlash drafter: one forward for training and decoding. Travels to the Hub."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask
@@ -97,6 +101,13 @@ class DFlashDecoderLayer(GradientCheckpointingLayer):
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
+@dataclass
+class DraftOutput(BaseModelOutput):
+    """`last_hidden_state` of shape `(B, Q, H)`, and what `reduce` returned."""
+
+    reduced: Any = None
+
+
 class DFlashDraftModel(PreTrainedModel):
     """A masked block drafter that reads the target's hidden states (DFlash, arXiv 2602.06036).
 
@@ -136,7 +147,9 @@ class DFlashDraftModel(PreTrainedModel):
         past_key_values: Cache | None = None,
         *,
         cache: Cache | None = None,
-    ) -> BaseModelOutput:
+        prev_embeds: torch.Tensor | None = None,
+        reduce: Callable[[torch.Tensor, torch.Tensor | None, nn.Module | None], Any] | None = None,
+    ) -> DraftOutput:
         """Fill the blocks: the five arguments transformers' own DFlash generator passes, used in training too.
 
         Args:
@@ -149,9 +162,14 @@ class DFlashDraftModel(PreTrainedModel):
             position_ids (`torch.LongTensor` of shape `(B, C + Q)`, *optional*): by default counts on from the cache.
             past_key_values, cache (`Cache`, *optional*): keys and values of earlier context, under the name of either
                 transformers version, not both; the block's own are appended too, and the caller crops them.
+            prev_embeds (`torch.Tensor` of shape `(B, N, P, H)`, *optional*): target embeddings of the true tokens
+                before each prediction, for drafters with a causal head; this one reads none.
+            reduce (`Callable`, *optional*): in training, what makes losses of the hidden rows (B, N, P, H) that
+                predict. It runs inside the forward, because a drafter's own head may be sharded. It is also given
+                low-rank rows and the module that makes corrections of them, where a causal head corrects logits.
 
         Returns:
-            `BaseModelOutput` with `last_hidden_state` of shape `(B, Q, H)` in `noise_embeds`' dtype.
+            [`DraftOutput`] with `last_hidden_state` of shape `(B, Q, H)` in `noise_embeds`' dtype.
         """
         cache = the_cache(cache, past_key_values)
         dtype = self.norm.weight.dtype
@@ -168,8 +186,17 @@ class DFlashDraftModel(PreTrainedModel):
         mask = self._prepare_mask(attention_mask, dtype)
         for layer in self.layers:
             hidden_states = layer(hidden_states, context, cos, sin, mask, cache)
+        hidden_states = self.norm(hidden_states).to(noise_embeds.dtype)
         # without the cache, which is changed in place: nobody reads it off a drafter
-        return BaseModelOutput(last_hidden_state=self.norm(hidden_states).to(noise_embeds.dtype))
+        output = DraftOutput(last_hidden_state=hidden_states)
+        if reduce is not None:
+            blocks = hidden_states.view(batch, -1, self.config.block_size, hidden_states.shape[-1])
+            output.reduced = self.reduce_rows(blocks[:, :, self.config.predicting_slots], prev_embeds, reduce)
+        return output
+
+    def reduce_rows(self, rows: torch.Tensor, prev_embeds: torch.Tensor | None, reduce: Callable) -> Any:
+        """Give `reduce` the rows (B, N, P, H) that predict, and whatever corrects their logits: here nothing."""
+        return reduce(rows, None, None)
 
     def _prepare_mask(self, mask, dtype: torch.dtype):
         if mask is None:

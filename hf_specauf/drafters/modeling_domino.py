@@ -2,18 +2,16 @@
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import initialization as init
-from transformers.modeling_outputs import BaseModelOutput
 
 from .configuration_domino import DominoConfig
 from .generation_block import add_correction, generate_with_drafter
-from .modeling_dflash import DFlashDraftModel
+from .modeling_dflash import DFlashDraftModel, DraftOutput
 from .transformers_internals import Cache, DFlashCache, the_cache
 
 # What `target.generate(custom_generate="owner/repo", assistant_model=drafter, trust_remote_code=True)` runs. The
@@ -60,13 +58,6 @@ class LowRankHead(nn.Sequential):
         return self[2]
 
 
-@dataclass
-class DominoOutput(BaseModelOutput):
-    """As of the backbone, and what `reduce` returned."""
-
-    reduced: Any = None
-
-
 class DominoDraftModel(DFlashDraftModel):
     """A DFlash drafter with a causal head (Domino, arXiv 2605.29707): the backbone's logits of a slot are corrected by
     the tokens drafted before it.
@@ -105,16 +96,15 @@ class DominoDraftModel(DFlashDraftModel):
         *,
         cache: Cache | None = None,
         prev_embeds: torch.Tensor | None = None,
-        reduce: Callable[[torch.Tensor, torch.Tensor, nn.Module], Any] | None = None,
-    ) -> BaseModelOutput:
-        """Fill the blocks as [`DFlashDraftModel`] does and, in training, run the causal head too, which may be
-        sharded and so must run in here.
+        reduce: Callable[[torch.Tensor, torch.Tensor | None, nn.Module | None], Any] | None = None,
+    ) -> DraftOutput:
+        """Fill the blocks as [`DFlashDraftModel`] does and, with `reduce`, run the causal head too.
 
         Args:
             noise_embeds, context_hidden_states, attention_mask, position_ids, past_key_values, cache: as of the
                 backbone.
             prev_embeds (`torch.Tensor` of shape `(B, N, P, H)`, *optional*): target embeddings of the true tokens at
-                anchor .. anchor + P - 1, P = `config.predictions` (teacher forcing).
+                anchor .. anchor + P - 1, P = `config.predictions` (teacher forcing); needed by `reduce`.
             reduce (`Callable`, *optional*): called with hidden rows (B, N, P, H), low-rank rows (B, N, P, E) that are
                 zero where nothing is corrected, and the module that makes corrections (..., V) of them. What it
                 returns is the output's `reduced`.
@@ -131,12 +121,14 @@ class DominoDraftModel(DFlashDraftModel):
                     f"(shift_label: true) predicts the one after it: nothing would be accepted. {WHAT_TO_CALL}"
                 )
             warnings.warn(f'speculation_type="dflash" leaves the causal head out. {WHAT_TO_CALL}', stacklevel=2)
-        output = super().forward(noise_embeds, context_hidden_states, attention_mask, position_ids, cache)
-        if reduce is None:
-            return output
-        hidden = output.last_hidden_state.view(*prev_embeds.shape[:2], self.config.block_size, -1)
-        hidden = hidden[:, :, -self.config.predictions :]
-        return DominoOutput(**output, reduced=reduce(hidden, self.low_rank(hidden, prev_embeds), self.embed_proj.up))
+        return super().forward(
+            noise_embeds, context_hidden_states, attention_mask, position_ids, cache,
+            prev_embeds=prev_embeds, reduce=reduce,
+        )  # fmt: skip
+
+    def reduce_rows(self, rows: torch.Tensor, prev_embeds: torch.Tensor, reduce: Callable) -> Any:
+        """Give `reduce` the rows (B, N, P, H) that predict, and what corrects their logits."""
+        return reduce(rows, self.low_rank(rows, prev_embeds), self.embed_proj.up)
 
     def low_rank(self, hidden: torch.Tensor, prev_embeds: torch.Tensor) -> torch.Tensor:
         """SiLU(W1 [hidden ; S]) of every prediction at once: (B, N, P, H) and (B, N, P, H) -> (B, N, P, E)."""
