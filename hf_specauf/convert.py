@@ -16,9 +16,9 @@ from transformers import AutoModel, PreTrainedModel
 
 from .drafters import DRAFTERS, config_class
 from .drafters.configuration_dflash import DFlashConfig
-from .lora import AdapterBase, absolute, add_adapter, borrow, borrowed_tensors, fetch, fingerprint
+from .identity import Identity, Origin, note_origin, target_fingerprint, weights_fingerprint
+from .lora import AdapterBase, absolute, add_adapter, borrow, borrowed_tensors, fetch
 from .records import errors_in_one_line
-from .target import target_fingerprint
 
 # What other trainers write into config.json that says nothing about the computation
 IGNORED = {
@@ -93,7 +93,7 @@ def load_drafter(
         drafter = _foreign(folder, config, dtype)
     else:
         raise ValueError(f"{key}: {name_or_path} is no drafter's folder: it holds no config.json")
-    drafter.origin = dict(name_or_path=absolute(name_or_path), revision=commit, loadable=loadable)
+    note_origin(drafter, Origin(absolute(name_or_path), commit, loadable))
     # PEFT reads the config of what is named here
     drafter.config._name_or_path = drafter.name_or_path = str(name_or_path) if loadable else ""
     return drafter.eval()
@@ -144,7 +144,7 @@ def from_target(
             "random: train it again with their modules among lora_modules_to_save (modules_to_save)"
         )
     drafter = PeftModel.from_pretrained(drafter, str(adapter)).merge_and_unload()
-    drafter.origin = dict(name_or_path=absolute(folder_or_repo), revision=commit, loadable=False)
+    note_origin(drafter, Origin(absolute(folder_or_repo), commit, loadable=False))
     if dtype == "auto":
         dtype = torch.bfloat16 if target.dtype == torch.float16 else target.dtype
     return drafter.to(dtype).eval()
@@ -152,17 +152,17 @@ def from_target(
 
 def _check_lender(target: PreTrainedModel, base: AdapterBase, folder_or_repo: str | Path) -> None:
     """Raise unless the target has the layers that were borrowed, and the weights around them."""
-    if fingerprint(borrowed_tensors(target, base.borrowed_layers)) != base.fingerprint:
+    if weights_fingerprint(borrowed_tensors(target, base.borrowed_layers)) != base.fingerprint:
         at = f" at {base.revision}" if base.revision else ""
         raise ValueError(
             f"{folder_or_repo} borrows layers {base.borrowed_layers} of {base.name_or_path}{at}, and this target's "
             "layers are other weights: load that target, at that revision"
         )
-    trained, found = (base.trained_for or {}).get("target_fingerprint"), target_fingerprint(target)
-    if trained and found and trained != found:
+    trained, found = Identity.read(base.trained_for), target_fingerprint(target)
+    if trained.fingerprint and found and trained.fingerprint != found:
         raise ValueError(
             f"this target's layers {base.borrowed_layers} are those {folder_or_repo} borrows, but other weights of it "
-            f"differ from {base.trained_for['target_model_name_or_path']}, whose hidden states the drafter was "
+            f"differ from {trained.name_or_path}, whose hidden states the drafter was "
             "trained on: load that target, at that revision"
         )
 

@@ -20,12 +20,13 @@ from .conversations import prompt_length
 from .convert import load_drafter, torch_dtype
 from .drafters.generation_block import Round
 from .generate import attach
+from .identity import Identity, innermost
 from .lora import fetch
 from .model_card import number
 from .recipe import TargetArguments
-from .records import environment, errors_in_one_line, same_target, write_record
+from .records import environment, errors_in_one_line, write_record
 from .sources import load_rows, row_format
-from .target import innermost, load_target, target_fingerprint
+from .target import load_target
 
 NEAR_TIE = 1e-3  # fp32: a first difference is a tie of rounding if the target's two best logits are closer than this
 
@@ -157,11 +158,6 @@ def compare(
     }
 
 
-def measured_target(target) -> dict:
-    """Name and weights of what was decoded with."""
-    return {"name_or_path": innermost(target).config._name_or_path, "fingerprint": target_fingerprint(target)}
-
-
 def evaluation_record(results: dict, target, *, prompts: str, **conditions) -> dict:
     """What `compare` found, with the conditions it was found under: the content of `eval.json`.
 
@@ -175,7 +171,7 @@ def evaluation_record(results: dict, target, *, prompts: str, **conditions) -> d
     given = {key: value for key, value in conditions.items() if value is not None}
     return {
         "tau_definition": TAU_DEFINITION,
-        "target": measured_target(target) | {"dtype": dtype},
+        "target": Identity.of(target).record() | {"dtype": dtype},
         "conditions": {"prompts": prompts, "batch_size": 1, "hardware": found["hardware"], "dtype": dtype} | given,
         "environment": found,
         **results,
@@ -257,12 +253,13 @@ def transfer_verdict(record: dict, config, reference: dict | None, command: str)
         reference (`dict`, *optional*): the `eval.json` beside the drafter.
         command (`str`): that adapts it.
     """
-    if same_target(record, config):
+    meant = Identity.of_target_of(config)
+    if Identity.read(record).is_same_model(meant):
         return ""
     own, here = config.target_model_name_or_path, record["acceptance"]["tau"]
     adapt = f"where tau is clearly higher, adapt it: {command}"
     again = f"Evaluate it on {own or 'its own target'} with the same prompts and settings: {adapt}"
-    if reference is None or own is None or not same_target(reference, config):
+    if reference is None or own is None or not Identity.read(reference).is_same_model(meant):
         known = f"was trained for {own}" if own else "does not say which target it was trained for"
         return f"This drafter {known}, and what it reaches there is not known. {again}"
     there = reference["acceptance"]["tau"]
@@ -337,8 +334,9 @@ def main(argv: list[str] | None = None) -> None:
     folder, commit = fetch(args.drafter, args.drafter_revision, "--drafter")
     drafter = load_drafter(folder, target=target, dtype=dtype, key="--drafter").to(args.device)
     out, config = Path(args.out), drafter.config
-    found = {"target": measured_target(target) | {"name_or_path": args.target}}
-    if out.resolve() == folder.resolve() and config.target_model_name_or_path and not same_target(found, config):
+    identity = Identity.of(target, tokenizer, name_or_path=args.target, revision=args.target_revision)
+    is_own = config.target_model_name_or_path is None or identity.is_same_model(Identity.of_target_of(config))
+    if out.resolve() == folder.resolve() and not is_own:
         raise ValueError(
             f"--out {out} is the drafter's own folder, whose eval.json is what it reaches on its own target "
             f"{config.target_model_name_or_path}, and {args.target} is another one: give another --out"
@@ -360,7 +358,7 @@ def main(argv: list[str] | None = None) -> None:
         target_quantization=args.target_quantization,
         prompt_tokens=args.prompt_tokens if row_format(rows.column_names) == "text" else None,
     )  # fmt: skip
-    record["target"] |= {"name_or_path": args.target, "revision": target.loaded_commit or args.target_revision}
+    record["target"] |= identity.record()
     record["drafter"] = {"name_or_path": args.drafter, "revision": commit, "dtype": str(drafter.dtype)}
     write_record(out / "eval.json", record)
     plot_alpha({Path(args.drafter).name: results["acceptance"]["alpha"]}, out / "alpha.png")

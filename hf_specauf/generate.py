@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .acceptance import Acceptance, summarize
 from .drafters.generation_block import BlockCandidateGenerator, DraftingOverrides, Round
-from .target import check_pair, innermost
+from .identity import check_pair, innermost
 
 
 class Attachment:

@@ -29,9 +29,10 @@ from transformers.utils import logging as transformers_logging
 
 from .convert import load_drafter
 from .drafters.transformers_internals import TESTED
-from .lora import BASE_FILE, AdapterBase, fingerprint, finish_adapter
+from .identity import Identity, origin_of, weights_fingerprint
+from .lora import BASE_FILE, AdapterBase, finish_adapter
 from .model_card import render
-from .records import HUB_ID, errors_in_one_line, public, same_target, write_record
+from .records import HUB_ID, errors_in_one_line, public, write_record
 from .target import load_target
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
@@ -114,11 +115,11 @@ def name_target(config, target: str | None, target_revision: str | None, token: 
     wanted = target_revision or (None if target else config.target_revision)
     commit = HfApi(token=token).model_info(name, revision=wanted).sha
     theirs = AutoConfig.from_pretrained(name, revision=commit, token=token).get_text_config(decoder=True)
-    ours = {"hidden_size": config.hidden_size, "num_hidden_layers": config.num_target_layers}
-    wrong = [f"{key} {getattr(theirs, key)} (trained for {value})" for key, value in ours.items()
-             if getattr(theirs, key) != value]  # fmt: skip
+    found = Identity(hidden_size=theirs.hidden_size, num_layers=theirs.num_hidden_layers)
+    wrong = found.differences(Identity.of_target_of(config))
     if wrong:
-        raise ValueError(f"--target {name} is not the model this drafter was trained for: {', '.join(wrong)}")
+        words = ", ".join(f"{key} {value} (trained for {trained})" for key, (value, trained) in wrong.items())
+        raise ValueError(f"--target {name} is not the model this drafter was trained for: {words}")
     config.target_model_name_or_path = name
     config.target_revision = commit if target or wanted else None  # the newest commit need not be that of training
 
@@ -151,12 +152,12 @@ def public_base(
     found = replace(base, name_or_path=name, revision=commit)
     if given is not None or commit != base.revision:  # nobody has compared it yet
         drafter = load_drafter(name, commit, key="--base")
-        if fingerprint(drafter.state_dict()) != base.fingerprint:
+        if weights_fingerprint(drafter.state_dict()) != base.fingerprint:
             raise ValueError(
                 f"the base {name} at {commit} has other weights than the drafter this was adapted from: give the "
                 "right one with --base and --base-revision"
             )
-        found.loadable = drafter.origin["loadable"]
+        found.loadable = origin_of(drafter).loadable
     if small and not found.loadable:
         raise ValueError(
             f"the base {name} is in another layout, in which AutoModel does not load it as a drafter: publish it "
@@ -284,9 +285,10 @@ def stage_records(drafter: Path, into: Path, config, own: str | None, base: Adap
     for path in [drafter / "provenance.json", *sorted(drafter.glob("eval*.json"))]:
         if path.is_file():
             record = json.loads(path.read_text())
-            if path.name != "provenance.json" and not same_target(record, config, own):
+            measured, meant = Identity.read(record), Identity.of_target_of(config)
+            if path.name != "provenance.json" and not measured.is_same_model(meant, own):
                 raise ValueError(
-                    f"{path} was measured on {record['target']['name_or_path']}, and the drafter's target is {own}: "
+                    f"{path} was measured on {measured.name_or_path}, and the drafter's target is {own}: "
                     "its tau would pass for tau on that. Move it away, and measure the drafter on its own target."
                 )
             write_record(into / path.name, public_record(record, config, base))

@@ -5,7 +5,6 @@ base is a choice of the target's own layers, frozen; LoRA, `fc` and the norms ar
 folder says in `base.json` what it was trained on, down to a fingerprint of the weights, and anything else is refused.
 """
 
-import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass, replace
@@ -18,15 +17,13 @@ from safetensors import safe_open
 from transformers import AutoModel, PreTrainedModel
 
 from .drafters.configuration_dflash import DFlashConfig
+from .identity import Identity, Origin, innermost, origin_of, weights_fingerprint
 from .records import HUB_ID, write_record
-from .target import decoder_layers, innermost
+from .target import decoder_layers
 
 BASE_FILE = "base.json"
-# What a drafter's config says of its target; an adapter has its own, which need not be its base's
-TARGET_KEYS = (
-    "target_model_name_or_path", "target_revision", "target_fingerprint", "tokenizer_hash", "chat_template_hash",
-    "chat_template_kwargs", "bos_token_id", "eos_token_id", "pad_token_id",
-)  # fmt: skip
+# What a drafter's config says of how its target is prompted and stopped
+PROMPT_KEYS = ("chat_template_kwargs", "bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def fetch(name_or_path: str | Path, revision: str | None = None, key: str = "name_or_path") -> tuple[Path, str | None]:
@@ -59,21 +56,23 @@ class AdapterBase:
     fingerprint: str  # of the base's weights
     borrowed_layers: list[int] | None = None  # target layers; `None` for an adapter on a drafter
     loadable: bool = True  # whether AutoModel loads `name_or_path` as the base: not so for other layouts
-    trained_for: dict | None = None  # of an adapter: its drafter's `TARGET_KEYS`
+    # of an adapter, its own target, which need not be its base's: an identity under `target`, and `PROMPT_KEYS`
+    trained_for: dict | None = None
 
     @classmethod
     def of_drafter(cls, drafter: PreTrainedModel) -> "AdapterBase":
         """A drafter under the name, and if `load_drafter` loaded it at the commit, that it was loaded by."""
         name = absolute(drafter.config._name_or_path)
-        origin = getattr(drafter, "origin", dict(name_or_path=name, revision=None, loadable=bool(name)))
-        return cls(**origin, fingerprint=fingerprint(drafter.state_dict()))
+        origin = origin_of(drafter) or Origin(name, None, loadable=bool(name))
+        return cls(**origin._asdict(), fingerprint=weights_fingerprint(drafter.state_dict()))
 
     @classmethod
     def of_layers(cls, target: PreTrainedModel, layer_ids: list[int]) -> "AdapterBase":
         """Layers of a target, with its commit if `load_target` loaded it."""
         target = innermost(target)
-        name, commit = absolute(target.config._name_or_path), getattr(target, "loaded_commit", None)
-        return cls(name, commit, fingerprint(borrowed_tensors(target, layer_ids)), list(layer_ids))
+        name, origin = absolute(target.config._name_or_path), origin_of(target)
+        found = weights_fingerprint(borrowed_tensors(target, layer_ids))
+        return cls(name, origin and origin.revision, found, list(layer_ids))
 
     def write(self, folder: str | Path) -> None:
         """Write `base.json` into an adapter's folder."""
@@ -93,16 +92,6 @@ class AdapterBase:
                 "this package. Load it on its base with peft.PeftModel.from_pretrained, and save the merged drafter."
             )
         return cls(**json.loads(path.read_text()))
-
-
-def fingerprint(tensors: dict[str, torch.Tensor]) -> str:
-    """SHA-256 of named weights as bf16, so that a model loaded in another dtype than it was stored in is the same."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-        digest.update(name.encode())
-        digest.update(whole.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def borrowed_tensors(target: PreTrainedModel, layer_ids: list[int]) -> dict[str, torch.Tensor]:
@@ -187,7 +176,8 @@ def finish_adapter(folder: str | Path, base: AdapterBase, config: DFlashConfig) 
     adapter.revision = base.revision if adapter.base_model_name_or_path else None
     adapter.inference_mode = True
     adapter.save_pretrained(str(folder))
-    replace(base, trained_for={key: getattr(config, key) for key in TARGET_KEYS}).write(folder)
+    prompts = {key: getattr(config, key) for key in PROMPT_KEYS}
+    replace(base, trained_for={"target": Identity.of_target_of(config).record()} | prompts).write(folder)
     if base.borrowed_layers is not None:  # there is no drafter elsewhere that has the shape
         shape = json.loads(config.to_json_string()) | {"borrowed_layers": base.borrowed_layers}
         write_record(folder / "config.json", shape)
@@ -217,15 +207,18 @@ def _check_beside(
         )
     instead = "Merge one of them (load_drafter loads an adapter merged), or use two drafters."
     config, trained_for = innermost(drafter).config, base.trained_for or {}
-    weights_known = None not in (config.target_fingerprint, trained_for.get("target_fingerprint"))
-    left_out = TARGET_KEYS[:2] if weights_known else ("target_fingerprint",)  # names say less than weights
-    for key, value in trained_for.items():
-        if key not in left_out and value != getattr(config, key):
-            raise ValueError(
-                f"the adapter in {folder_or_repo} was trained for another target or another prompt than those already "
-                f"on this drafter ({key} {value!r}, theirs is {getattr(config, key)!r}), and a drafter's config names "
-                f"one. {instead}"
-            )
+    ours, theirs = Identity.read(trained_for), Identity.of_target_of(config)
+    differing = ours.differences(theirs)
+    if ours.fingerprint and ours.fingerprint == theirs.fingerprint:  # the same weights, whatever they are called
+        differing = {key: pair for key, pair in differing.items() if key not in ("name_or_path", "revision")}
+    for key in PROMPT_KEYS:
+        if key in trained_for and trained_for[key] != getattr(config, key):
+            differing[key] = trained_for[key], getattr(config, key)
+    for key, (value, other) in differing.items():
+        raise ValueError(
+            f"the adapter in {folder_or_repo} was trained for another target or another prompt than those already on "
+            f"this drafter ({key} {value!r}, theirs is {other!r}), and a drafter's config names one. {instead}"
+        )
 
     def modules(names) -> tuple[set[str], set[str]]:  # in full, by LoRA
         lora = {name for name in names if ".lora_" in name}
@@ -270,7 +263,7 @@ def add_adapter(
         raise ValueError(
             f"{folder_or_repo} is an adapter on layers of a target: use from_target(target, {str(folder_or_repo)!r})"
         )
-    if fingerprint(plain_state(drafter)) != base.fingerprint:
+    if weights_fingerprint(plain_state(drafter)) != base.fingerprint:
         at = f" at {base.revision}" if base.revision else ""
         raise ValueError(
             f"the adapter in {folder_or_repo} was trained on {base.name_or_path}{at}, and this drafter has other "
@@ -282,6 +275,9 @@ def add_adapter(
         drafter.set_adapter(adapter_name)
     else:
         drafter = PeftModel.from_pretrained(drafter, str(folder), adapter_name=adapter_name).eval()
-    for key, value in (base.trained_for or {}).items():
-        setattr(innermost(drafter).config, key, value)
+    if base.trained_for is not None:
+        config = innermost(drafter).config
+        Identity.read(base.trained_for).write_into(config)
+        for key in PROMPT_KEYS:
+            setattr(config, key, base.trained_for.get(key))
     return drafter

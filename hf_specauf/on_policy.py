@@ -10,8 +10,9 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from .blocks import row_inputs
+from .identity import Identity, tokenizer_hashes
 from .recipe import DataArguments, TargetArguments
-from .target import FrozenTarget, tokenizer_hashes
+from .target import FrozenTarget
 
 CLEARLY_FOREIGN = 0.9  # share of the agreement that the target's own words would have
 
@@ -106,10 +107,8 @@ def written_by(target: str, fingerprint: str | None, name: str) -> bool:
     """Whether the settings beside a source say that this target wrote it: by its weights where they are known, else by
     its name."""
     path = Path(name).with_suffix(".settings.json")
-    made = json.loads(path.read_text()) if path.is_file() else {}
-    if fingerprint and made.get("target_fingerprint"):
-        return made["target_fingerprint"] == fingerprint
-    return made.get("target") == target
+    writer = Identity.read(json.loads(path.read_text()) if path.is_file() else None)
+    return writer.is_same_model(Identity(name_or_path=target, fingerprint=fingerprint))
 
 
 def check_settings(name: str, rows: Dataset, tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: dict | None):
@@ -123,10 +122,10 @@ def check_settings(name: str, rows: Dataset, tokenizer: PreTrainedTokenizerBase,
     if not path.is_file():
         return
     made = json.loads(path.read_text())
-    own = tokenizer_hashes(tokenizer)["tokenizer_hash"]
-    if "input_ids" in rows.column_names and made.get("tokenizer_hash", own) != own:
+    writer, own = Identity.read(made), tokenizer_hashes(tokenizer)["tokenizer_hash"]
+    if "input_ids" in rows.column_names and writer.tokenizer_hash not in (None, own):
         raise ValueError(
-            f"{name} holds tokens of {made.get('target')}, whose tokenizer is not this target's: regenerate it with "
+            f"{name} holds tokens of {writer.name_or_path}, whose tokenizer is not this target's: regenerate it with "
             "--target and this target (its messages are prompts for that)"
         )
     theirs = made.get("chat_template_kwargs")

@@ -38,6 +38,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from .acceptance import TAU_DEFINITION
 from .callbacks import InterruptCallback
 from .evaluate import compare, evaluation_record, plot_alpha
+from .identity import Identity
 from .optimizer import MuonWithAdamW
 from .recipe import parse
 from .records import errors_in_one_line, write_record
@@ -208,7 +209,9 @@ def training_rows(folder: Path, count: int = 1920) -> Path:
     supervised rest is sampled from the target at temperature 0.5.
     """
     path = folder / "train_rows.jsonl"
-    write_record(path.with_suffix(".settings.json"), {"target": str(folder)})  # says whose words they are
+    write_record(
+        path.with_suffix(".settings.json"), {"target": Identity(str(folder)).record()}
+    )  # says whose words they are
     if path.is_file():
         return path
     set_seed(0)

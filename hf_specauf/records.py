@@ -51,20 +51,6 @@ def public(value):
     return " + ".join(Path(part).name if is_local else part for part, is_local in zip(parts, local))
 
 
-def same_target(record: dict, config, *names: str) -> bool:
-    """Whether what was measured is a drafter's own target: by its weights where they are known, else by its name.
-
-    Args:
-        record (`dict`): an `eval.json`, or its `target` alone.
-        config (`DFlashConfig`): of the drafter.
-        names (`str`): by which the target may be called too.
-    """
-    found = record["target"]
-    if found.get("fingerprint") and config.target_fingerprint:
-        return found["fingerprint"] == config.target_fingerprint
-    return found["name_or_path"] in (config.target_model_name_or_path, *names)
-
-
 def environment() -> dict:
     """Versions and hardware of a run, without host, user or path names."""
     cuda = torch.cuda.is_available()

@@ -23,13 +23,18 @@ from transformers.trainer_utils import set_seed
 from trl import TrlParser
 
 from .answers import Conversation, endpoint_writer, target_writer
+from .identity import Identity
 from .recipe import json_mapping
 from .records import errors_in_one_line, write_record
 from .sources import load_rows
-from .target import load_target, target_fingerprint, tokenizer_hashes
+from .target import load_target
 
-# they decide speed, not words; what answers is compared as `engine`
-NOT_COMPARED = ("device", "concurrency", "out", "continuous_batching")
+# These decide speed, not words; what answers is compared as `engine`. The target is compared by its identity.
+NOT_COMPARED = ("device", "concurrency", "out", "continuous_batching", "target")
+WRITER = {
+    "target": "name_or_path", "target_commit": "revision", "target_fingerprint": "fingerprint",
+    "tokenizer_hash": "tokenizer_hash", "chat_template_hash": "chat_template_hash",
+}  # fmt: skip
 
 
 @dataclass
@@ -120,9 +125,12 @@ def refuse_other_settings(path: Path, settings: dict) -> None:
     if not path.is_file():
         return
     before = json.loads(path.read_text())
-    keys = [key for key in settings if key not in NOT_COMPARED and before.get(key) != settings[key]]
-    if keys:
-        differing = ", ".join(f"{key} was {before.get(key)!r} and is {settings[key]!r}" for key in keys)
+    pairs = {key: (before.get(key), settings[key]) for key in settings if key not in NOT_COMPARED}
+    was, now = Identity.read(before), Identity.read(settings)
+    pairs |= {key: (getattr(was, own), getattr(now, own)) for key, own in WRITER.items()}
+    words = [f"{key} was {old!r} and is {new!r}" for key, (old, new) in pairs.items() if old != new]
+    if words:
+        differing = ", ".join(words)
         raise ValueError(
             f"{path} belongs to answers of other settings ({differing}), and a file must not mix them: give another "
             "--out, or the settings it was begun with. What is there was left as it is."
@@ -265,7 +273,7 @@ def rows_hash(rows: Dataset) -> str:
 def writer(args: RegenerateArguments) -> tuple[Callable, dict]:
     """What answers (see `answers.py`), and what of it belongs to the settings."""
     if args.endpoint is not None:
-        return endpoint_writer(args), {"engine": "endpoint"}
+        return endpoint_writer(args), {"engine": "endpoint", "target": Identity(args.target).record()}
     set_seed(args.seed)
     local = process("LOCAL_RANK", "SLURM_LOCALID") % max(torch.cuda.device_count(), 1)  # srun may show a task one GPU
     target, tokenizer = load_target(
@@ -274,12 +282,12 @@ def writer(args: RegenerateArguments) -> tuple[Callable, dict]:
         device_map=f"cuda:{local}" if args.device == "cuda" else args.device,  # quantised ones are not to be moved
     )  # fmt: skip
     write, engine = target_writer(args, target, tokenizer)
-    found = {"engine": engine, "target_commit": target.loaded_commit, "target_dtype": str(target.dtype)}
-    found |= {"target_fingerprint": target_fingerprint(target)}
-    if found["target_fingerprint"] is None:  # quantised
+    identity = Identity.of(target, tokenizer, name_or_path=args.target)
+    found = {"engine": engine, "target": identity.record(), "target_dtype": str(target.dtype)}
+    if identity.fingerprint is None:  # quantised
         head = target.get_output_embeddings().weight[:8].detach().float().cpu().numpy().tobytes()
         found["head_hash"] = hashlib.sha256(head).hexdigest()[:16]
-    return write, found | tokenizer_hashes(tokenizer)
+    return write, found
 
 
 @errors_in_one_line()

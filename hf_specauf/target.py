@@ -1,30 +1,19 @@
 """The frozen target: noise embeddings, tapped hidden states and head, lent to a drafter and never changed."""
 
-import hashlib
-import json
-import re
-import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import try_to_load_from_cache
 from peft import PeftModel
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .blocks import row_inputs
 from .drafters import DRAFTERS
 from .drafters.configuration_dflash import DFlashConfig, check_target_layer_ids
 from .drafters.generation_block import apply_head, embed_noise
-
-
-def innermost(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    """The transformers model inside a PEFT wrapper, or the model itself."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
+from .identity import Identity, Origin, cached_commit, check_pair, embedding_rows, innermost, note_origin
 
 
 def load(auto_class: Any, key: str, name_or_path: str, revision: str | None = None, **kwargs) -> Any:
@@ -50,23 +39,8 @@ def load_target(
     code = {"trust_remote_code": kwargs.get("trust_remote_code", False)}
     tokenizer = load(AutoTokenizer, key, name_or_path, revision, **code)
     model = load(AutoModelForCausalLM, key, name_or_path, revision, **{"dtype": "auto"} | kwargs)
-    model.loaded_commit = cached_commit(name_or_path, revision)
+    note_origin(model, Origin(name_or_path, cached_commit(name_or_path, revision)))
     return model.eval(), tokenizer
-
-
-def cached_commit(name_or_path: str, revision: str | None = None) -> str | None:
-    """The commit a branch or tag named when it was loaded (z-lab#152); `None` for a folder."""
-    if Path(name_or_path).exists():
-        return None
-    found = re.search(
-        r"snapshots/([0-9a-f]{40})/", str(try_to_load_from_cache(name_or_path, "config.json", revision=revision))
-    )
-    return found[1] if found else None
-
-
-def embedding_rows(target: PreTrainedModel) -> int:
-    """Rows of the target's input embedding, at least its tokenizer's length."""
-    return target.get_input_embeddings().weight.shape[0]
 
 
 def decoder_layers(target: PreTrainedModel) -> nn.ModuleList:
@@ -76,22 +50,6 @@ def decoder_layers(target: PreTrainedModel) -> nn.ModuleList:
         if isinstance(module, nn.ModuleList) and len(module) == depth:
             return module
     raise ValueError(f"{type(target).__name__} has no list of {depth} decoder layers: taps cannot be checked")
-
-
-def target_fingerprint(target: PreTrainedModel) -> str | None:
-    """Short SHA-256 of the first weights of every parameter, as bf16 so that the loading dtype does not matter.
-
-    transformers forgets the commit it loaded, and a folder has none; the weights themselves tell a fine-tune or
-    another commit from the model a drafter was trained for (z-lab#152). `None` where they cannot be read: quantised,
-    offloaded or sharded.
-    """
-    digest = hashlib.sha256()
-    for name, parameter in innermost(target).named_parameters():
-        if parameter.is_meta or not parameter.is_floating_point() or isinstance(parameter, DTensor):
-            return None
-        digest.update(name.encode())
-        digest.update(parameter.detach().flatten()[:8].to("cpu", torch.bfloat16).view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
 
 
 def default_target_layer_ids(num_target_layers: int, taps: int = 5) -> list[int]:
@@ -127,19 +85,6 @@ def default_mask_token_id(target: PreTrainedModel, tokenizer: PreTrainedTokenize
     )
 
 
-def tokenizer_hashes(tokenizer: PreTrainedTokenizerBase) -> dict[str, str | None]:
-    """Short SHA-256 of the vocabulary and of the chat template, by which a pair is recognised."""
-
-    def short(text: str) -> str:
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-    template = tokenizer.chat_template
-    return {
-        "tokenizer_hash": short(json.dumps(sorted(tokenizer.get_vocab().items()))),
-        "chat_template_hash": None if template is None else short(json.dumps(template)),
-    }
-
-
 def drafter_config(
     target: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -167,13 +112,14 @@ def drafter_config(
             published ones.
     """
     target = innermost(target)
+    identity = Identity.of(target, tokenizer, revision=target_revision)
     text = target.config.get_text_config(decoder=True)
     heads = text.num_attention_heads
     rope = getattr(text, "rope_parameters", None) or {}
     rope = rope.get("full_attention", rope)  # Gemma-3 has one set per layer type
     config, _ = DRAFTERS[kind]
     return config(
-        hidden_size=text.hidden_size,
+        **identity.config_keys(),
         intermediate_size=intermediate_size or getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
         num_hidden_layers=num_hidden_layers,
         num_attention_heads=heads,
@@ -181,7 +127,6 @@ def drafter_config(
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
         initializer_range=text.hidden_size**-0.5,  # by fan-in: a fixed 0.02 starves attention in narrow drafters
         rms_norm_eps=getattr(text, "rms_norm_eps", None) or 1e-6,
-        vocab_size=embedding_rows(target),
         max_position_embeddings=text.max_position_embeddings,
         rope_parameters={"rope_type": "default", "rope_theta": float(rope.get("rope_theta") or 10_000.0)},
         block_size=block_size,
@@ -189,78 +134,11 @@ def drafter_config(
         target_layer_ids=(
             default_target_layer_ids(text.num_hidden_layers) if target_layer_ids is None else target_layer_ids
         ),
-        num_target_layers=text.num_hidden_layers,
         chat_template_kwargs=chat_template_kwargs,
-        target_model_name_or_path=target.config._name_or_path or None,
-        target_revision=target_revision,
-        target_fingerprint=target_fingerprint(target),
         bos_token_id=target.generation_config.bos_token_id,
         eos_token_id=target.generation_config.eos_token_id,
         pad_token_id=target.generation_config.pad_token_id,
-        **(tokenizer_hashes(tokenizer) if tokenizer is not None else {}),
         **(own_keys or {}),
-    )
-
-
-def check_pair(
-    target: PreTrainedModel, config: DFlashConfig, tokenizer: PreTrainedTokenizerBase | None = None
-) -> None:
-    """Raise unless the drafter can serve the target: layers, hidden size, vocabulary and, if a tokenizer is given,
-    its words agree. Warn where it is another model or commit, or another chat template, than in training.
-
-    Raises:
-        ValueError: what differs, and what to do.
-    """
-    target = innermost(target)
-    text = target.config.get_text_config(decoder=True)
-    found = {
-        "hidden_size": text.hidden_size,
-        "vocab_size": embedding_rows(target),
-        "num_target_layers": text.num_hidden_layers,
-    }
-    wrong = [
-        f"{key} {getattr(config, key)} (target: {value})"
-        for key, value in found.items()
-        if getattr(config, key) != value
-    ]
-    if wrong:
-        raise ValueError(
-            f"this drafter does not belong to this target: its config says {', '.join(wrong)}. It was trained for "
-            f"{config.target_model_name_or_path or 'an unnamed target'}; load that target or another drafter."
-        )
-    if target.config.is_encoder_decoder or target.get_output_embeddings() is None:
-        raise ValueError(
-            f"{type(target).__name__} is not a decoder-only language model with a head; drafters need one"
-        )
-    loaded, meant = str(target.config._name_or_path), str(config.target_model_name_or_path)
-    commit = getattr(target, "loaded_commit", None)  # known of targets that `load_target` loaded
-    on_hub = not any(Path(name).exists() or name in ("", "None") for name in (loaded, meant))
-    found = target_fingerprint(target) if config.target_fingerprint else None
-    if found is not None:
-        if found != config.target_fingerprint:
-            at = f" at {config.target_revision}" if config.target_revision else ""
-            own = config.target_model_name_or_path or "an unnamed target"
-            warn(f"it was trained for {own}{at}, and the target {loaded or 'given'} has other weights")
-    elif on_hub and loaded != meant:
-        warn(f"it was trained for {meant}, and the target is {loaded}")
-    elif on_hub and commit and config.target_revision and commit != config.target_revision:
-        warn(f"it was trained for {meant} at {config.target_revision}, and the target is at {commit}")
-    if tokenizer is not None:
-        hashes = tokenizer_hashes(tokenizer)
-        if config.tokenizer_hash not in (None, hashes["tokenizer_hash"]):
-            raise ValueError(
-                f"the tokenizer's vocabulary (hash {hashes['tokenizer_hash']}) is not the one this drafter was "
-                f"trained with ({config.tokenizer_hash}): load the tokenizer of {meant}"
-            )
-        if config.chat_template_hash not in (None, hashes["chat_template_hash"]):
-            warn("the tokenizer's chat template is not the one it was trained with")
-
-
-def warn(what: str) -> None:
-    """Say that a drafter may be slow; its output stays the target's own."""
-    warnings.warn(
-        f"this drafter may accept little: {what}. Output stays right; python -m hf_specauf.evaluate tells how much.",
-        stacklevel=4,
     )
 
 

@@ -21,12 +21,13 @@ from .conversations import prepare_rows, show_row
 from .convert import load_drafter
 from .drafters.configuration_dflash import DFlashConfig
 from .evaluate import compare, evaluation_record, plot_alpha, show
+from .identity import Identity
 from .lora import AdapterBase, borrow, finish_adapter
 from .on_policy import check_settings, on_policy_score, on_policy_words
 from .recipe import DataArguments, DrafterArguments, TargetArguments, parse
 from .records import NOT_PUBLIC, environment, errors_in_one_line, write_record
 from .sources import load_rows, take_shares
-from .target import default_mask_token_id, drafter_config, load_target, target_fingerprint, tokenizer_hashes
+from .target import default_mask_token_id, drafter_config, load_target
 from .trainer import AUFTrainer
 
 
@@ -106,17 +107,14 @@ def resolved_recipe(trainer: AUFTrainer, *arguments) -> dict:
 
 
 def provenance(
-    recipe: dict, trainer: AUFTrainer, base: AdapterBase | None, started: datetime, tau_before: float | None
-) -> dict:
+    recipe: dict, trainer: AUFTrainer, identity: Identity, base: AdapterBase | None, started: datetime,
+    tau_before: float | None,
+) -> dict:  # fmt: skip
     """What was run, on what, from what, and what came of it; cards are rendered from it."""
     history = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
     return {
         "recipe": recipe,
-        "target": {
-            "name_or_path": trainer.target.model.config._name_or_path,
-            "revision": trainer.drafter_config.target_revision,
-            "dtype": str(trainer.target.model.dtype).removeprefix("torch."),
-        },
+        "target": identity.record() | {"dtype": str(trainer.target.model.dtype).removeprefix("torch.")},
         "environment": environment(),
         "started": started.isoformat(timespec="seconds"),
         "seconds": round((datetime.now(UTC) - started).total_seconds(), 1),
@@ -148,12 +146,12 @@ def resume_folder(args: AUFConfig) -> str | None:
 
 
 def start_drafter(
-    draft: DrafterArguments, target, tokenizer, revision: str | None, seed: int
+    draft: DrafterArguments, target, tokenizer, identity: Identity, seed: int
 ) -> tuple[PreTrainedModel, AdapterBase | None]:
     """The drafter to train, fp32, and what it starts from: a released drafter (`drafter_name_or_path`), the target's
     layers (`init_from_target_layers`), or `None` for random weights, which depend on the seed alone."""
     if draft.drafter_name_or_path is not None:
-        return _released_drafter(draft, target, tokenizer, revision)
+        return _released_drafter(draft, target, identity)
     layer_ids, layers, mask = draft.init_from_target_layers, draft.num_draft_layers, draft.mask_token_id
     if layer_ids and layers not in (len(layer_ids), None):
         raise ValueError(
@@ -168,7 +166,7 @@ def start_drafter(
         mask_token_id=default_mask_token_id(target, tokenizer) if mask is None else mask,
         target_layer_ids=draft.target_layer_ids,
         intermediate_size=draft.draft_intermediate_size,
-        target_revision=revision,
+        target_revision=identity.revision,
         chat_template_kwargs=draft.chat_template_kwargs,
         kind=draft.kind,
         own_keys=draft.own_keys,
@@ -179,9 +177,7 @@ def start_drafter(
     return borrow(target, config, layer_ids, frozen=draft.use_peft), AdapterBase.of_layers(target, layer_ids)
 
 
-def _released_drafter(
-    draft: DrafterArguments, target, tokenizer, revision: str | None
-) -> tuple[PreTrainedModel, AdapterBase]:
+def _released_drafter(draft: DrafterArguments, target, identity: Identity) -> tuple[PreTrainedModel, AdapterBase]:
     name, key = draft.drafter_name_or_path, "drafter_name_or_path"
     drafter = load_drafter(name, draft.drafter_revision, target=target, dtype=torch.float32, key=key)
     config = drafter.config
@@ -197,13 +193,9 @@ def _released_drafter(
                 f"{key} is {getattr(draft, key)}, and the drafter {name} has {theirs}: it keeps its shape, so remove "
                 f"{key}"
             )
-    trained_for = tokenizer_hashes(tokenizer) | {
-        "target_model_name_or_path": target.config._name_or_path or None, "target_revision": revision,
-        "target_fingerprint": target_fingerprint(target),
-        **{key: getattr(target.generation_config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")},
-    }  # fmt: skip
-    for key, value in trained_for.items():
-        setattr(config, key, value)
+    identity.write_into(config)
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(config, key, getattr(target.generation_config, key))
     if draft.chat_template_kwargs is not None:
         config.chat_template_kwargs = draft.chat_template_kwargs
     return drafter, AdapterBase.of_drafter(drafter)
@@ -267,8 +259,8 @@ def train(
     target, tokenizer = load_target(
         target_args.target_model_name_or_path, target_args.target_revision, **target_args.loading()
     )
-    revision = target.loaded_commit or target_args.target_revision
-    drafter, base = start_drafter(draft, target, tokenizer, revision, args.seed)
+    identity = Identity.of(target, tokenizer, revision=target_args.target_revision)
+    drafter, base = start_drafter(draft, target, tokenizer, identity, args.seed)
     config = drafter.config
     with args.main_process_first(desc="tokenizing"):
         train_rows, heldout = token_rows(train_rows, heldout, tokenizer, config, data, args)
@@ -295,7 +287,7 @@ def train(
     if heldout is not None and trainer.state.global_step not in evaluated:
         trainer.evaluate()
     recipe = resolved_recipe(trainer, target_args, draft, data)
-    record = provenance(recipe, trainer, base, started, tau_before) | {"on_policy": score}
+    record = provenance(recipe, trainer, identity, base, started, tau_before) | {"on_policy": score}
     save_final(trainer, target, draft.save_dtype, record)
     if compare_decoding and heldout is not None and args.eval_prompts:
         measure(trainer, data)

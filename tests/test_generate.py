@@ -40,7 +40,8 @@ from hf_specauf.drafters.generation_block import BlockCandidateGenerator, Round
 from hf_specauf.drafters.modeling_dflash import DFlashDraftModel
 from hf_specauf.drafters.transformers_internals import CACHE, STATIC_CACHES_CROP, check_cache
 from hf_specauf.generate import attach
-from hf_specauf.target import FrozenTarget, drafter_config, tokenizer_hashes
+from hf_specauf.identity import _ORIGINS, Origin, note_origin, origin_of, tokenizer_hashes
+from hf_specauf.target import FrozenTarget, drafter_config
 
 pytestmark = pytest.mark.internals
 
@@ -823,17 +824,18 @@ def test_another_target_commit_or_template_is_a_warning_and_other_words_an_error
     drafter.config.target_model_name_or_path, drafter.config.target_revision = "some/model", "a" * 40
     drafter.config.target_fingerprint = None  # as in drafters of a quantised target: names are all there is
     name, commit = text_target.config._name_or_path, "b" * 40
-    assert not hasattr(text_target, "loaded_commit")
+    assert origin_of(text_target) is None
     try:
         text_target.config._name_or_path = "some/finetune"
         with pytest.warns(UserWarning, match="trained for some/model, and the target is some/finetune"):
             attach(text_target, drafter).detach()
-        text_target.config._name_or_path, text_target.loaded_commit = "some/model", commit
+        text_target.config._name_or_path = "some/model"
+        note_origin(text_target, Origin("some/model", commit))
         with pytest.warns(UserWarning, match=f"at {'a' * 40}, and the target is at {commit}"):
             attach(text_target, drafter).detach()
     finally:
         text_target.config._name_or_path = name
-        del text_target.loaded_commit
+        _ORIGINS.pop(text_target, None)
     for key, value in tokenizer_hashes(tokenizer).items():
         setattr(drafter.config, key, value)
     with warnings.catch_warnings():

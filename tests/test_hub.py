@@ -475,8 +475,8 @@ def test_adapter_is_published_alone_or_merged_and_pins_its_base(published, train
     assert (config["base_model_name_or_path"], config["revision"]) == ("alice/drafter", published.commit)
     base = json.loads(found["base.json"])
     target = hub.repository("alice/target").resolve("main")
-    known = {"target_model_name_or_path": "alice/target", "target_revision": target}
-    assert known.items() <= base["trained_for"].items() and base["trained_for"]["target_fingerprint"]
+    known = {"name_or_path": "alice/target", "revision": target}
+    assert known.items() <= base["trained_for"]["target"].items() and base["trained_for"]["target"]["fingerprint"]
     card = found["README.md"].decode()
     run_snippets(run, card, 2)
     assert "base_model: alice/drafter" in card and 'load_drafter("alice/adapted", revision="main")' in card

@@ -23,10 +23,11 @@ from test_convert import z_lab
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from hf_specauf import AUFConfig, AUFTrainer, DFlashDraftModel, add_adapter, attach, from_target, load_drafter
+from hf_specauf.identity import target_fingerprint
 from hf_specauf.lora import AdapterBase, borrow, finish_adapter
 from hf_specauf.model_card import changed_recipe
-from hf_specauf.recipe import DrafterArguments
-from hf_specauf.target import drafter_config, target_fingerprint
+from hf_specauf.recipe import DrafterArguments, drafter_arguments
+from hf_specauf.target import drafter_config
 from hf_specauf.train import main
 
 pytestmark = pytest.mark.internals
@@ -329,21 +330,17 @@ def test_adapters_that_train_a_module_in_full_and_by_lora_are_refused_and_others
 def test_adapters_for_two_targets_are_refused_on_one_drafter(base, tmp_path):
     for seed, name in enumerate("abcd"):
         adapter_on(load_drafter(base), tmp_path / name, seed)
-    for name, changes in dict(
-        b=dict(target_model_name_or_path="its/copy"), c=dict(target_fingerprint="0" * 16)
-    ).items():
+    for name, changes in dict(b=dict(name_or_path="its/copy"), c=dict(fingerprint="0" * 16)).items():
         record = json.loads((tmp_path / name / "base.json").read_text())
-        record["trained_for"] |= changes
+        record["trained_for"]["target"] |= changes
         (tmp_path / name / "base.json").write_text(json.dumps(record))
     record = json.loads((tmp_path / "a" / "base.json").read_text())
-    record["trained_for"]["target_fingerprint"] = None  # of a quantised target: the name decides
+    record["trained_for"]["target"]["fingerprint"] = None  # of a quantised target: the name decides
     (tmp_path / "d/base.json").write_text(json.dumps(record))
     assert add_adapter(add_adapter(load_drafter(base), tmp_path / "a", "a"), tmp_path / "d", "d")
     both = add_adapter(add_adapter(load_drafter(base), tmp_path / "a", "a"), tmp_path / "b", "b")
     assert both.get_base_model().config.target_model_name_or_path == "its/copy"  # the same weights by another name
-    refused_beside(
-        tmp_path / "a", tmp_path / "c", "another target or another prompt.*target_fingerprint '0000.*Merge one"
-    )
+    refused_beside(tmp_path / "a", tmp_path / "c", "another target or another prompt.*fingerprint '0000.*Merge one")
 
 
 # ---- borrow
@@ -476,7 +473,7 @@ def test_layers_that_share_nothing_and_layers_that_are_not_there_are_refused():
 )
 def test_keys_that_say_nothing_are_refused(keys, said):
     with pytest.raises(ValueError, match=said):
-        DrafterArguments(**keys)
+        drafter_arguments()(**keys)
 
 
 @pytest.mark.parametrize("names", [["q_proj"], ["q_proj", "fc"]], ids=str)

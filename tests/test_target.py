@@ -10,14 +10,13 @@ from transformers.models.muse_glimmer.modeling_muse_glimmer import MuseGlimmerTe
 
 from hf_specauf.drafters.generation_block import embed_noise
 from hf_specauf.generate import attach
+from hf_specauf.identity import check_pair, embedding_rows
 from hf_specauf.target import (
     FrozenTarget,
-    check_pair,
     decoder_layers,
     default_mask_token_id,
     default_target_layer_ids,
     drafter_config,
-    embedding_rows,
 )
 
 TAPS = [0, 2]

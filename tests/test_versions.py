@@ -22,8 +22,8 @@ from transformers import AutoModel, AutoModelForCausalLM
 import hf_specauf
 from hf_specauf.drafters import transformers_internals
 from hf_specauf.drafters.transformers_internals import CACHE, TESTED, VERSION
+from hf_specauf.identity import target_fingerprint, tokenizer_hashes
 from hf_specauf.regenerate import main as regenerate
-from hf_specauf.target import target_fingerprint, tokenizer_hashes
 from hf_specauf.train import main as train
 
 pytestmark = pytest.mark.internals
@@ -169,7 +169,7 @@ def test_answers_regenerated_there_are_the_same_job_here(architecture, files, to
     own = tmp_path / "here.jsonl"
     regenerate([str(own) if word == str(tmp_path / "own.jsonl") else word for word in words])
     here = json.loads((tmp_path / "here.settings.json").read_text())
-    assert here | {"out": there["out"]} == there and here["target_fingerprint"]
+    assert here | {"out": there["out"]} == there and here["target"]["fingerprint"]
     assert own.read_text() == (tmp_path / "own.jsonl").read_text()
 
 

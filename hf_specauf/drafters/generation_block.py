@@ -346,6 +346,18 @@ class DraftingOverrides:
         return self.generator
 
 
+def shape_differences(target, config) -> list[str]:
+    """What of a drafter's config does not fit a target's shape, in words; empty where all fits."""
+    text = target.config.get_text_config(decoder=True)
+    found = {
+        "hidden_size": text.hidden_size,
+        "vocab_size": target.get_input_embeddings().weight.shape[0],
+        "num_target_layers": text.num_hidden_layers,
+    }
+    trained = {key: getattr(config, key) for key in found}
+    return [f"{key} {trained[key]} (target: {value})" for key, value in found.items() if value != trained[key]]
+
+
 def generate_with_drafter(target, drafter, *args, **kwargs):
     """`target.generate(*args, **kwargs)` with `drafter` as its assistant; nothing is left on the target.
 
@@ -359,13 +371,10 @@ def generate_with_drafter(target, drafter, *args, **kwargs):
     Raises:
         ValueError: the drafter was trained for another model.
     """
-    text, config = target.config.get_text_config(decoder=True), drafter.config
-    found = text.hidden_size, text.num_hidden_layers, target.get_input_embeddings().weight.shape[0]
-    trained = config.hidden_size, config.num_target_layers, config.vocab_size
-    if found != trained:
+    if wrong := shape_differences(target, drafter.config):
         raise ValueError(
-            f"the target has hidden size, layers and vocabulary {found}, and this drafter was trained for a "
-            f"target of {trained}, {config.target_model_name_or_path}: load that target or another drafter"
+            f"this drafter does not belong to this target: its config says {', '.join(wrong)}. It was trained for "
+            f"{drafter.config.target_model_name_or_path or 'an unnamed target'}; load that target or another drafter."
         )
     overrides = DraftingOverrides(target, drafter, drafter.eval().get_candidate_generator)
     try:
