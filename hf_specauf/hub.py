@@ -27,36 +27,20 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from . import stranger
 from .convert import load_drafter
 from .drafters.transformers_internals import TESTED
 from .identity import Identity, origin_of, weights_fingerprint
 from .lora import BASE_FILE, AdapterBase, finish_adapter
 from .model_card import render
 from .records import HUB_ID, errors_in_one_line, public, write_record
+from .stranger import outputs_of
 from .target import load_target
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 PLOTS = ("alpha.png", "tau.png")
 # What an earlier version of a drafter may have left in its repository, in this form or the other
 REPLACED = ["*.safetensors", "*.index.json", "*.py", "eval*.json", "*config.json", "*base.json", "provenance.json"]
-# What a stranger's machine does with a published folder: this package out of reach, the repository's own code
-RELOAD = """
-import sys
-sys.modules["hf_specauf"] = None
-import torch
-from safetensors.torch import load_file, save_file
-from transformers import AutoModel
-folder, inputs, outputs = sys.argv[1:]
-drafter = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype="auto").eval()
-def corrections(hidden, rows, project):
-    return None if project is None else project(rows)
-with torch.no_grad():
-    output = drafter(**load_file(inputs), reduce=corrections)
-found = {"hidden": output.last_hidden_state}
-if output.reduced is not None:
-    found["correction"] = output.reduced
-save_file({name: tensor.contiguous() for name, tensor in found.items()}, outputs)
-"""
 
 
 def last_version_of_code(folder: Path) -> str | None:
@@ -166,19 +150,6 @@ def public_base(
     return found
 
 
-def corrections(hidden, rows, project):
-    """What a causal head adds to logits; `None` of a drafter without one."""
-    return None if project is None else project(rows)
-
-
-@torch.no_grad()
-def outputs_of(drafter: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """What a drafter makes of its config's `probe`; `RELOAD` does the same."""
-    output = drafter.eval()(**drafter.config.probe(), reduce=corrections)
-    found = {"hidden": output.last_hidden_state, "correction": output.reduced}
-    return {name: tensor for name, tensor in found.items() if tensor is not None}
-
-
 def check_same(drafter: PreTrainedModel, found: dict[str, torch.Tensor], how: str) -> None:
     """Raise unless `found` are the drafter's own [`outputs_of`], up to rounding: what was merged on another device
     may differ in the last bit of each weight."""
@@ -204,7 +175,7 @@ def check_reload(drafter: PreTrainedModel, folder: Path) -> None:
         inputs, outputs = Path(scratch, "in.safetensors"), Path(scratch, "out.safetensors")
         save_file(drafter.config.probe(), inputs)
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": scratch}
-        words = [sys.executable, "-c", RELOAD, str(folder.absolute()), str(inputs), str(outputs)]
+        words = [sys.executable, "-I", stranger.__file__, str(folder.absolute()), str(inputs), str(outputs)]
         done = subprocess.run(words, env=environment, cwd=scratch, capture_output=True, text=True)
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
