@@ -37,7 +37,7 @@ def version_error(what: str) -> RuntimeError:
 
 
 try:
-    from transformers.cache_utils import Cache, DFlashCache, DynamicCache, QuantizedCache, StaticCache, StaticLayer
+    from transformers.cache_utils import Cache, DFlashCache, DynamicCache, QuantizedCache, StaticLayer
     from transformers.generation import GenerationMode
     from transformers.generation.candidate_generator import CandidateGenerator
     from transformers.generation.stopping_criteria import (
@@ -56,15 +56,15 @@ try:
         eager_attention_forward,
         rotate_half,
     )
-except ImportError as error:
+
+    CACHE: str = ALL_CACHE_NAMES[0]
+    """The word this version has for a cache, in model kwargs and in a target's forward."""
+
+    STATIC_CACHES_CROP: bool = StaticLayer.is_croppable
+    """Whether this version's static caches can be cut back to the accepted tokens."""
+except (ImportError, AttributeError) as error:
     # Older than 5.23, or so new that a name is gone: a bare "cannot import name" would not tell which to install.
-    raise version_error(f"it is without something that is imported ({error})") from error
-
-CACHE: str = ALL_CACHE_NAMES[0]
-"""The word this version has for a cache, in model kwargs and in a target's forward."""
-
-STATIC_CACHES_CROP: bool = StaticLayer.is_croppable
-"""Whether this version's static caches can be cut back to the accepted tokens."""
+    raise version_error(f"it is without something that is used here ({error})") from error
 
 # What `generation_block` overrides on a target, and the arguments it reads of each.
 OVERRIDDEN = {
@@ -170,7 +170,7 @@ __all__ = [
     "ALL_ATTENTION_FUNCTIONS", "CACHE", "OVERRIDDEN", "STATIC_CACHES_CROP", "TESTED", "VERSION", "Cache",
     "CandidateGenerator", "DFlashCache", "DynamicCache", "EosTokenCriteria", "GenerationMode",
     "GradientCheckpointingLayer", "MaxLengthCriteria", "MaxTimeCriteria", "PreTrainedModel", "Qwen3MLP",
-    "Qwen3RotaryEmbedding", "StaticCache", "StoppingCriteria", "StoppingCriteriaList", "cache_of", "check_cache",
+    "Qwen3RotaryEmbedding", "StoppingCriteria", "StoppingCriteriaList", "cache_of", "check_cache",
     "check_cache_implementation", "check_methods", "eager_attention_forward", "rotate_half", "the_cache",
     "version_error", "warn_if_newer_than_tested",
 ]  # fmt: skip
