@@ -102,7 +102,9 @@ class _Walker:
             weights = torch.where(counted, self.weights[flat].to(scores.dtype), 0.0)
             scores.mul_((weights / total)[:, None])  # weight * softmax, then minus weight at the label
             scores.scatter_add_(1, labels[:, None], -weights[:, None])
-            found = torch.autograd.grad(logits, [*leaves, *self.parameters], scores.to(logits.dtype))
+            # a backward pass belongs outside autocast, which would cast the head's own products
+            with torch.autocast(self.rows.device.type, enabled=False):
+                found = torch.autograd.grad(logits, [*leaves, *self.parameters], scores.to(logits.dtype))
             for rows, gradient in zip(self.row_gradients, found):
                 rows[flat] = gradient
             for total_gradient, gradient in zip(self.gradients[len(leaves) :], found[len(leaves) :]):

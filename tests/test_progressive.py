@@ -149,6 +149,16 @@ def test_bf16_gradients_are_scaled_exactly():
     torch.testing.assert_close(scaled, (one.float() / 7680).bfloat16(), rtol=0, atol=0)
 
 
+def test_autocast_around_a_drafters_forward_leaves_the_heads_loss_and_gradient_alone():
+    hidden, head, labels, valid = problem(dtype=torch.float32)
+    outside = head_loss(hidden, head, labels, valid, AUF)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = head_loss(hidden, head, labels, valid, AUF)
+    assert torch.equal(inside.numerator, outside.numerator)
+    gradients = [torch.autograd.grad(found.numerator, hidden)[0] for found in (inside, outside)]
+    assert torch.equal(*gradients)
+
+
 class CountingHead(nn.Linear):
     """A head that is no plain Linear, and counts the rows it is asked for."""
 
