@@ -1,9 +1,10 @@
 """Train a drafter for any Hugging Face causal LM with Accept-Until-Fail, and make that LM's `generate()` faster.
 
-The data flows one way: a recipe (`recipe`) names a target (`target`) and a dataset (`conversations`); anchors become
-blocks (`blocks`), the drafter (`drafters`) fills them from the target's hidden states, an objective (`objectives`)
-says which slots count, and the Trainer (`trainer`, `train`) learns them. `generate.attach` puts the drafter to work,
-`acceptance` and `evaluate` measure it. Importing the package registers the drafter with transformers' Auto classes.
+The data flows one way. A recipe (`recipe`) names a target (`target`) and data, which become token rows (`data`).
+Anchors in them become blocks, and an objective says which of their slots count (`losses`). The drafter (`drafters`)
+fills the blocks from the target's hidden states, and the Trainer learns it (`training`, `train`). `attach` puts it to
+work, and `evaluate` measures it (`serving`). Cards and folders go to the Hub (`publishing`); drafters come from there,
+or from other projects (`layouts`). Importing the package registers the drafters with transformers' Auto classes.
 """
 
 from transformers import AutoConfig, AutoModel
@@ -23,20 +24,25 @@ for _config, _model in DRAFTERS.values():
     _config.register_for_auto_class()
     _model.register_for_auto_class("AutoModel")
 
+# Loaded when they are first asked for: they import the Trainer, datasets and the like.
 _LAZY = {
-    "AUFConfig": "auf_config", "AUFTrainer": "trainer", "attach": "generate", "slot_weights": "objectives",
-    "load_drafter": "convert", "from_target": "convert", "add_adapter": "lora",
-}  # fmt: skip
+    "AUFConfig": "training.config",
+    "AUFTrainer": "training.trainer",
+    "add_adapter": "layouts.adapters",
+    "attach": "serving.decoding",
+    "from_target": "layouts.load",
+    "generate": "serving.decoding",
+    "load_drafter": "layouts.load",
+    "slot_weights": "losses.objectives",
+}
 
 
 def __getattr__(name: str):
     from importlib import import_module
 
-    if name == "generate":  # the module, which can be called
-        return import_module(".generate", __name__)
     if name in _LAZY:
         return getattr(import_module(f".{_LAZY[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-__all__ = ["DFlashConfig", "DFlashDraftModel", "DominoConfig", "DominoDraftModel", "generate", *_LAZY]
+__all__ = ["DFlashConfig", "DFlashDraftModel", "DominoConfig", "DominoDraftModel", *_LAZY]

@@ -35,16 +35,16 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from .acceptance import TAU_DEFINITION
-from .callbacks import InterruptCallback
-from .evaluate import compare, evaluation_record, plot_alpha
+from .data.sources import load_rows
 from .identity import Identity
-from .optimizer import MuonWithAdamW
 from .recipe import parse
 from .records import errors_in_one_line, write_record
 from .regenerate import write_whole
-from .sources import load_rows
+from .serving.acceptance import TAU_DEFINITION
+from .serving.compare import compare, evaluation_record, plot_alpha
 from .train import train
+from .training.callbacks import InterruptCallback
+from .training.optimizer import MuonWithAdamW
 
 EOS, PAD, MASK = "<|endoftext|>", "<|pad|>", "<|mask|>"
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "encodings",

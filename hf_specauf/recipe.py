@@ -9,8 +9,8 @@ from transformers import BitsAndBytesConfig
 from transformers.utils import is_bitsandbytes_available
 from trl import ModelConfig, TrlParser, get_peft_config
 
-from .auf_config import AUFConfig
 from .drafters import DRAFTERS
+from .training.config import AUFConfig
 
 
 def json_mapping(key: str, value: str | dict | None) -> dict | None:

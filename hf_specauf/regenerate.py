@@ -8,6 +8,7 @@ Slurm's `srun`) share the chunks; whoever finishes last puts the file together.
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Callable
@@ -22,11 +23,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers.trainer_utils import set_seed
 from trl import TrlParser
 
-from .answers import Conversation, endpoint_writer, target_writer
+from .data.answers import Conversation, endpoint_writer, target_writer
+from .data.on_policy import written_by
+from .data.sources import load_rows
 from .identity import Identity
-from .recipe import json_mapping
+from .recipe import DataArguments, TargetArguments, json_mapping
 from .records import errors_in_one_line, write_record
-from .sources import load_rows
 from .target import load_target
 
 # These decide speed, not words; what answers is compared as `engine`. The target is compared by its identity.
@@ -101,9 +103,6 @@ def answer_rows(rows: list[dict], first: int, write: Callable[[list[Conversation
             conversation.take(answer)
         turn += 1
     return [record for conversation in conversations for record in conversation.finished()]
-
-
-# ---- files
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -305,3 +304,54 @@ def main(argv: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1:])
+
+
+CLEARLY_FOREIGN = 0.9  # share of the agreement that the target's own words would have
+
+
+def on_policy_words(
+    score: dict,
+    target: TargetArguments,
+    data: DataArguments,
+    chat_template_kwargs: dict | None = None,
+    fingerprint: str | None = None,
+) -> str:
+    """The score in words and, where the answers are clearly not the target's or no settings say that they are, the
+    command that mends it.
+
+    Args:
+        fingerprint (`str`, *optional*): of the target's weights, where it is known.
+    """
+    text = (
+        f"answers, on {score['tokens']} tokens: the target's own first choice on {score['agreement']:.0%} (had it "
+        f"sampled them: {score['agreement_if_own']:.0%}), mean log-probability {score['log_probability']:.2f} (had it "
+        f"sampled them: {score['log_probability_if_own']:.2f})"
+    )
+    foreign = score["agreement"] < CLEARLY_FOREIGN * score["agreement_if_own"]
+    sources = data.sources()
+    # an easy text scores as high as own words at temperature 1, and still is not what the target would go on to write
+    unknown = [not written_by(target.target_model_name_or_path, fingerprint, source["name"]) for source in sources]
+    if not foreign and not any(unknown):
+        return text
+    commands = []
+    names = ["answers.jsonl"] if len(sources) == 1 else [f"answers-{i + 1}.jsonl" for i in range(len(sources))]
+    for source, name in zip(sources, names):
+        keys = {
+            "target": target.target_model_name_or_path, "target_revision": target.target_revision,
+            "target_dtype": None if target.target_dtype == "auto" else target.target_dtype,
+            "trust_remote_code": target.trust_remote_code or None, "dataset_name": source["name"],
+            "dataset_config": source["config"], "dataset_revision": source["revision"],
+            "dataset_split": None if source["split"] == "train" else source["split"],
+            "chat_template_kwargs": json.dumps(chat_template_kwargs) if chat_template_kwargs else None, "out": name,
+        }  # fmt: skip
+        words = [word for key, value in keys.items() if value is not None for word in (f"--{key}", str(value))]
+        commands.append(shlex.join(["python", "-m", "hf_specauf.regenerate", *words]))
+    wanted = [i for i, other in enumerate(unknown) if other or not any(unknown)]
+    where = "dataset_name:" if len(sources) == 1 else "the same weights in dataset_mixture for"
+    whose = "These are not the target's own words" if foreign else "Nothing says that the target wrote these answers"
+    return text + (
+        f"\n{whose}, and a drafter serves what its target writes. Answers written by the target gain more than any "
+        "loss:\n  "
+        + "\n  ".join(commands[i] for i in wanted)
+        + f"\nand then {where} {', '.join(names[i] for i in wanted)}"
+    )

@@ -9,11 +9,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from .blocks import row_inputs
 from .drafters import DRAFTERS
 from .drafters.configuration_dflash import DFlashConfig, check_target_layer_ids
 from .drafters.generation_block import apply_head, embed_noise
 from .identity import Identity, Origin, cached_commit, check_pair, embedding_rows, innermost, note_origin
+from .losses.blocks import row_inputs
 
 
 def load(auto_class: Any, key: str, name_or_path: str, revision: str | None = None, **kwargs) -> Any:

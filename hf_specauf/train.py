@@ -15,20 +15,21 @@ from datasets import Dataset
 from rich.console import Console
 from transformers import AutoModel, PreTrainedModel, set_seed
 
-from .auf_config import AUFConfig
-from .checkpoints import checkpoints_by_age
-from .conversations import prepare_rows, show_row
-from .convert import load_drafter
+from .data.on_policy import check_settings, on_policy_score
+from .data.rows import prepare_rows, show_row
+from .data.sources import load_rows, take_shares
 from .drafters.configuration_dflash import DFlashConfig
-from .evaluate import compare, evaluation_record, plot_alpha, show
 from .identity import Identity
-from .lora import AdapterBase, borrow, finish_adapter
-from .on_policy import check_settings, on_policy_score, on_policy_words
+from .layouts.adapters import AdapterBase, borrow, finish_adapter
+from .layouts.load import load_drafter
 from .recipe import DataArguments, DrafterArguments, TargetArguments, parse
 from .records import NOT_PUBLIC, environment, errors_in_one_line, write_record
-from .sources import load_rows, take_shares
+from .regenerate import on_policy_words
+from .serving.compare import compare, evaluation_record, plot_alpha, show
 from .target import default_mask_token_id, drafter_config, load_target
-from .trainer import AUFTrainer
+from .training.checkpoints import checkpoints_by_age
+from .training.config import AUFConfig
+from .training.trainer import AUFTrainer
 
 
 def load_data(data: DataArguments) -> tuple[list[Dataset], list[Dataset] | None]:

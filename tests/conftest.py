@@ -19,9 +19,9 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast, set_seed
 
 import hf_specauf  # noqa: F401  registers the drafter
-from hf_specauf.blocks import make_blocks, sample_anchors
 from hf_specauf.drafters.modeling_dflash import DFlashDraftModel
 from hf_specauf.drafters.modeling_domino import DominoDraftModel
+from hf_specauf.losses.blocks import make_blocks, sample_anchors
 from hf_specauf.target import FrozenTarget, drafter_config
 
 ROOT = Path(__file__).parents[1]

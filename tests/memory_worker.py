@@ -9,7 +9,8 @@ from conftest import MASK, make_drafter, make_target, random_prompts
 from datasets import Dataset
 from transformers import AutoTokenizer
 
-from hf_specauf.trainer import AUFConfig, AUFTrainer
+from hf_specauf.training.memory import try_largest_batch
+from hf_specauf.training.trainer import AUFConfig, AUFTrainer
 
 
 def main(folder: str, out: str, spares: list[int]) -> None:
@@ -31,7 +32,7 @@ def main(folder: str, out: str, spares: list[int]) -> None:
         limit = psutil.Process().memory_info().vms + spare * 2**20
         resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
         try:
-            trainer.try_worst_case(trainer.model)
+            try_largest_batch(trainer, trainer.model)
             print(spare, "fits")
         except ValueError as error:
             print(spare, error)

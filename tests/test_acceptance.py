@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_specauf.acceptance import accepted_prefix, summarize
 from hf_specauf.drafters.generation_block import Round
+from hf_specauf.serving.acceptance import accepted_prefix, summarize
 
 NAN = math.nan
 CASES = {  # K = 4 -> tau, A per pass, alpha_1..3, histogram of A = 0..3

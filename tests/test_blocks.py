@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_mask
 from torch.nn.functional import cross_entropy
 
-from hf_specauf.blocks import (
+from hf_specauf.losses.blocks import (
     EVALUATION_STEP,
     anchor_candidates,
     document_positions,
@@ -19,7 +19,7 @@ from hf_specauf.blocks import (
     make_blocks,
     sample_anchors,
 )
-from hf_specauf.objectives import loss_terms
+from hf_specauf.losses.objectives import loss_terms
 from hf_specauf.target import FrozenTarget
 
 K = 4
@@ -238,7 +238,7 @@ def test_padding_block_sees_no_context(seen_context):
 def test_groups_change_nothing_and_hold_no_more_than_they_see(models, packed, monkeypatch, slots):
     blocks, context, noise = packed
     whole = fill(models[1], blocks, context, noise)
-    monkeypatch.setattr("hf_specauf.blocks.SMALLEST_GROUP", slots)
+    monkeypatch.setattr("hf_specauf.losses.blocks.SMALLEST_GROUP", slots)
     anchor_document = documents(DOCUMENTS).gather(1, blocks.anchors)
     real = torch.tensor([[True] * 5 + [False]])
     masks = group_masks(blocks.anchors, anchor_document, real, documents(DOCUMENTS), K)

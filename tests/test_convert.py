@@ -8,7 +8,8 @@ from conftest import make_domino, make_drafter, make_target
 from safetensors.torch import load_file, save_file
 
 from hf_specauf import DFlashConfig, DFlashDraftModel, DominoDraftModel, load_drafter
-from hf_specauf.convert import foreign_config, main
+from hf_specauf.convert import main
+from hf_specauf.layouts.load import foreign_config
 
 RENAMED = {"fc.weight": "encoder.fc.weight", "hidden_norm.weight": "encoder.output_norm_enc.weight"}
 

@@ -17,11 +17,11 @@ from transformers.generation import LogitsProcessorList
 
 import hf_specauf
 from hf_specauf import DFlashConfig, DominoConfig, DominoDraftModel
-from hf_specauf.blocks import make_blocks
-from hf_specauf.domino_loss import branch_losses
 from hf_specauf.drafters.generation_block import BlockCandidateGenerator, add_correction, apply_head
-from hf_specauf.generate import attach
-from hf_specauf.objectives import OBJECTIVES, LossSpec, objectives_for
+from hf_specauf.losses.blocks import make_blocks
+from hf_specauf.losses.branches import branch_losses
+from hf_specauf.losses.objectives import OBJECTIVES, LossSpec, objectives_for
+from hf_specauf.serving.decoding import attach
 from hf_specauf.target import FrozenTarget
 
 pytestmark = pytest.mark.internals

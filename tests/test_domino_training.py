@@ -16,9 +16,9 @@ from test_trainer import LENGTHS, PROMPT, SGD, assert_same, token_rows, train, w
 from transformers import AutoModel
 
 from hf_specauf import AUFConfig, AUFTrainer, DominoDraftModel
-from hf_specauf.blocks import EVALUATION_STEP, make_blocks, sample_anchors
-from hf_specauf.generate import attach
-from hf_specauf.objectives import objectives_for
+from hf_specauf.losses.blocks import EVALUATION_STEP, make_blocks, sample_anchors
+from hf_specauf.losses.objectives import objectives_for
+from hf_specauf.serving.decoding import attach
 from hf_specauf.train import main
 
 pytestmark = pytest.mark.internals

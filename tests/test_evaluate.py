@@ -17,20 +17,13 @@ from test_convert import z_lab
 from transformers import AutoModelForCausalLM, GenerationConfig, set_seed
 
 from hf_specauf import load_drafter
-from hf_specauf.acceptance import TAU_DEFINITION
+from hf_specauf.data.sources import load_rows
 from hf_specauf.drafters.modeling_dflash import DFlashDraftModel
-from hf_specauf.evaluate import (
-    compare,
-    encode_prompts,
-    first_difference,
-    main,
-    near_tie_bound,
-    repetition,
-    transfer_verdict,
-)
-from hf_specauf.generate import attach
+from hf_specauf.evaluate import encode_prompts, main, transfer_verdict
 from hf_specauf.recipe import parse
-from hf_specauf.sources import load_rows
+from hf_specauf.serving.acceptance import TAU_DEFINITION
+from hf_specauf.serving.compare import compare, first_difference, near_tie_bound, repetition
+from hf_specauf.serving.decoding import attach
 from hf_specauf.target import drafter_config
 
 PROMPT, NEW, K = 12, 24, 4

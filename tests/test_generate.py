@@ -34,13 +34,13 @@ from transformers.generation import (
 from transformers.generation.streamers import BaseStreamer
 
 import hf_specauf
-from hf_specauf.acceptance import accepted_prefix, summarize
-from hf_specauf.blocks import make_blocks
 from hf_specauf.drafters.generation_block import BlockCandidateGenerator, Round
 from hf_specauf.drafters.modeling_dflash import DFlashDraftModel
 from hf_specauf.drafters.transformers_internals import CACHE, STATIC_CACHES_CROP, check_cache
-from hf_specauf.generate import attach
 from hf_specauf.identity import _ORIGINS, Origin, note_origin, origin_of, tokenizer_hashes
+from hf_specauf.losses.blocks import make_blocks
+from hf_specauf.serving.acceptance import accepted_prefix, summarize
+from hf_specauf.serving.decoding import attach
 from hf_specauf.target import FrozenTarget, drafter_config
 
 pytestmark = pytest.mark.internals

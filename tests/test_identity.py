@@ -9,9 +9,9 @@ from conftest import BASE, make_drafter, make_target
 from transformers import AutoModelForCausalLM
 
 from hf_specauf import add_adapter, attach, load_drafter
+from hf_specauf.data.on_policy import written_by
 from hf_specauf.evaluate import main as evaluate
 from hf_specauf.identity import CONFIG_KEYS, Identity, Origin, note_origin, origin_of
-from hf_specauf.on_policy import written_by
 from hf_specauf.regenerate import main as regenerate
 from hf_specauf.target import load_target
 from hf_specauf.train import main as train

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy, one_hot
 
-from hf_specauf.objectives import (
+from hf_specauf.losses.objectives import (
     DECAY_GAMMA,
     NORMALISATIONS,
     OBJECTIVES,

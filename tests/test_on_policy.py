@@ -11,9 +11,9 @@ from datasets import Dataset
 from trl import TrlParser
 
 from hf_specauf import regenerate, train
-from hf_specauf.on_policy import on_policy_score, on_policy_words
+from hf_specauf.data.on_policy import on_policy_score
 from hf_specauf.recipe import DataArguments, TargetArguments
-from hf_specauf.regenerate import RegenerateArguments
+from hf_specauf.regenerate import RegenerateArguments, on_policy_words
 from hf_specauf.target import FrozenTarget
 
 

@@ -7,8 +7,8 @@ from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file
 
-from hf_specauf.optimizer import MuonWithAdamW, orthogonalize
-from hf_specauf.trainer import AUFConfig, AUFTrainer
+from hf_specauf.training.optimizer import MuonWithAdamW, orthogonalize
+from hf_specauf.training.trainer import AUFConfig, AUFTrainer
 
 
 def test_matrices_go_to_muon_and_the_rest_to_adamw():

@@ -5,10 +5,10 @@ import torch
 from conftest import MASK, PAD, make_drafter, make_target
 from datasets import Dataset, concatenate_datasets
 
-from hf_specauf.blocks import row_inputs
-from hf_specauf.conversations import RowCollator, pack
+from hf_specauf.data.rows import RowCollator, pack
+from hf_specauf.losses.blocks import row_inputs
 from hf_specauf.target import FrozenTarget
-from hf_specauf.trainer import AUFConfig, AUFTrainer
+from hf_specauf.training.trainer import AUFConfig, AUFTrainer
 
 SIZES = [9, 14, 6, 11, 8, 20, 7]
 
@@ -63,7 +63,8 @@ def test_one_wrong_mask_would_show(rows, packed, tmp_path, tokenizer, monkeypatc
     """The comparison above fails where the target sees a whole row."""
     target = make_target("qwen3")
     loss, _ = gradients(target, rows, tmp_path, tokenizer, "decay")
-    monkeypatch.setattr("hf_specauf.trainer.row_inputs", lambda documents: {"attention_mask": (documents >= 0).long()})
+    leaks = "hf_specauf.training.trainer.row_inputs"
+    monkeypatch.setattr(leaks, lambda documents: {"attention_mask": (documents >= 0).long()})
     leaky, _ = gradients(target, packed, tmp_path, tokenizer, "decay")
     assert leaky != pytest.approx(loss, rel=1e-4)
 

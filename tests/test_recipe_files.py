@@ -14,13 +14,13 @@ import yaml
 from accelerate.commands.launch import launch_command_parser
 from conftest import ROOT
 from peft import get_peft_model
-from test_chat_template import GOLDEN, model_tokenizer
+from test_tokens import GOLDEN, model_tokenizer
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from trl import TrlParser
 
 from hf_specauf import evaluate
 from hf_specauf.drafters.modeling_dflash import DFlashDraftModel
-from hf_specauf.lora import borrow
+from hf_specauf.layouts.adapters import borrow
 from hf_specauf.recipe import parse
 from hf_specauf.regenerate import RegenerateArguments
 from hf_specauf.target import default_target_layer_ids, drafter_config

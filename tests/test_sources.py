@@ -14,8 +14,8 @@ from conftest import ROOT
 from datasets import Dataset
 from loopback_hub import LoopbackHub, Repository
 
+from hf_specauf.data.sources import load_rows, row_format, take_shares
 from hf_specauf.recipe import DataArguments
-from hf_specauf.sources import load_rows, row_format, take_shares
 from hf_specauf.train import load_data
 
 
@@ -169,7 +169,7 @@ def test_a_dataset_on_the_hub_is_loaded_by_its_id_revision_and_split(tmp_path):
             dict(config="en"),
         ]
         code = (
-            "import json, sys\nfrom hf_specauf.sources import load_rows\n"
+            "import json, sys\nfrom hf_specauf.data.sources import load_rows\n"
             "for keys in json.loads(sys.argv[1]):\n"
             "    try:\n        print(load_rows('alice/chats', **keys)['text'][:])\n"
             "    except ValueError as error:\n        print(error)\n"

@@ -20,13 +20,13 @@ from safetensors.torch import load_file
 from transformers import AutoModel, TrainerCallback, TrainerState
 
 from hf_specauf import DFlashDraftModel
-from hf_specauf.blocks import EVALUATION_STEP, make_blocks, sample_anchors
-from hf_specauf.conversations import RowCollator
-from hf_specauf.generate import attach
-from hf_specauf.lora import AdapterBase
+from hf_specauf.data.rows import RowCollator
+from hf_specauf.layouts.adapters import AdapterBase
+from hf_specauf.losses.blocks import EVALUATION_STEP, make_blocks, sample_anchors
+from hf_specauf.serving.decoding import attach
 from hf_specauf.target import drafter_config
 from hf_specauf.train import resume_folder
-from hf_specauf.trainer import AUFConfig, AUFTrainer
+from hf_specauf.training.trainer import AUFConfig, AUFTrainer
 
 pytestmark = pytest.mark.internals
 

@@ -20,7 +20,6 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModel, AutoModelForCausalLM
 
-from hf_specauf.evaluate import compare
 from hf_specauf.quickstart import (
     TargetSettings,
     heldout_prompts,
@@ -30,6 +29,7 @@ from hf_specauf.quickstart import (
     train_drafter,
 )
 from hf_specauf.records import environment
+from hf_specauf.serving.compare import compare
 
 # the published head has a state of H / 4 and rank H / 16; H is 192 here, so that both are kept from being tiny
 HEAD = ["--drafter", "domino", "--gru_hidden_dim", "96", "--emb_dim", "48"]

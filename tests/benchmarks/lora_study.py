@@ -31,8 +31,6 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
 
 from hf_specauf import DFlashConfig, DFlashDraftModel, load_drafter
-from hf_specauf.evaluate import compare
-from hf_specauf.optimizer import MuonWithAdamW
 from hf_specauf.quickstart import (
     TargetSettings,
     heldout_prompts,
@@ -43,6 +41,8 @@ from hf_specauf.quickstart import (
     training_rows,
 )
 from hf_specauf.records import environment, write_record
+from hf_specauf.serving.compare import compare
+from hf_specauf.training.optimizer import MuonWithAdamW
 
 RECIPE = recipes_folder() / "quickstart/dflash_auf.yaml"
 ADAMW = {"use_peft": True, "muon_learning_rate": None, "learning_rate": 3e-3}

@@ -17,13 +17,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from hf_specauf.quickstart import (
-    TargetSettings,
-    evaluate_drafter,
-    quickstart_target,
-    recipes_folder,
-    train_drafter,
-)
+from hf_specauf.quickstart import TargetSettings, evaluate_drafter, quickstart_target, recipes_folder, train_drafter
 from hf_specauf.records import environment
 
 VARIANTS = {

@@ -26,9 +26,9 @@ from rich.table import Table
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from hf_specauf import regenerate, train
-from hf_specauf.conversations import prepare_rows
-from hf_specauf.evaluate import compare
-from hf_specauf.on_policy import on_policy_score
+from hf_specauf.data.on_policy import on_policy_score
+from hf_specauf.data.rows import prepare_rows
+from hf_specauf.data.sources import load_rows
 from hf_specauf.quickstart import (
     PROMPT_TOKENS,
     ROW_TOKENS,
@@ -42,7 +42,7 @@ from hf_specauf.quickstart import (
     save_rows,
 )
 from hf_specauf.records import environment
-from hf_specauf.sources import load_rows
+from hf_specauf.serving.compare import compare
 from hf_specauf.target import FrozenTarget, drafter_config
 
 

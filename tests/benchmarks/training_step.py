@@ -30,10 +30,10 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import Qwen3Config, Qwen3ForCausalLM, set_seed
 
-from hf_specauf.blocks import make_blocks, sample_anchors
 from hf_specauf.drafters.modeling_dflash import DFlashDraftModel
-from hf_specauf.objectives import OBJECTIVES, LossSpec, first_failure_support
-from hf_specauf.progressive import head_loss
+from hf_specauf.losses.blocks import make_blocks, sample_anchors
+from hf_specauf.losses.head_loss import head_loss
+from hf_specauf.losses.objectives import OBJECTIVES, LossSpec, first_failure_support
 from hf_specauf.records import environment, write_record
 from hf_specauf.target import FrozenTarget, drafter_config
 

@@ -19,8 +19,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from .head_loss import HeadLoss, head_loss
 from .objectives import LossSpec, find_objective
-from .progressive import HeadLoss, head_loss
 
 
 @torch.compiler.disable  # its shapes follow from what the drafter gets right: no graph would be used twice

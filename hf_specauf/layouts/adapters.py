@@ -16,10 +16,10 @@ from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from transformers import AutoModel, PreTrainedModel
 
-from .drafters.configuration_dflash import DFlashConfig
-from .identity import Identity, Origin, innermost, origin_of, weights_fingerprint
-from .records import HUB_ID, write_record
-from .target import decoder_layers
+from ..drafters.configuration_dflash import DFlashConfig
+from ..identity import Identity, Origin, innermost, origin_of, weights_fingerprint
+from ..records import HUB_ID, write_record
+from ..target import decoder_layers
 
 BASE_FILE = "base.json"
 # What a drafter's config says of how its target is prompted and stopped

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from hf_specauf import progressive
-from hf_specauf.objectives import NORMALISATIONS, OBJECTIVES, LossSpec, Objective, loss_terms, objectives_for
-from hf_specauf.progressive import head_loss
+from hf_specauf.losses import head_loss as module
+from hf_specauf.losses.head_loss import head_loss
+from hf_specauf.losses.objectives import NORMALISATIONS, OBJECTIVES, LossSpec, Objective, loss_terms, objectives_for
 
 H, V, E = 8, 13, 3
 ONE_BRANCH = objectives_for(1)
@@ -98,7 +98,7 @@ def test_equal_to_all_logits_in_float64(shape, objective, normalisation, chunk, 
     numerator, denominator, weights = plain(hidden, head, labels, valid, spec, low_rank=extra)
     leaves = (hidden, *((extra[0], extra[1][1].weight) if extra else ()))
     expected = torch.autograd.grad(2.5 * numerator, leaves)
-    patch.setattr(progressive, "FEWEST_ROWS", fewest)
+    patch.setattr(module, "FEWEST_ROWS", fewest)
     found = head_loss(hidden, head, labels, valid, spec, low_rank=extra)
     patch.undo()
     gradients = torch.autograd.grad(2.5 * found.numerator, leaves)
@@ -171,7 +171,7 @@ class CountingHead(nn.Linear):
 
 @pytest.mark.parametrize("fewest", [1, 16])
 def test_rows_computed_are_the_support_alone(monkeypatch, fewest):
-    monkeypatch.setattr(progressive, "FEWEST_ROWS", fewest)
+    monkeypatch.setattr(module, "FEWEST_ROWS", fewest)
     hidden, head, labels, valid = problem(4, 32, 7)
     counting = CountingHead(H, V, bias=False).double().requires_grad_(False)
     counting.weight.data = head.weight.data

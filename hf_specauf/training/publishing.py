@@ -6,8 +6,8 @@ from httpx2 import HTTPError
 from huggingface_hub import CommitInfo
 from transformers.trainer_utils import HubStrategy
 
-from .hub import push
-from .model_card import render
+from ..publishing.card import render
+from ..publishing.hub import push
 
 
 class Publishing:

@@ -23,24 +23,24 @@ from transformers import (
 )
 from transformers.trainer_utils import IntervalStrategy
 
-from .acceptance import accepted_prefix, summarize
-from .auf_config import AUFConfig
-from .blocks import EVALUATION_STEP, Blocks, make_blocks, row_inputs, sample_anchors
+from ..data.rows import RowCollator, fill_up, prepare_rows, prompt_length
+from ..drafters.transformers_internals import check_methods
+from ..layouts.adapters import AdapterBase, finish_adapter
+from ..losses.blocks import EVALUATION_STEP, Blocks, make_blocks, row_inputs, sample_anchors
+from ..losses.branches import BranchBalance, branch_denominators, branch_losses
+from ..losses.head_loss import HeadLoss
+from ..losses.objectives import LossSpec, row_terms
+from ..serving.acceptance import accepted_prefix, summarize
+from ..serving.compare import decoding_config
+from ..serving.decoding import attach
+from ..target import FrozenTarget
 from .callbacks import InterruptCallback, TauProgressCallback
 from .checkpoints import CompleteCheckpoints
-from .conversations import RowCollator, fill_up, prepare_rows, prompt_length
-from .domino_loss import BranchBalance, branch_denominators, branch_losses
-from .drafters.transformers_internals import check_methods
-from .evaluate import decoding_config
-from .generate import attach
-from .lora import AdapterBase, finish_adapter
-from .objectives import LossSpec, row_terms
+from .config import AUFConfig
+from .memory import local, try_largest_batch
 from .optimizer import MuonWithAdamW
 from .preflight import check_start
-from .progressive import HeadLoss
 from .publishing import Publishing
-from .target import FrozenTarget
-from .worst_case import WorstCase, local
 
 # Private methods of Trainer that we override: one that is gone would no longer be called, and nothing would say so.
 OVERRIDDEN = {
@@ -87,7 +87,7 @@ def diagnostics(sums: dict[str, float]) -> dict[str, float]:
     return found
 
 
-class AUFTrainer(WorstCase, CompleteCheckpoints, Publishing, Trainer):
+class AUFTrainer(CompleteCheckpoints, Publishing, Trainer):
     """Trains a block drafter on its target's own hidden states.
 
     Args:
@@ -110,6 +110,7 @@ class AUFTrainer(WorstCase, CompleteCheckpoints, Publishing, Trainer):
 
     # The division happens once per optimizer step, in training_step
     loss_is_scaled_for_ga = True
+    _untried_memory = False  # set by train, where a trial can tell something
 
     def __init__(
         self,
@@ -362,7 +363,7 @@ class AUFTrainer(WorstCase, CompleteCheckpoints, Publishing, Trainer):
         """
         if self._untried_memory:
             self._untried_memory = False
-            self.try_worst_case(model)
+            try_largest_batch(self, model)
         if self._balance.differs and len(self._micro_batches) > 1 and not self._balance.is_known:
             self._balance.begin(self._branch_denominators_of_step(model))
         super().training_step(model, inputs, num_items_in_batch)

@@ -10,9 +10,9 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_specauf.chat_template import RowEncoder
-from hf_specauf.conversations import longest_run, prepare_rows, prompt_length, show_row
-from hf_specauf.sources import load_rows
+from hf_specauf.data.rows import longest_run, prepare_rows, prompt_length, show_row
+from hf_specauf.data.sources import load_rows
+from hf_specauf.data.tokens import RowEncoder
 
 UNMARKED = CHAT_TEMPLATE.replace("{% generation %}", "").replace("{% endgeneration %}", "")
 TURNS = [

@@ -1,17 +1,15 @@
 """`attach(target, drafter)`: plain `target.generate(**inputs, assistant_model=drafter)` with a block drafter; and
 `hf_specauf.generate(target, drafter, **inputs)`, the same in one call."""
 
-import sys
 from collections.abc import Callable
-from types import ModuleType
 
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..drafters.generation_block import BlockCandidateGenerator, DraftingOverrides, Round
+from ..identity import check_pair, innermost
 from .acceptance import Acceptance, summarize
-from .drafters.generation_block import BlockCandidateGenerator, DraftingOverrides, Round
-from .identity import check_pair, innermost
 
 
 class Attachment:
@@ -130,13 +128,5 @@ def generate(target: PreTrainedModel | PeftModel, drafter: PreTrainedModel | Pef
     with attach(target, drafter):
         return target.generate(*args, **kwargs, assistant_model=drafter)
 
-
-class _CallableModule(ModuleType):
-    # `hf_specauf.generate` is this module, and is meant to be called
-    def __call__(self, *args, **kwargs):
-        return generate(*args, **kwargs)
-
-
-sys.modules[__name__].__class__ = _CallableModule
 
 __all__ = ["Attachment", "BlockCandidateGenerator", "attach", "generate"]

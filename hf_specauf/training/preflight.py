@@ -5,10 +5,10 @@ from peft import PeftConfig
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import HubStrategy
 
-from .auf_config import AUFConfig
-from .drafters import DRAFTERS
-from .lora import AdapterBase
-from .objectives import find_objective, objectives_for
+from ..drafters import DRAFTERS
+from ..layouts.adapters import AdapterBase
+from ..losses.objectives import find_objective, objectives_for
+from .config import AUFConfig
 
 
 def check_start(

@@ -6,8 +6,8 @@ import torch
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
-from .domino_loss import check_domino_keys
-from .objectives import NORMALISATIONS, OBJECTIVES, find_objective
+from ..losses.branches import check_domino_keys
+from ..losses.objectives import NORMALISATIONS, OBJECTIVES, find_objective
 
 # Keys of TrainingArguments that would be accepted and ignored, or break the exact loss, and their harmless values.
 INAPPLICABLE = {

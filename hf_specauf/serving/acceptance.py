@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from .drafters.generation_block import Round
+from ..drafters.generation_block import Round
 
 TAU_DEFINITION = (
     "tau = tokens committed / target verification passes, bonus token included (1.0 = no help, at most K); the "
@@ -63,3 +63,11 @@ def accepted_prefix(correct: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
         `torch.LongTensor` of shape `(...)`.
     """
     return (correct & valid).long().cumprod(-1).sum(-1)
+
+
+NOT_MEASURED = "not measured"
+
+
+def number(value: float | None, form: str = ".2f", unit: str = "") -> str:
+    """A figure, or that it was not measured."""
+    return NOT_MEASURED if value is None else f"{value:{form}}{unit}"

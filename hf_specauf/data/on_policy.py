@@ -1,7 +1,6 @@
 """How much the training answers are the target's own words: the cheapest forecast of what a drafter can reach."""
 
 import json
-import shlex
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +8,9 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from .blocks import row_inputs
-from .identity import Identity, tokenizer_hashes
-from .recipe import DataArguments, TargetArguments
-from .target import FrozenTarget
-
-CLEARLY_FOREIGN = 0.9  # share of the agreement that the target's own words would have
+from ..identity import Identity, tokenizer_hashes
+from ..losses.blocks import row_inputs
+from ..target import FrozenTarget
 
 
 @torch.no_grad()
@@ -53,54 +49,6 @@ def on_policy_score(target: FrozenTarget, rows: Dataset, count: int = 32, positi
     means = (sums / max(tokens, 1)).tolist()
     names = ("agreement", "log_probability", "agreement_if_own", "log_probability_if_own")
     return {"rows": len(numbers), "tokens": tokens} | dict(zip(names, means))
-
-
-def on_policy_words(
-    score: dict,
-    target: TargetArguments,
-    data: DataArguments,
-    chat_template_kwargs: dict | None = None,
-    fingerprint: str | None = None,
-) -> str:
-    """The score in words and, where the answers are clearly not the target's or no settings say that they are, the
-    command that mends it.
-
-    Args:
-        fingerprint (`str`, *optional*): of the target's weights, where it is known.
-    """
-    text = (
-        f"answers, on {score['tokens']} tokens: the target's own first choice on {score['agreement']:.0%} (had it "
-        f"sampled them: {score['agreement_if_own']:.0%}), mean log-probability {score['log_probability']:.2f} (had it "
-        f"sampled them: {score['log_probability_if_own']:.2f})"
-    )
-    foreign = score["agreement"] < CLEARLY_FOREIGN * score["agreement_if_own"]
-    sources = data.sources()
-    # an easy text scores as high as own words at temperature 1, and still is not what the target would go on to write
-    unknown = [not written_by(target.target_model_name_or_path, fingerprint, source["name"]) for source in sources]
-    if not foreign and not any(unknown):
-        return text
-    commands = []
-    names = ["answers.jsonl"] if len(sources) == 1 else [f"answers-{i + 1}.jsonl" for i in range(len(sources))]
-    for source, name in zip(sources, names):
-        keys = {
-            "target": target.target_model_name_or_path, "target_revision": target.target_revision,
-            "target_dtype": None if target.target_dtype == "auto" else target.target_dtype,
-            "trust_remote_code": target.trust_remote_code or None, "dataset_name": source["name"],
-            "dataset_config": source["config"], "dataset_revision": source["revision"],
-            "dataset_split": None if source["split"] == "train" else source["split"],
-            "chat_template_kwargs": json.dumps(chat_template_kwargs) if chat_template_kwargs else None, "out": name,
-        }  # fmt: skip
-        words = [word for key, value in keys.items() if value is not None for word in (f"--{key}", str(value))]
-        commands.append(shlex.join(["python", "-m", "hf_specauf.regenerate", *words]))
-    wanted = [i for i, other in enumerate(unknown) if other or not any(unknown)]
-    where = "dataset_name:" if len(sources) == 1 else "the same weights in dataset_mixture for"
-    whose = "These are not the target's own words" if foreign else "Nothing says that the target wrote these answers"
-    return text + (
-        f"\n{whose}, and a drafter serves what its target writes. Answers written by the target gain more than any "
-        "loss:\n  "
-        + "\n  ".join(commands[i] for i in wanted)
-        + f"\nand then {where} {', '.join(names[i] for i in wanted)}"
-    )
 
 
 def written_by(target: str, fingerprint: str | None, name: str) -> bool:

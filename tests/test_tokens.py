@@ -10,9 +10,9 @@ import trl
 from conftest import byte_level_tokenizer
 from transformers import AddedToken
 
-from hf_specauf.chat_template import RowEncoder
-from hf_specauf.conversations import show_row
-from hf_specauf.sources import UnusableRow
+from hf_specauf.data.rows import show_row
+from hf_specauf.data.sources import UnusableRow
+from hf_specauf.data.tokens import RowEncoder
 
 SHIPPED = Path(trl.__file__).parent / "chat_templates"
 # In the form Mistral-7B-Instruct published: system text before the first question, roles must alternate.

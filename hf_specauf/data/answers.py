@@ -11,8 +11,8 @@ import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from trl.chat_template_utils import add_response_schema, parse_response
 
+from ..target import default_mask_token_id
 from .sources import UnusableRow, chat_messages, row_format, row_text, row_tools
-from .target import default_mask_token_id
 
 RETRIES, PATIENCE = 5, 2.0  # of requests; seconds, doubled each time
 PAGE = 64  # tokens of a page of the cache on a CPU

@@ -9,8 +9,8 @@ from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 from trl import pack_dataset
 
-from .chat_template import RowEncoder
 from .sources import row_format
+from .tokens import RowEncoder
 
 FEWEST_FULL_BLOCKS = 0.1  # share of rows that must hold a whole supervised block
 MOST_UNUSABLE = 0.5  # share of a source's rows that the template may refuse

@@ -1,0 +1,1 @@
+"""Text becomes token rows: datasets, chat templates, rows, and answers that the target writes."""

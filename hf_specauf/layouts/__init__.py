@@ -1,0 +1,1 @@
+"""Drafters from anywhere: our folders, adapters, and the folders of other projects."""

@@ -1,0 +1,1 @@
+"""Token rows become blocks, and blocks a loss. Pure tensors: no Trainer, no files."""

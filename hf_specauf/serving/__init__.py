@@ -1,0 +1,1 @@
+"""A drafter at work: decoding, acceptance, and the comparison with plain decoding."""
