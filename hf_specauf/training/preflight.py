@@ -1,7 +1,11 @@
-"""What would train a drafter that silently accepts nothing, refused before anything heavy is done."""
+"""Checks made at the start of training: settings whose drafter would never have a token accepted, and what cannot be
+done or resumed. They only check."""
+
+from pathlib import Path
 
 import torch
 from peft import PeftConfig
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import HubStrategy
 
@@ -79,3 +83,52 @@ def check_adapter_names(drafter, peft_config: PeftConfig) -> None:
                     f"lora_{key} names {name!r}, which no module of the drafter ends in: it would be left out in "
                     f"silence. The names are {', '.join(sorted({module.split('.')[-1] for module in modules}))}."
                 )
+
+
+def check_sharding(trainer) -> None:
+    """Raise for what sharded training cannot do, whether the arguments, the launcher or the drafter shard.
+
+    Args:
+        trainer (`AUFTrainer`): after Trainer's own start, which sets up accelerate.
+    """
+    if trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2:
+        raise ValueError(
+            "fsdp_version is 1, whose flat weights cannot be saved as a drafter: use FSDP2 "
+            "(recipes/accelerate/fsdp2.yaml)"
+        )
+    sharded = any(isinstance(parameter, DTensor) for parameter in trainer.model.parameters())
+    sharded = sharded or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    if trainer.args.muon_learning_rate is not None and sharded:
+        raise ValueError("muon_learning_rate needs whole matrices, and FSDP and DeepSpeed shard them: remove it")
+
+
+def check_resumed_adapter(folder: str, own: PeftConfig, base: AdapterBase) -> None:
+    """Raise unless a checkpoint holds this run's adapter: on the same weights, with the same LoRA keys.
+
+    Args:
+        folder (`str`): the checkpoint.
+        own (`PeftConfig`), base (`AdapterBase`): of this run.
+    """
+    if not Path(folder, "adapter_config.json").is_file():
+        raise ValueError(
+            f"{folder} holds a drafter trained in full, and this run trains an adapter: set use_peft: false"
+        )
+    theirs = AdapterBase.read(folder)
+    if theirs.fingerprint != base.fingerprint:
+        raise ValueError(
+            f"{folder} adapts {theirs.name_or_path}, and this run starts from other weights ({base.name_or_path}): "
+            "resume with the drafter, target and layers of that run"
+        )
+    saved = PeftConfig.from_pretrained(folder)
+    for key in ("r", "lora_alpha", "target_modules", "modules_to_save", "use_rslora", "use_dora"):
+        was, given = (in_order(getattr(config, key, None)) for config in (saved, own))
+        if was != given:
+            raise ValueError(
+                f"{folder} was trained with {key} {was}, and this run has {given}: resume with the LoRA keys of that "
+                "run, or start afresh in another output_dir"
+            )
+
+
+def in_order(value):
+    """Sets and lists sorted, so that two of them compare; anything else as it is."""
+    return sorted(value) if isinstance(value, set | list) else value

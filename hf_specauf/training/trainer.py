@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
-from peft import PeftConfig, get_peft_model
+from peft import get_peft_model
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from transformers import (
@@ -30,16 +30,17 @@ from ..losses.blocks import EVALUATION_STEP, Blocks, make_blocks, row_inputs, sa
 from ..losses.branches import BranchBalance, branch_denominators, branch_losses
 from ..losses.head_loss import HeadLoss
 from ..losses.objectives import LossSpec, row_terms
-from ..serving.acceptance import accepted_prefix, summarize
+from ..serving.acceptance import summarize
 from ..serving.compare import decoding_config
 from ..serving.decoding import attach
 from ..target import FrozenTarget
 from .callbacks import InterruptCallback, TauProgressCallback
 from .checkpoints import CompleteCheckpoints
 from .config import AUFConfig
+from .diagnostics import COUNTERS, StepSums, count_rows, diagnostics, named
 from .memory import local, try_largest_batch
 from .optimizer import MuonWithAdamW
-from .preflight import check_start
+from .preflight import check_resumed_adapter, check_sharding, check_start
 from .publishing import Publishing
 
 # Private methods of Trainer that we override: one that is gone would no longer be called, and nothing would say so.
@@ -50,41 +51,6 @@ OVERRIDDEN = {
     "_load_from_checkpoint": ("resume_from_checkpoint", "model"),
     "_push_from_checkpoint": ("checkpoint_folder",),
 }
-
-# Sums over slots or blocks; the columns of every counter tensor below.
-COUNTERS = (
-    "numerator",
-    "denominator",
-    "supported",
-    "supported_correct",
-    "valid",
-    "judged",
-    "judged_correct",
-    "slots",
-    "blocks",
-    "prefix",
-    "base_supported",
-)
-
-
-def diagnostics(sums: dict[str, float]) -> dict[str, float]:
-    """The paper's diagnostics from summed counters (arXiv 2607.01893). A Domino drafter's are of its final logits;
-    `base_active_ratio` is its base branch's."""
-
-    def ratio(a: str, b: str) -> float:
-        return sums[a] / sums[b] if sums[b] else float("nan")
-
-    found = {
-        "active_ratio": ratio("supported", "valid"),
-        "active_ratio_all_slots": ratio("supported", "slots"),
-        "support_accuracy": ratio("supported_correct", "supported"),
-        "teacher_forced_tau": 1 + ratio("prefix", "blocks"),
-    }
-    if sums["judged"]:
-        found["common_accuracy"] = ratio("judged_correct", "judged")
-    if sums["base_supported"]:
-        found["base_active_ratio"] = ratio("base_supported", "valid")
-    return found
 
 
 class AUFTrainer(CompleteCheckpoints, Publishing, Trainer):
@@ -159,16 +125,22 @@ class AUFTrainer(CompleteCheckpoints, Publishing, Trainer):
             compute_metrics=self._metrics,
             callbacks=[self._interrupt, *(callbacks or [])],
         )
-        self._check_sharding()
+        check_sharding(self)
+        if self.is_fsdp_enabled and args.bf16:
+            # accelerate's own sums gradients in bf16, and casts what forward returns, also Domino's losses
+            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = policy
         if self.pop_callback(ProgressCallback) is not None:  # absent with disable_tqdm
             self.add_callback(TauProgressCallback)
         rows = train_dataset if train_dataset is not None else eval_dataset
         self._place_target(next(iter(rows.values())) if isinstance(rows, dict) else rows)
-        # numerator, denominator, ranks whose gradient is not finite, ranks that were told to stop
-        self._step_sums = torch.zeros(4, dtype=torch.float64, device=args.device)
+        self._step_sums = StepSums(args.device)
         self._log_sums = torch.zeros(len(COUNTERS), dtype=torch.float64, device=args.device)
-        self._balance = BranchBalance(self.loss_spec, lambda sums: self.accelerator.reduce(sums, "sum"))
+        self._balance = BranchBalance(self.loss_spec, self._over_all_processes)
         self._micro_batches: list[dict] = []  # of the step under way, where the balance needs them
+
+    def _over_all_processes(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self.accelerator.reduce(tensor, "sum")
 
     def _place_target(self, rows: Dataset) -> None:
         """Move or shard the target, and check on real rows that it lends what the drafter is trained on."""
@@ -184,21 +156,6 @@ class AUFTrainer(CompleteCheckpoints, Publishing, Trainer):
             packed = [torch.tensor([fullest[key]], device=device) for key in ("input_ids", "document_ids")]
             self.target.check_packing(*packed)
 
-    def _check_sharding(self) -> None:
-        """Raise for what sharded training cannot do, whether args, the launcher or the drafter shard; set up FSDP2."""
-        if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
-            raise ValueError(
-                "fsdp_version is 1, whose flat weights cannot be saved as a drafter: use FSDP2 "
-                "(recipes/accelerate/fsdp2.yaml)"
-            )
-        sharded = any(isinstance(p, DTensor) for p in self.model.parameters())
-        if self.args.muon_learning_rate is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled or sharded):
-            raise ValueError("muon_learning_rate needs whole matrices, and FSDP and DeepSpeed shard them: remove it")
-        if self.is_fsdp_enabled and self.args.bf16:
-            # accelerate's own sums gradients in bf16, and casts what forward returns, also Domino's losses
-            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-            self.accelerator.state.fsdp_plugin.mixed_precision_policy = policy
-
     def _prepare(self, rows):
         """Raw rows, or a dict of several sets, as token rows; token rows as they are."""
         if isinstance(rows, dict):
@@ -213,7 +170,7 @@ class AUFTrainer(CompleteCheckpoints, Publishing, Trainer):
 
     def train(self, *args, **kwargs):
         """Trainer's own; whatever ends it, Ctrl-C is given back and the next call starts with clean sums."""
-        self._step_sums.zero_()
+        self._step_sums.reset()
         self._log_sums.zero_()
         self._balance.reset()
         # a CPU out of memory kills without an exception, and DeepSpeed would step on the trial's gradient
@@ -297,24 +254,15 @@ class AUFTrainer(CompleteCheckpoints, Publishing, Trainer):
             numerator = of_base * base.numerator + of_final * found.numerator
             base_numerators, denominators = row_terms(base.losses, base.weights, spec.normalisation)
             numerators = of_base * base_numerators + of_final * numerators
+        # in evaluation and on logging steps every slot is predicted
+        judges_all = every_prediction or spec.objective.judges_every_slot
         with torch.no_grad():
-            supported, correct = found.weights > 0, found.correct
-            # slots whose prediction is known; in evaluation and on logging steps all are
-            everywhere = every_prediction or spec.objective.judges_every_slot
-            judged = valid if everywhere else torch.zeros_like(valid)
-            # a support that the base branch cut hides how far the final branch's prefix goes
-            hidden = spec.objective.shared_support and not everywhere
-            walked = torch.zeros_like(valid) if hidden else valid
-            walked = walked[:, :, : self.block_size - 1]  # what decoding drafts
-            slots = anchors * valid.shape[2]
-            columns = (
-                numerators, denominators, supported.sum((1, 2)),
-                (supported & correct).sum((1, 2)), valid.sum((1, 2)), judged.sum((1, 2)),
-                (judged & correct).sum((1, 2)), torch.full_like(supported[:, 0, 0], slots, dtype=torch.long),
-                walked.any(-1).sum(1), accepted_prefix(correct[:, :, : self.block_size - 1], walked).sum(1),
-                (supported & False if base is None else base.weights > 0).sum((1, 2)),
+            counters = count_rows(
+                numerators, denominators, found, base, valid, drafted=self.block_size - 1,
+                slots=anchors * valid.shape[2], judges_all=judges_all,
+                # a support that the base branch cut hides how far the final branch's prefix goes
+                hides_prefix=spec.objective.shared_support and not judges_all,
             )  # fmt: skip
-            counters = torch.stack([c.double() for c in columns], dim=1)
         return numerator, counters
 
     @property
@@ -338,7 +286,7 @@ class AUFTrainer(CompleteCheckpoints, Publishing, Trainer):
         """Numerator over a fixed constant; `training_step` makes it exact once all micro-batches and ranks are in."""
         numerator, counters = self._counters(model, inputs, self.state.global_step, self._logs_this_step)
         sums = counters.sum(0)
-        self._step_sums[:2] += sums[:2]
+        self._step_sums.add(sums)
         self._log_sums += sums
         loss = numerator / self._nominal
         if self.is_deepspeed_enabled:  # it steps inside backward, so all must be known before
@@ -370,21 +318,23 @@ class AUFTrainer(CompleteCheckpoints, Publishing, Trainer):
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
         gradients = [] if self.is_deepspeed_enabled else [p.grad for p in model.parameters() if p.grad is not None]
-        self._step_sums[2] = not torch.isfinite(torch.nn.utils.get_total_norm([local(g) for g in gradients]))
-        self._step_sums[3] = self._interrupt.interrupted
-        # every rank sees the same sums, and so all stop at the same step
-        numerator, denominator, unsound, told_to_stop = self.accelerator.reduce(self._step_sums, "sum").tolist()
-        self._step_sums.zero_()
+        norm = torch.nn.utils.get_total_norm([local(gradient) for gradient in gradients])
+        # every rank sees the same totals, and so all stop at the same step
+        step = self._step_sums.agree(
+            self._over_all_processes, unsound=not torch.isfinite(norm), told_to_stop=self._interrupt.interrupted
+        )
         self._balance.reset()
-        if unsound or not math.isfinite(numerator):
-            raise self._not_finite("gradient" if math.isfinite(numerator) else "loss")
+        if not math.isfinite(step.numerator):
+            raise self._not_finite("loss")
+        if step.unsound:
+            raise self._not_finite("gradient")
         if self.args.world_size > 1:
-            self._interrupt.agreed = told_to_stop > 0
+            self._interrupt.agreed = step.told_to_stop
         # DDP and FSDP2 average gradients over ranks
-        scale = self._nominal * self.accelerator.num_processes / max(denominator, 1.0)
+        scale = self._nominal * self.accelerator.num_processes / max(step.denominator, 1.0)
         for gradient in gradients:
             gradient.mul_(scale)
-        return torch.tensor(numerator / max(denominator, 1.0), device=self.args.device)
+        return torch.tensor(step.numerator / max(step.denominator, 1.0), device=self.args.device)
 
     def base_weight(self, step: int) -> float:
         """lambda: from 1 at step 0 linearly to 0 at `lambda_decay_ratio` of all steps (arXiv 2605.29707)."""
@@ -410,9 +360,8 @@ class AUFTrainer(CompleteCheckpoints, Publishing, Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the paper's diagnostics, over all ranks since the last log, to a training log."""
         if "loss" in logs:
-            sums = self.accelerator.reduce(self._log_sums, "sum").tolist()
+            logs |= diagnostics(self._over_all_processes(self._log_sums))
             self._log_sums.zero_()
-            logs |= diagnostics(dict(zip(COUNTERS, sums)))
             if self.loss_spec.objective.base is not None:
                 logs["lambda"] = round(self.base_weight(max(self.state.global_step - 1, 0)), 4)
         super().log(logs, start_time)
@@ -427,8 +376,9 @@ class AUFTrainer(CompleteCheckpoints, Publishing, Trainer):
 
     @staticmethod
     def _metrics(prediction: EvalPrediction) -> dict[str, float]:
-        sums = dict(zip(COUNTERS, prediction.predictions.sum(0).tolist()))
-        return {"loss": sums["numerator"] / max(sums["denominator"], 1.0)} | diagnostics(sums)
+        sums = prediction.predictions.sum(0)
+        total = named(sums)
+        return {"loss": total["numerator"] / max(total["denominator"], 1.0)} | diagnostics(sums)
 
     def evaluation_loop(self, dataloader, *args, metric_key_prefix="eval", **kwargs):
         """Trainer's loop, then tau by real decoding of a few held-out prompts."""
@@ -506,28 +456,5 @@ class AUFTrainer(CompleteCheckpoints, Publishing, Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if self._peft_config is not None:
-            self._check_resumed_adapter(resume_from_checkpoint)
+            check_resumed_adapter(resume_from_checkpoint, self.model.peft_config["default"], self.adapter_base)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _check_resumed_adapter(self, folder: str) -> None:
-        if not Path(folder, "adapter_config.json").is_file():
-            raise ValueError(
-                f"{folder} holds a drafter trained in full, and this run trains an adapter: set use_peft: false"
-            )
-        theirs = AdapterBase.read(folder)
-        if theirs.fingerprint != self.adapter_base.fingerprint:
-            raise ValueError(
-                f"{folder} adapts {theirs.name_or_path}, and this run starts from other weights "
-                f"({self.adapter_base.name_or_path}): resume with the drafter, target and layers of that run"
-            )
-        saved, own = PeftConfig.from_pretrained(folder), self.model.peft_config["default"]
-        for key in ("r", "lora_alpha", "target_modules", "modules_to_save", "use_rslora", "use_dora"):
-            was, given = (
-                sorted(value) if isinstance(value, set | list) else value
-                for value in (getattr(config, key, None) for config in (saved, own))
-            )
-            if was != given:
-                raise ValueError(
-                    f"{folder} was trained with {key} {was}, and this run has {given}: resume with the LoRA keys of "
-                    "that run, or start afresh in another output_dir"
-                )
