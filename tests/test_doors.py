@@ -12,8 +12,8 @@ from hf_specauf import attach
 from hf_specauf.drafters import DRAFTERS
 from hf_specauf.drafters.configuration_dflash import REQUIRED_KEYS, DFlashConfig
 from hf_specauf.drafters.modeling_dflash import DFlashDraftModel
-from hf_specauf.hub import outputs_of
 from hf_specauf.losses.objectives import OBJECTIVES, Objective
+from hf_specauf.publishing.stranger import outputs_of
 from hf_specauf.recipe import parse
 from hf_specauf.train import main
 

@@ -20,10 +20,10 @@ from test_convert import z_lab
 from transformers import AutoModelForCausalLM
 
 from hf_specauf import load_drafter
-from hf_specauf.hub import outputs_of
 from hf_specauf.model_card import main as card_command
 from hf_specauf.publishing.card import render, validate
 from hf_specauf.publishing.hub import check, check_reload, check_same, find_secrets, stage
+from hf_specauf.publishing.stranger import outputs_of
 from hf_specauf.records import public
 from hf_specauf.train import main as train
 
