@@ -259,6 +259,39 @@ def test_hub_check_says_where_the_code_of_a_folder_stops_and_what_mends_it(pair,
         assert code == 0 and "stops at" not in printed, printed
 
 
+ADAPT = """
+import sys
+from peft import LoraConfig, get_peft_model
+from hf_specauf import load_drafter
+from hf_specauf.layouts.adapters import AdapterBase, finish_adapter
+drafter = load_drafter("alice/old")
+base = AdapterBase.of_drafter(drafter)
+get_peft_model(drafter, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(sys.argv[1])
+finish_adapter(sys.argv[1], base, drafter.config)
+"""
+UPLOAD = """
+import sys
+from huggingface_hub import HfApi
+for repo, folder in (("alice/target", sys.argv[1]), ("alice/old", sys.argv[2])):
+    HfApi().create_repo(repo)
+    HfApi().upload_folder(repo_id=repo, folder_path=folder)
+"""
+
+
+def test_an_adapter_alone_on_a_base_of_0_1_0_says_who_needs_which_version(pair, tmp_path):
+    folder = with_code_of_0_1_0(pair, "dflash", tmp_path / "dflash")
+    with LoopbackHub(tmp_path / "hub") as hub:
+        alice = hub.environment(tmp_path / "home", "alice")
+        for script, *words in ((UPLOAD, str(pair.folder / "target"), str(folder)), (ADAPT, str(tmp_path / "adapter"))):
+            code, printed = run(sys.executable, "-c", script, *words, environment=alice)
+            assert code == 0, printed
+        words = ["check", str(tmp_path / "adapter"), "--target", "alice/target", "--allow-unmeasured", "--small"]
+        code, printed = run(sys.executable, "-m", "hf_specauf.hub", *words, environment=alice)
+        assert code == 0, printed
+        assert "the base alice/old at " in printed and "whose code stops at transformers 5.23" in printed
+        assert "Push the base again and name its new commit with --base-revision" in printed
+
+
 # ---- versions this code does not know
 
 
