@@ -12,8 +12,9 @@ quickstart: .venv/installed
 test: lint test-newest test-oldest
 
 # Each suite is told where the other version is: what is made by one must work on the other. Two test processes keep two
-# cores busy; a file's tests stay together, because they share what is dear to make.
-PYTEST := python -m pytest --numprocesses 2 --dist loadfile --durations 25
+# cores busy. A file's tests stay together, because they share what is dear to make; files start in their order, because
+# the slow ones come early in it.
+PYTEST := python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 25
 
 test-newest: .venv/tested .venv-oldest/tested
 	SPECAUF_OTHER_PYTHON=$(CURDIR)/$(OLDEST)/python $(BIN)/$(PYTEST)

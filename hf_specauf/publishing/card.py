@@ -12,8 +12,10 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from ..drafters import config_class
 from ..drafters.transformers_internals import TESTED
 from ..losses.objectives import OBJECTIVES
+from ..recipe import DataArguments, TargetArguments, drafter_arguments
 from ..records import HUB_ID, public
 from ..serving.acceptance import NOT_MEASURED, TAU_DEFINITION, number
+from ..training.config import AUFConfig
 
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
 CONDITIONS = ("max_new_tokens", "temperature", "batch_size", "hardware", "dtype", "prompts")  # required beside a tau
@@ -88,11 +90,8 @@ def eval_results(records: list[dict]) -> list[EvalResult]:
 
 def changed_recipe(recipe: dict) -> str:
     """The keys of a resolved recipe that differ from their defaults, as YAML."""
-    from .auf_config import AUFConfig
-    from .recipe import DataArguments, DrafterArguments, TargetArguments
-
     kept = {}
-    for part in (TargetArguments, DrafterArguments, DataArguments, AUFConfig):
+    for part in (TargetArguments, drafter_arguments(), DataArguments, AUFConfig):
         for field in fields(part):
             default = field.default if field.default_factory is MISSING else field.default_factory()
             value = recipe.get(field.name)
