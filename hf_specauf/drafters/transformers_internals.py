@@ -105,8 +105,10 @@ def check_methods(owner: type, needed: dict[str, tuple[str, ...]]) -> None:
         method = getattr(owner, name, None)
         if method is None:
             raise version_error(f"{owner.__name__} has no method {name}")
-        missing = [argument for argument in arguments if argument not in inspect.signature(method).parameters]
-        if missing:
+        parameters = inspect.signature(method).parameters
+        takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+        missing = [argument for argument in arguments if argument not in parameters]
+        if missing and not takes_any:  # a model of its own may pass on whatever it is given
             raise version_error(f"{owner.__name__}.{name} takes no {' or '.join(missing)}")
 
 

@@ -37,13 +37,14 @@ REPLACED = ["*.safetensors", "*.index.json", "*.py", "eval*.json", "*config.json
 
 def last_version_of_code(folder: Path) -> str | None:
     """The newest minor version of transformers that a drafter folder's own code was tested with; `None` where it holds
-    no code, which `AutoModel` then takes from elsewhere."""
+    no code of ours."""
     if not any(folder.glob("modeling_*.py")):
         return None
     path = folder / "transformers_internals.py"
     if not path.is_file():  # published by hf_specauf 0.1.0
         return "5.23"
-    return re.search(r'^TESTED = \("[\d.]+", "([\d.]+)"\)', path.read_text(), re.MULTILINE)[1]
+    found = re.search(r'^TESTED = \("[\d.]+", "([\d.]+)"\)', path.read_text(), re.MULTILINE)
+    return found[1] if found else None
 
 
 def say_where_code_stops(folder: str | Path) -> None:
