@@ -1,4 +1,4 @@
-"""Raw rows -> the target's chat template -> token ids and the supervised mask -> batches."""
+"""Token rows: which raw rows become one, how short ones share one, and how several become a batch."""
 
 from collections import Counter
 from itertools import groupby

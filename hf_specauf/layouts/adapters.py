@@ -214,7 +214,8 @@ def _check_beside(
     for key in PROMPT_KEYS:
         if key in trained_for and trained_for[key] != getattr(config, key):
             differing[key] = trained_for[key], getattr(config, key)
-    for key, (value, other) in differing.items():
+    if differing:
+        key, (value, other) = next(iter(differing.items()))
         raise ValueError(
             f"the adapter in {folder_or_repo} was trained for another target or another prompt than those already on "
             f"this drafter ({key} {value!r}, theirs is {other!r}), and a drafter's config names one. {instead}"

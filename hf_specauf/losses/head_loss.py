@@ -159,6 +159,17 @@ def trainable(module: nn.Module | None) -> list[nn.Parameter]:
     return [] if module is None else [p for p in module.parameters() if p.requires_grad]
 
 
+def _unknown_weights(spec: LossSpec) -> ValueError:
+    """The refusal of a trainable head whose gradient would need weights that only the finished walk knows."""
+    found = "normalisation: per_block"
+    if spec.objective.factor is not None:
+        found = "an objective that weighs by probabilities"
+    return ValueError(
+        f"{found} cannot be had for a trainable head: a block's weights are known only after its gradient. Use "
+        "normalisation: pooled and an objective without probabilities."
+    )
+
+
 def head_loss(
     hidden: torch.Tensor,
     head: nn.Module,
@@ -191,11 +202,7 @@ def head_loss(
     # Slots are weighed while a block is walked. What depends on the whole block is multiplied in afterwards.
     weighs_later = objective.factor is not None or (per_block and objective.until_fail)
     if low_rank is not None and weighs_later:
-        found = "normalisation: per_block" if objective.factor is None else "an objective that weighs by probabilities"
-        raise ValueError(
-            f"{found} cannot be had for a trainable head: a block's weights are known only after its gradient. Use "
-            "normalisation: pooled and an objective without probabilities."
-        )
+        raise _unknown_weights(spec)
     wide = torch.promote_types(hidden.dtype, torch.float32)
     tiny = torch.finfo(wide).tiny
     counting = valid if support is None else support

@@ -200,13 +200,21 @@ class LossSpec:
             raise ValueError(f"normalisation is {self.normalisation!r}; it must be one of {', '.join(NORMALISATIONS)}")
 
     @classmethod
-    def of(cls, name: str, block_size: int, gamma: float | None = None, **keys) -> "LossSpec":
-        """By an objective's name, for blocks of `block_size` slots; `keys` are `normalisation`, `rows_per_chunk`.
+    def of(
+        cls,
+        name: str,
+        block_size: int,
+        gamma: float | None = None,
+        *,
+        normalisation: str = "pooled",
+        rows_per_chunk: int = 256,
+    ) -> "LossSpec":
+        """By an objective's name, for blocks of `block_size` slots.
 
         Raises:
             ValueError: as [`resolve_gamma`]; an unknown normalisation.
         """
-        return cls(find_objective(name), resolve_gamma(name, block_size, gamma), **keys)
+        return cls(find_objective(name), resolve_gamma(name, block_size, gamma), normalisation, rows_per_chunk)
 
     @property
     def supports_differ(self) -> bool:
