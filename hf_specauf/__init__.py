@@ -1,10 +1,14 @@
-"""Train a drafter for any Hugging Face causal LM with Accept-Until-Fail, and make that LM's `generate()` faster.
+"""Train a drafter for any Hugging Face causal LM with Accept-Until-Fail, and make that LM's
+`generate()` faster.
 
-The data flows one way. A recipe (`recipe`) names a target (`target`) and data, which become token rows (`data`).
-Anchors in them become blocks, and an objective says which of their slots count (`losses`). The drafter (`drafters`)
-fills the blocks from the target's hidden states, and the Trainer learns it (`training`, `train`). `attach` puts it to
-work, and `evaluate` measures it (`serving`). Cards and folders go to the Hub (`publishing`); drafters come from there,
-or from other projects (`layouts`). Importing the package registers the drafters with transformers' Auto classes.
+The data flows one way. A recipe (`recipe`) names a target (`target`) and data, which become token
+rows (`data`).
+Anchors in them become blocks, and an objective says which of their slots count (`losses`). The
+drafter (`drafters`) fills the blocks from the target's hidden states, and the Trainer learns it
+(`training`, `train`). `attach` puts it to work, and `evaluate` measures it (`serving`). Cards and
+folders go to the Hub (`publishing`); drafters come from there,
+or from other projects (`layouts`). Importing the package registers the drafters with transformers'
+Auto classes.
 """
 
 from transformers import AutoConfig, AutoModel
@@ -20,7 +24,8 @@ __version__ = "0.2.0.dev0"
 for _config, _model in DRAFTERS.values():
     AutoConfig.register(_config.model_type, _config)
     AutoModel.register(_config, _model)
-    # save_pretrained then copies the modelling files, so that the folder loads where this package is absent
+    # save_pretrained then copies the modelling files, so that the folder loads where this package
+    # is absent
     _config.register_for_auto_class()
     _model.register_for_auto_class("AutoModel")
 

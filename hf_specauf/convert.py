@@ -1,4 +1,5 @@
-"""The command that writes a drafter of any layout, or an adapter merged on its base, as a plain drafter of ours.
+"""The command that writes a drafter of any layout, or an adapter merged on its base, as a plain
+drafter of ours.
 
 python -m hf_specauf.convert --drafter z-lab/Qwen3-8B-DFlash-b16 --out DIR
 """

@@ -1,4 +1,5 @@
-"""`python -m hf_specauf.evaluate`: plain against assisted decoding in one run -> eval.json, a plot, a verdict."""
+"""`python -m hf_specauf.evaluate`: plain against assisted decoding in one run -> eval.json, a plot,
+a verdict."""
 
 import json
 import shlex
@@ -24,9 +25,11 @@ from .serving.compare import compare, evaluation_record, plot_alpha, show
 from .target import load_target
 
 
-def encode_prompts(rows, tokenizer: PreTrainedTokenizerBase, count: int, longest: int, template_kwargs: dict | None):
-    """The first `count` rows as prompts (1, S): conversations up to the first answer, text up to `longest` tokens.
-    Rows that give none are counted and printed with the reason."""
+def encode_prompts(
+    rows, tokenizer: PreTrainedTokenizerBase, count: int, longest: int, template_kwargs: dict | None
+):
+    """The first `count` rows as prompts (1, S): conversations up to the first answer, text up to
+    `longest` tokens. Rows that give none are counted and printed with the reason."""
     row_format(rows.column_names)  # refuses columns that nobody knows
     prompts, skipped = [], {}
     for i, row in enumerate(rows.select(range(min(count, len(rows))))):
@@ -43,9 +46,13 @@ def encode_prompts(rows, tokenizer: PreTrainedTokenizerBase, count: int, longest
             prompts.append(torch.tensor([ids]))
         else:
             skipped.setdefault(ids or "it asks nothing", []).append(i)
-    words = ", ".join(f"{reason} ({len(found)}, first: row {found[0]})" for reason, found in skipped.items())
+    words = ", ".join(
+        f"{reason} ({len(found)}, first: row {found[0]})" for reason, found in skipped.items()
+    )
     if not prompts:
-        raise ValueError(f"not one row of {min(count, len(rows))} gives a prompt: {words or 'there are no rows'}")
+        raise ValueError(
+            f"not one row of {min(count, len(rows))} gives a prompt: {words or 'there are no rows'}"
+        )
     if skipped:
         print(f"{len(prompts)} prompts; other rows give none: {words}")
     return prompts
@@ -55,7 +62,8 @@ ENOUGH = 0.95  # a drafter that keeps this share of its accepted tokens on anoth
 
 
 def transfer_verdict(record: dict, config, reference: dict | None, command: str) -> str:
-    """Whether a drafter is worth adapting to a target that it was not trained for; empty for its own target.
+    """Whether a drafter is worth adapting to a target that it was not trained for; empty for its
+    own target.
 
     Args:
         record (`dict`): from `evaluation_record`, on that target.
@@ -73,7 +81,10 @@ def transfer_verdict(record: dict, config, reference: dict | None, command: str)
         known = f"was trained for {own}" if own else "does not say which target it was trained for"
         return f"This drafter {known}, and what it reaches there is not known. {again}"
     there = reference["acceptance"]["tau"]
-    theirs, ours = (part["conditions"] | {"number of prompts": len(part["prompts"])} for part in (reference, record))
+    theirs, ours = (
+        part["conditions"] | {"number of prompts": len(part["prompts"])}
+        for part in (reference, record)
+    )
     other = [
         f"{key} {theirs.get(key)} there, {ours.get(key)} here"
         for key in sorted({*theirs, *ours} - {"hardware", "dtype"})
@@ -89,7 +100,11 @@ def transfer_verdict(record: dict, config, reference: dict | None, command: str)
         return f"{said}. {again}"
     kept = (here - 1) / (there - 1) if there > 1 else 1.0
     said += f", so {kept:.0%} of the accepted tokens are kept."
-    return f"{said} Adapting it has little to win." if kept >= ENOUGH else f"{said} Adapting is worth a try: {command}"
+    return (
+        f"{said} Adapting it has little to win."
+        if kept >= ENOUGH
+        else f"{said} Adapting is worth a try: {command}"
+    )
 
 
 @dataclass
@@ -99,23 +114,48 @@ class EvaluateArguments:
     target: str = field(metadata={"help": "Hub id or folder of the target."})
     drafter: str = field(metadata={"help": "Hub id or folder of the drafter."})
     prompts: str = field(
-        metadata={"help": "Hub dataset, or .jsonl/.parquet/.txt file with messages, conversations or text."}
+        metadata={
+            "help": (
+                "Hub dataset, or .jsonl/.parquet/.txt file with messages, conversations or text."
+            )
+        }
     )
-    prompts_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
+    prompts_config: str | None = field(
+        default=None, metadata={"help": "Configuration of a Hub dataset."}
+    )
     prompts_split: str = field(default="train", metadata={"help": "Split of a Hub dataset."})
-    prompts_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub dataset."})
-    target_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the target."})
-    target_quantization: str | None = field(
-        default=None, metadata={"help": "bnb-4bit or bnb-8bit, for a drafter that was trained with the target so."}
+    prompts_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of a Hub dataset."}
     )
-    drafter_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the drafter."})
+    target_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of the target."}
+    )
+    target_quantization: str | None = field(
+        default=None,
+        metadata={
+            "help": "bnb-4bit or bnb-8bit, for a drafter that was trained with the target so."
+        },
+    )
+    drafter_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of the drafter."}
+    )
     count: int = field(default=24, metadata={"help": "Prompts to decode."})
     prompt_tokens: int = field(default=128, metadata={"help": "Prompt length for plain text rows."})
-    max_new_tokens: int = field(default=128, metadata={"help": "Tokens to generate for each prompt."})
-    max_draft_tokens: int | None = field(default=None, metadata={"help": "Cap on drafted tokens a pass."})
-    temperature: float = field(default=0.0, metadata={"help": "0 is greedy and checks equality; 1 samples."})
-    dtype: str = field(default="auto", metadata={"help": "auto, float32 or bfloat16, for both models."})
-    device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "cuda or cpu."})
+    max_new_tokens: int = field(
+        default=128, metadata={"help": "Tokens to generate for each prompt."}
+    )
+    max_draft_tokens: int | None = field(
+        default=None, metadata={"help": "Cap on drafted tokens a pass."}
+    )
+    temperature: float = field(
+        default=0.0, metadata={"help": "0 is greedy and checks equality; 1 samples."}
+    )
+    dtype: str = field(
+        default="auto", metadata={"help": "auto, float32 or bfloat16, for both models."}
+    )
+    device: str = field(
+        default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "cuda or cpu."}
+    )
     out: str = field(default="eval", metadata={"help": "Folder for eval.json and alpha.png."})
 
 
@@ -126,34 +166,54 @@ def adapting(args: EvaluateArguments) -> str:
         "target_model_name_or_path": args.target, "target_revision": args.target_revision,
         "dataset_name": "YOUR_DATA", "use_peft": "true", "learning_rate": 2e-3, "output_dir": "adapted",
     }  # fmt: skip
-    words = [word for key, value in keys.items() if value is not None for word in (f"--{key}", str(value))]
+    words = [
+        word
+        for key, value in keys.items()
+        if value is not None
+        for word in (f"--{key}", str(value))
+    ]
     return shlex.join(["accelerate", "launch", "-m", "hf_specauf.train", *words])
 
 
 @errors_in_one_line()
 def main(argv: list[str] | None = None) -> None:
     """Command line of `python -m hf_specauf.evaluate`."""
-    (args,) = TrlParser(EvaluateArguments, prog="python -m hf_specauf.evaluate").parse_args_and_config(argv)
+    (args,) = TrlParser(
+        EvaluateArguments, prog="python -m hf_specauf.evaluate"
+    ).parse_args_and_config(argv)
     dtype = torch_dtype(args.dtype)
     loading = TargetArguments(
         args.target, target_dtype=args.dtype, target_quantization=args.target_quantization,
         target_device_map=args.device if args.target_quantization else None,
     ).loading()  # fmt: skip
     target, tokenizer = load_target(args.target, args.target_revision, key="--target", **loading)
-    target = target if args.target_quantization else target.to(args.device)  # quantised ones are not to be moved
+    target = (
+        target if args.target_quantization else target.to(args.device)
+    )  # quantised ones are not to be moved
     folder, commit = fetch(args.drafter, args.drafter_revision, "--drafter")
     drafter = load_drafter(folder, target=target, dtype=dtype, key="--drafter").to(args.device)
     out, config = Path(args.out), drafter.config
-    identity = Identity.of(target, tokenizer, name_or_path=args.target, revision=args.target_revision)
-    is_own = config.target_model_name_or_path is None or identity.is_same_model(Identity.of_target_of(config))
+    identity = Identity.of(
+        target, tokenizer, name_or_path=args.target, revision=args.target_revision
+    )
+    is_own = config.target_model_name_or_path is None or identity.is_same_model(
+        Identity.of_target_of(config)
+    )
     if out.resolve() == folder.resolve() and not is_own:
         raise ValueError(
-            f"--out {out} is the drafter's own folder, whose eval.json is what it reaches on its own target "
-            f"{config.target_model_name_or_path}, and {args.target} is another one: give another --out"
+            f"--out {out} is the drafter's own folder, whose eval.json is what it reaches on its"
+            f" own target {config.target_model_name_or_path}, and {args.target} is another one:"
+            " give another --out"
         )
     path = folder / "eval.json"
     reference = json.loads(path.read_text()) if path.is_file() else None
-    rows = load_rows(args.prompts, args.prompts_config, args.prompts_split, args.prompts_revision, keys="prompts_")
+    rows = load_rows(
+        args.prompts,
+        args.prompts_config,
+        args.prompts_split,
+        args.prompts_revision,
+        keys="prompts_",
+    )
     template_kwargs = config.chat_template_kwargs
     prompts = encode_prompts(rows, tokenizer, args.count, args.prompt_tokens, template_kwargs)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -169,7 +229,11 @@ def main(argv: list[str] | None = None) -> None:
         prompt_tokens=args.prompt_tokens if row_format(rows.column_names) == "text" else None,
     )  # fmt: skip
     record["target"] |= identity.record()
-    record["drafter"] = {"name_or_path": args.drafter, "revision": commit, "dtype": str(drafter.dtype)}
+    record["drafter"] = {
+        "name_or_path": args.drafter,
+        "revision": commit,
+        "dtype": str(drafter.dtype),
+    }
     write_record(out / "eval.json", record)
     plot_alpha({Path(args.drafter).name: results["acceptance"]["alpha"]}, out / "alpha.png")
     console = Console()

@@ -1,7 +1,8 @@
 """Which model is this, and what differs? One answer, kept the same way in every record.
 
-A name is not enough: a branch moves, a folder has no commit, a fine-tune keeps its parent's name (z-lab#152). So an
-identity also holds a fingerprint of the weights, hashes of the tokenizer and of its chat template, and the widths.
+A name is not enough: a branch moves, a folder has no commit, a fine-tune keeps its parent's name
+(z-lab#152). So an identity also holds a fingerprint of the weights, hashes of the tokenizer and of
+its chat template, and the widths.
 """
 
 import hashlib
@@ -23,8 +24,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .drafters.configuration_dflash import DFlashConfig
 from .drafters.generation_block import shape_differences
 
-# A drafter's config.json keeps its target's identity under these keys, beside `vocab_size` and the like, because
-# engines and older versions of this package read them there.
+# A drafter's config.json keeps its target's identity under these keys, beside `vocab_size` and the
+# like, because engines and older versions of this package read them there.
 CONFIG_KEYS = {
     "target_model_name_or_path": "name_or_path",
     "target_revision": "revision",
@@ -46,7 +47,8 @@ class Identity:
         revision (`str`, *optional*): commit on the Hub.
         fingerprint (`str`, *optional*): of the weights, see [`target_fingerprint`].
         tokenizer_hash, chat_template_hash (`str`, *optional*): see [`tokenizer_hashes`].
-        hidden_size, num_layers, vocab_size (`int`, *optional*): H, decoder layers, rows of the input embedding.
+        hidden_size, num_layers, vocab_size (`int`, *optional*): H, decoder layers, rows of the
+        input embedding.
     """
 
     name_or_path: str | None = None
@@ -72,7 +74,8 @@ class Identity:
         Args:
             target (`PreTrainedModel` or `PeftModel`).
             tokenizer (`PreTrainedTokenizerBase`, *optional*): its tokenizer.
-            name_or_path, revision (`str`, *optional*): what it was asked for by; by default what it says itself.
+            name_or_path, revision (`str`, *optional*): what it was asked for by; by default what it
+            says itself.
         """
         target = innermost(target)
         text = target.config.get_text_config(decoder=True)
@@ -94,8 +97,8 @@ class Identity:
 
     @classmethod
     def read(cls, record: dict | None) -> "Identity":
-        """From any record that this package wrote: the `target` of today's records, and the older forms (flat keys in
-        `settings.json` and in `base.json`'s `trained_for`)."""
+        """From any record that this package wrote: the `target` of today's records, and the older
+        forms (flat keys in `settings.json` and in `base.json`'s `trained_for`)."""
         record = record or {}
         target = record.get("target")
         if isinstance(target, dict):
@@ -103,7 +106,9 @@ class Identity:
         elif isinstance(target, str):  # settings.json up to 0.1.0
             older = {"name_or_path": target, "revision": record.get("target_commit")}
             record = record | older | {"fingerprint": record.get("target_fingerprint")}
-        named = {own: record[key] for key, own in CONFIG_KEYS.items() if record.get(key) is not None}
+        named = {
+            own: record[key] for key, own in CONFIG_KEYS.items() if record.get(key) is not None
+        }
         known = {field.name for field in fields(cls)}
         return cls(**named | {key: value for key, value in record.items() if key in known})
 
@@ -124,12 +129,17 @@ class Identity:
 
     def differences(self, other: "Identity") -> dict[str, tuple]:
         """Fields that both know and that differ -> (ours, theirs)."""
-        pairs = {field.name: (getattr(self, field.name), getattr(other, field.name)) for field in fields(self)}
-        return {name: pair for name, pair in pairs.items() if None not in pair and pair[0] != pair[1]}
+        pairs = {
+            field.name: (getattr(self, field.name), getattr(other, field.name))
+            for field in fields(self)
+        }
+        return {
+            name: pair for name, pair in pairs.items() if None not in pair and pair[0] != pair[1]
+        }
 
     def is_same_model(self, other: "Identity", *names: str | None) -> bool:
-        """Whether both are one model: by the weights where both are known, else by the name, or one of `names` by
-        which the other may go too."""
+        """Whether both are one model: by the weights where both are known, else by the name, or one
+        of `names` by which the other may go too."""
         if self.fingerprint and other.fingerprint:
             return self.fingerprint == other.fingerprint
         return self.name_or_path in (other.name_or_path, *names)
@@ -146,7 +156,8 @@ class Origin(NamedTuple):
     loadable: bool = True  # whether AutoModel loads it by that name
 
 
-# transformers forgets the commit it loaded, and a model in another layout has no name that AutoModel could load
+# transformers forgets the commit it loaded, and a model in another layout has no name that
+# AutoModel could load
 _ORIGINS: WeakKeyDictionary[nn.Module, Origin] = WeakKeyDictionary()
 
 
@@ -171,30 +182,37 @@ def embedding_rows(target: PreTrainedModel) -> int:
 
 
 def target_fingerprint(target: PreTrainedModel) -> str | None:
-    """Short SHA-256 of the first weights of every parameter, as bf16 so that the loading dtype does not matter.
+    """Short SHA-256 of the first weights of every parameter, as bf16 so that the loading dtype does
+    not matter.
 
-    transformers forgets the commit it loaded, and a folder has none; the weights themselves tell a fine-tune or
-    another commit from the model a drafter was trained for (z-lab#152). `None` where they cannot be read: quantised,
-    offloaded or sharded.
+    transformers forgets the commit it loaded, and a folder has none; the weights themselves tell a
+    fine-tune or
+    another commit from the model a drafter was trained for (z-lab#152). `None` where they cannot be
+    read: quantised, offloaded or sharded.
     """
     digest = hashlib.sha256()
     for name, parameter in innermost(target).named_parameters():
         if parameter.is_meta or not parameter.is_floating_point() or isinstance(parameter, DTensor):
             return None
         digest.update(name.encode())
-        digest.update(parameter.detach().flatten()[:8].to("cpu", torch.bfloat16).view(torch.uint8).numpy())
+        digest.update(
+            parameter.detach().flatten()[:8].to("cpu", torch.bfloat16).view(torch.uint8).numpy()
+        )
     return digest.hexdigest()[:16]
 
 
 def weights_fingerprint(tensors: dict[str, torch.Tensor]) -> str:
-    """SHA-256 of all of some named weights, as bf16 so that the loading dtype does not matter: what an adapter is
-    tied to. An adapter must lie on exactly these weights, so that, other than a target's, every one of them counts.
+    """SHA-256 of all of some named weights, as bf16 so that the loading dtype does not matter: what
+    an adapter is tied to. An adapter must lie on exactly these weights, so that, other than a
+    target's, every one of them counts.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
         digest.update(name.encode())
-        digest.update(whole.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy())
+        digest.update(
+            whole.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy()
+        )
     return digest.hexdigest()
 
 
@@ -226,8 +244,9 @@ def cached_commit(name_or_path: str, revision: str | None = None) -> str | None:
 def check_pair(
     target: PreTrainedModel, config: DFlashConfig, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> None:
-    """Raise unless the drafter can serve the target: layers, hidden size, vocabulary and, if a tokenizer is given,
-    its words agree. Warn where it is another model or commit, or another chat template, than in training.
+    """Raise unless the drafter can serve the target: layers, hidden size, vocabulary and, if a
+    tokenizer is given, its words agree. Warn where it is another model or commit, or another chat
+    template, than in training.
 
     Raises:
         ValueError: what differs, and what to do.
@@ -235,12 +254,14 @@ def check_pair(
     target = innermost(target)
     if wrong := shape_differences(target, config):
         raise ValueError(
-            f"this drafter does not belong to this target: its config says {', '.join(wrong)}. It was trained for "
-            f"{config.target_model_name_or_path or 'an unnamed target'}; load that target or another drafter."
+            f"this drafter does not belong to this target: its config says {', '.join(wrong)}. It"
+            f" was trained for {config.target_model_name_or_path or 'an unnamed target'}; load that"
+            " target or another drafter."
         )
     if target.config.is_encoder_decoder or target.get_output_embeddings() is None:
         raise ValueError(
-            f"{type(target).__name__} is not a decoder-only language model with a head; drafters need one"
+            f"{type(target).__name__} is not a decoder-only language model with a head; drafters"
+            " need one"
         )
     found, meant = Identity.of(target, tokenizer), Identity.of_target_of(config)
     _warn_of_another_target(found, meant)
@@ -248,23 +269,29 @@ def check_pair(
         return
     if meant.tokenizer_hash not in (None, found.tokenizer_hash):
         raise ValueError(
-            f"the tokenizer's vocabulary (hash {found.tokenizer_hash}) is not the one this drafter was trained with "
-            f"({meant.tokenizer_hash}): load the tokenizer of {meant.name_or_path}"
+            f"the tokenizer's vocabulary (hash {found.tokenizer_hash}) is not the one this drafter"
+            f" was trained with ({meant.tokenizer_hash}): load the tokenizer of"
+            f" {meant.name_or_path}"
         )
     if meant.chat_template_hash not in (None, found.chat_template_hash):
         warn("the tokenizer's chat template is not the one it was trained with")
 
 
 def _warn_of_another_target(found: Identity, meant: Identity) -> None:
-    """Warn where a target is not the one that a drafter was trained for: by the weights where both are known, else by
-    names and commits on the Hub. A folder's name says nothing."""
+    """Warn where a target is not the one that a drafter was trained for: by the weights where both
+    are known, else by names and commits on the Hub. A folder's name says nothing."""
     own = meant.name_or_path or "an unnamed target"
     if found.fingerprint and meant.fingerprint:
         if found.fingerprint != meant.fingerprint:
             at = f" at {meant.revision}" if meant.revision else ""
-            warn(f"it was trained for {own}{at}, and the target {found.name_or_path or 'given'} has other weights")
+            warn(
+                f"it was trained for {own}{at}, and the target {found.name_or_path or 'given'} has"
+                " other weights"
+            )
         return
-    if any(name is None or Path(name).exists() for name in (found.name_or_path, meant.name_or_path)):
+    if any(
+        name is None or Path(name).exists() for name in (found.name_or_path, meant.name_or_path)
+    ):
         return
     if found.name_or_path != meant.name_or_path:
         warn(f"it was trained for {own}, and the target is {found.name_or_path}")
@@ -275,6 +302,7 @@ def _warn_of_another_target(found: Identity, meant: Identity) -> None:
 def warn(what: str) -> None:
     """Say that a drafter may be slow; its output stays the target's own."""
     warnings.warn(
-        f"this drafter may accept little: {what}. Output stays right; python -m hf_specauf.evaluate tells how much.",
+        f"this drafter may accept little: {what}. Output stays right; python -m hf_specauf.evaluate"
+        " tells how much.",
         stacklevel=5,
     )

@@ -14,7 +14,9 @@ from .records import errors_in_one_line
 @errors_in_one_line()
 def main(argv: list[str] | None = None) -> None:
     """Command line of `python -m hf_specauf.model_card`."""
-    parser = argparse.ArgumentParser(prog="python -m hf_specauf.model_card", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m hf_specauf.model_card", description=__doc__.split("\n\n")[0]
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("render", help="write the card of a drafter's folder")
     one.add_argument("drafter", type=Path, help="the folder that train and evaluate left")

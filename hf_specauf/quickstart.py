@@ -1,8 +1,9 @@
 """The embedded default: Spec-AUF's claim on real text, on two CPU cores, with no Hub access.
 
-`python -m hf_specauf.quickstart` trains a small real target (Qwen3 architecture) on the source of Python's standard
-library and keeps it in the user's cache; trains a decay-only and an AUF drafter from two recipes that differ in
-`objective` alone; evaluates both on held-out files; and writes `report.json`, two plots and the drafter folders.
+`python -m hf_specauf.quickstart` trains a small real target (Qwen3 architecture) on the source of
+Python's standard library and keeps it in the user's cache; trains a decay-only and an AUF drafter
+from two recipes that differ in `objective` alone; evaluates both on held-out files; and writes
+`report.json`, two plots and the drafter folders.
 """
 
 import argparse
@@ -56,7 +57,9 @@ class TargetSettings:
     """Everything that decides the quickstart target; its hash names the cache folder."""
 
     seed: int = 0
-    vocab_size: int = 512  # short tokens: next ones are easier to guess, for target and drafter alike
+    vocab_size: int = (
+        512  # short tokens: next ones are easier to guess, for target and drafter alike
+    )
     hidden_size: int = 192
     num_hidden_layers: int = 12  # deep and thin: a two-layer drafter is in a fair proportion
     intermediate_size: int = 512
@@ -78,7 +81,8 @@ def cache_folder() -> Path:
 
 
 def standard_library() -> tuple[list[str], list[str]]:
-    """Source files of the running Python's standard library, split by file name into (training, held-out) texts."""
+    """Source files of the running Python's standard library, split by file name into (training,
+    held-out) texts."""
     root = Path(sysconfig.get_paths()["stdlib"])
     train, heldout = [], []
     paths = []
@@ -95,8 +99,9 @@ def standard_library() -> tuple[list[str], list[str]]:
         (heldout if bucket == 0 else train).append(text)
     if sum(map(len, train)) < 2_000_000:
         raise SystemExit(
-            f"{root} holds too little Python source to train on. Install the standard library's .py files "
-            "(on Debian: the package libpython3-stdlib), or train on your own text with `python -m hf_specauf.train`."
+            f"{root} holds too little Python source to train on. Install the standard library's .py"
+            " files (on Debian: the package libpython3-stdlib), or train on your own text with"
+            " `python -m hf_specauf.train`."
         )
     return train, heldout
 
@@ -113,7 +118,9 @@ def train_tokenizer(texts: list[str], vocab_size: int):
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD, mask_token=MASK)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD, mask_token=MASK
+    )
 
 
 def target_config(settings: TargetSettings, tokenizer) -> Qwen3Config:
@@ -135,9 +142,11 @@ def target_config(settings: TargetSettings, tokenizer) -> Qwen3Config:
 
 
 def quickstart_target(settings: TargetSettings) -> Path:
-    """Folder with the trained target, its tokenizer and `heldout.jsonl` / `train.jsonl`; trained on the first call.
+    """Folder with the trained target, its tokenizer and `heldout.jsonl` / `train.jsonl`; trained on
+    the first call.
 
-    Interrupted training goes on from its last checkpoint; the folder appears under its name only when complete.
+    Interrupted training goes on from its last checkpoint; the folder appears under its name only
+    when complete.
     """
     digest = hashlib.sha256(json.dumps(asdict(settings), sort_keys=True).encode()).hexdigest()[:12]
     folder = cache_folder() / f"quickstart-{digest}"
@@ -145,7 +154,10 @@ def quickstart_target(settings: TargetSettings) -> Path:
         print(f"target: cached at {folder}")
         return folder
     train, heldout = standard_library()
-    print(f"target: training on {len(train)} files of Python {settings.python}'s standard library (cached afterwards)")
+    print(
+        f"target: training on {len(train)} files of Python {settings.python}'s standard library"
+        " (cached afterwards)"
+    )
     set_seed(settings.seed)
     tokenizer = train_tokenizer(train, settings.vocab_size)
     documents = tokenizer(train, add_special_tokens=False)["input_ids"]
@@ -171,7 +183,10 @@ def quickstart_target(settings: TargetSettings) -> Path:
     model = Qwen3ForCausalLM(target_config(settings, tokenizer))
     trainer = Trainer(
         model=model,
-        optimizers=(MuonWithAdamW(model, settings.learning_rate, settings.adam_learning_rate), None),
+        optimizers=(
+            MuonWithAdamW(model, settings.learning_rate, settings.adam_learning_rate),
+            None,
+        ),
         args=arguments,
         train_dataset=Dataset.from_dict({"input_ids": rows, "labels": rows}),
         callbacks=[InterruptCallback()],
@@ -184,7 +199,9 @@ def quickstart_target(settings: TargetSettings) -> Path:
     trainer.model.to(torch.float32).save_pretrained(done)
     tokenizer.save_pretrained(done)
     for name, texts in (("train", train), ("heldout", heldout)):
-        (done / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        (done / f"{name}.jsonl").write_text(
+            "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        )
     done.rename(folder)
     shutil.rmtree(work, ignore_errors=True)
     return folder
@@ -193,9 +210,13 @@ def quickstart_target(settings: TargetSettings) -> Path:
 def cut(texts: list[str], tokenizer, count: int, tokens: int) -> list[list[int]]:
     """`count` pieces of `tokens` ids, at even distances over all texts, past the files' headers."""
     files = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    pieces = [ids[i : i + tokens] for ids in files for i in range(tokens, len(ids) - tokens, tokens)]
+    pieces = [
+        ids[i : i + tokens] for ids in files for i in range(tokens, len(ids) - tokens, tokens)
+    ]
     if len(pieces) < count:
-        raise ValueError(f"the files give {len(pieces)} prompts of {tokens} tokens, and {count} were asked for")
+        raise ValueError(
+            f"the files give {len(pieces)} prompts of {tokens} tokens, and {count} were asked for"
+        )
     return [pieces[i * len(pieces) // count] for i in range(count)]
 
 
@@ -203,10 +224,11 @@ PROMPT_TOKENS, ROW_TOKENS = 64, 256
 
 
 def training_rows(folder: Path, count: int = 1920) -> Path:
-    """Token rows for drafters: the target's own continuations of real text, once, kept beside the target.
+    """Token rows for drafters: the target's own continuations of real text, once, kept beside the
+    target.
 
-    A drafter serves what its target writes, so it learns from what its target writes: the prompt is real text, the
-    supervised rest is sampled from the target at temperature 0.5.
+    A drafter serves what its target writes, so it learns from what its target writes: the prompt is
+    real text, the supervised rest is sampled from the target at temperature 0.5.
     """
     path = folder / "train_rows.jsonl"
     write_record(
@@ -218,14 +240,23 @@ def training_rows(folder: Path, count: int = 1920) -> Path:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     target = AutoModelForCausalLM.from_pretrained(folder).eval()
     prompts = torch.tensor(cut(read_texts(folder / "train.jsonl"), tokenizer, count, PROMPT_TOKENS))
-    # rows of one length: the end of text may be written, and text goes on after it, as in the target's training
-    settings = dict(do_sample=True, temperature=0.5, top_k=0, max_new_tokens=ROW_TOKENS - PROMPT_TOKENS)
-    settings |= dict(eos_token_id=None, pad_token_id=tokenizer.pad_token_id, suppress_tokens=[tokenizer.mask_token_id])
+    # rows of one length: the end of text may be written, and text goes on after it, as in the
+    # target's training
+    settings = dict(
+        do_sample=True, temperature=0.5, top_k=0, max_new_tokens=ROW_TOKENS - PROMPT_TOKENS
+    )
+    settings |= dict(
+        eos_token_id=None,
+        pad_token_id=tokenizer.pad_token_id,
+        suppress_tokens=[tokenizer.mask_token_id],
+    )
     settings |= dict(cache_implementation="static")  # a growing cache is copied at every step
     rows = []
     with torch.no_grad():
         for batch in track(prompts.split(192), f"the target writes {count} rows"):
-            rows += target.generate(batch, attention_mask=torch.ones_like(batch), **settings).tolist()
+            rows += target.generate(
+                batch, attention_mask=torch.ones_like(batch), **settings
+            ).tolist()
     return save_rows(path, rows)
 
 
@@ -260,28 +291,52 @@ def recipes_folder() -> Path:
 def heldout_prompts(target: Path, count: int, tokens: int) -> list[torch.Tensor]:
     """`count` prompts (1, tokens) from the held-out files."""
     texts = read_texts(target / "heldout.jsonl")
-    return [torch.tensor([ids]) for ids in cut(texts, AutoTokenizer.from_pretrained(target), count, tokens)]
+    return [
+        torch.tensor([ids])
+        for ids in cut(texts, AutoTokenizer.from_pretrained(target), count, tokens)
+    ]
 
 
 def train_drafter(target: Path, recipe: Path, out: Path, *overrides: str) -> dict:
-    """Train one drafter of the quickstart target into `out`, going on where an interrupted run stopped; a finished
-    one is kept. Returns its provenance."""
+    """Train one drafter of the quickstart target into `out`, going on where an interrupted run
+    stopped; a finished one is kept. Returns its provenance."""
     record = out / "provenance.json"
-    argv = ["--config", str(recipe), "--target_model_name_or_path", str(target), "--output_dir", str(out)]
-    argv += ["--dataset_name", str(training_rows(target)), "--eval_dataset_name", str(heldout_rows(target))]
+    argv = [
+        "--config",
+        str(recipe),
+        "--target_model_name_or_path",
+        str(target),
+        "--output_dir",
+        str(out),
+    ]
+    argv += [
+        "--dataset_name",
+        str(training_rows(target)),
+        "--eval_dataset_name",
+        str(heldout_rows(target)),
+    ]
     argv += ["--resume_from_checkpoint", "true", *overrides]
     arguments = parse(argv)
     if record.is_file():
         provenance = json.loads(record.read_text())
         wanted = {key: value for part in arguments[:3] for key, value in asdict(part).items()}
-        wanted |= {key: getattr(arguments[3], key) for key in ("objective", "normalisation", "max_steps", "seed")}
+        wanted |= {
+            key: getattr(arguments[3], key)
+            for key in ("objective", "normalisation", "max_steps", "seed")
+        }
         # a record older than a key was made with that key's default
-        made = {f.name: f.default for part in arguments for f in fields(part)} | provenance["recipe"]
+        made = {f.name: f.default for part in arguments for f in fields(part)} | provenance[
+            "recipe"
+        ]
         if all(made[k] == v for k, v in wanted.items() if v is not None):
             print(f"{out}: already trained")
             return provenance
-        raise SystemExit(f"{out} holds a drafter of another recipe: give another --out, or remove that folder")
-    trainer = train(*arguments, compare_decoding=False)  # both drafters are compared at the end, on more prompts
+        raise SystemExit(
+            f"{out} holds a drafter of another recipe: give another --out, or remove that folder"
+        )
+    trainer = train(
+        *arguments, compare_decoding=False
+    )  # both drafters are compared at the end, on more prompts
     if trainer.state.global_step < trainer.state.max_steps:
         raise SystemExit("stopped early; the same command goes on from here")
     return json.loads(record.read_text())
@@ -303,24 +358,35 @@ def plot_tau(curves: dict[str, list[dict]], path: Path) -> None:
     for name, history in curves.items():
         points = [(entry["step"], entry["eval_tau"]) for entry in history if "eval_tau" in entry]
         axes.plot(*zip(*points), marker="o", label=name)
-    axes.set(xlabel="training step", ylabel="tau (bonus included)", title="Decoded tau on held-out prompts")
+    axes.set(
+        xlabel="training step",
+        ylabel="tau (bonus included)",
+        title="Decoded tau on held-out prompts",
+    )
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
 
-def evaluate_drafter(target_folder: Path, folder: Path, provenance: dict, prompts: int, new_tokens: int) -> dict:
-    """Compare plain and assisted decoding of one drafter on held-out prompts; writes `eval.json` beside it."""
+def evaluate_drafter(
+    target_folder: Path, folder: Path, provenance: dict, prompts: int, new_tokens: int
+) -> dict:
+    """Compare plain and assisted decoding of one drafter on held-out prompts; writes `eval.json`
+    beside it."""
     target = AutoModelForCausalLM.from_pretrained(target_folder).eval()
     drafter = AutoModel.from_pretrained(folder)
-    results = compare(target, drafter, heldout_prompts(target_folder, prompts, 96), new_tokens, pad_token_id=1)
+    results = compare(
+        target, drafter, heldout_prompts(target_folder, prompts, 96), new_tokens, pad_token_id=1
+    )
     record = evaluation_record(
         results, target, prompts="held-out files of Python's standard library", temperature=0.0,
         max_new_tokens=new_tokens, prompt_tokens=96,
     )  # fmt: skip
     write_record(folder / "eval.json", record)
-    plot_alpha({provenance["recipe"]["objective"]: results["acceptance"]["alpha"]}, folder / "alpha.png")
+    plot_alpha(
+        {provenance["recipe"]["objective"]: results["acceptance"]["alpha"]}, folder / "alpha.png"
+    )
     recipe = provenance["recipe"]
     return {
         "objective": recipe["objective"],
@@ -344,36 +410,55 @@ def evaluate_drafter(target_folder: Path, folder: Path, provenance: dict, prompt
 @errors_in_one_line()
 def main(argv: list[str] | None = None, settings: TargetSettings | None = None) -> None:
     """Command line of `python -m hf_specauf.quickstart`."""
-    parser = argparse.ArgumentParser(prog="python -m hf_specauf.quickstart", description=__doc__.split("\n\n")[1])
-    parser.add_argument("--out", default="out/quickstart", help="folder for report, plots and drafters")
+    parser = argparse.ArgumentParser(
+        prog="python -m hf_specauf.quickstart", description=__doc__.split("\n\n")[1]
+    )
+    parser.add_argument(
+        "--out", default="out/quickstart", help="folder for report, plots and drafters"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of both drafters (default 0)")
-    parser.add_argument("--steps", type=int, help="training steps of each drafter (default: the recipes')")
-    parser.add_argument("--prompts", type=int, default=20, help="held-out prompts of the final comparison")
-    parser.add_argument("--new_tokens", type=int, default=96, help="tokens generated for each prompt")
+    parser.add_argument(
+        "--steps", type=int, help="training steps of each drafter (default: the recipes')"
+    )
+    parser.add_argument(
+        "--prompts", type=int, default=20, help="held-out prompts of the final comparison"
+    )
+    parser.add_argument(
+        "--new_tokens", type=int, default=96, help="tokens generated for each prompt"
+    )
     args = parser.parse_args(argv)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     target = quickstart_target(settings or TargetSettings())
-    overrides = ["--seed", str(args.seed)] + (["--max_steps", str(args.steps)] if args.steps else [])
+    overrides = ["--seed", str(args.seed)] + (
+        ["--max_steps", str(args.steps)] if args.steps else []
+    )
     rows, histories = [], {}
     for objective in ("decay", "auf"):
         recipe = recipes_folder() / "quickstart" / f"dflash_{objective}.yaml"
         print(f"\n== drafter: {objective} ({recipe})")
         record = train_drafter(target, recipe, out / objective, *overrides)
         histories[objective] = record["history"]
-        rows.append(evaluate_drafter(target, out / objective, record, args.prompts, args.new_tokens))
+        rows.append(
+            evaluate_drafter(target, out / objective, record, args.prompts, args.new_tokens)
+        )
     report = {
         "plain_tokens_per_second": sum(row["plain_tokens_per_second"] for row in rows) / len(rows),
         "tau_definition": TAU_DEFINITION,
         "drafters": rows,
         "recipes": {
-            row["objective"]: json.loads((Path(row["path"]) / "provenance.json").read_text())["recipe"] for row in rows
+            row["objective"]: json.loads((Path(row["path"]) / "provenance.json").read_text())[
+                "recipe"
+            ]
+            for row in rows
         },
     }
     write_record(out / "report.json", report)
     plot_alpha({row["objective"]: row["alpha"] for row in rows}, out / "alpha.png")
     plot_tau(histories, out / "tau.png")
-    table = Table(title=f"{args.prompts} held-out prompts, {args.new_tokens} new tokens each, greedy")
+    table = Table(
+        title=f"{args.prompts} held-out prompts, {args.new_tokens} new tokens each, greedy"
+    )
     for column in ("drafter", "tau", "token accuracy", "tokens/s", "plain", "speed-up", "lossless"):
         table.add_column(column, justify="left" if column == "drafter" else "right")
     for row in rows:
@@ -384,7 +469,8 @@ def main(argv: list[str] | None = None, settings: TargetSettings | None = None) 
     console = Console()
     console.print(table)
     console.print(
-        f"{TAU_DEFINITION}.\nwritten: {out / 'report.json'}, alpha.png, tau.png and the drafter folders beside it"
+        f"{TAU_DEFINITION}.\nwritten: {out / 'report.json'}, alpha.png, tau.png and the drafter"
+        " folders beside it"
     )
 
 

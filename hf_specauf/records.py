@@ -1,4 +1,5 @@
-"""Records of a run as JSON files, from which reports and cards are rendered; and how commands end on errors."""
+"""Records of a run as JSON files, from which reports and cards are rendered; and how commands end
+on errors."""
 
 import json
 import math
@@ -26,11 +27,21 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-PACKAGES = ("hf-specauf", "torch", "transformers", "peft", "trl", "accelerate", "datasets", "huggingface-hub")
+PACKAGES = (
+    "hf-specauf",
+    "torch",
+    "transformers",
+    "peft",
+    "trl",
+    "accelerate",
+    "datasets",
+    "huggingface-hub",
+)
 
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-# Keys that name places, people, tokens or ways of showing, and change nothing in the drafter; and the old names that
-# transformers still mirrors (`gradient_checkpointing*` is `activation_checkpointing*`)
+# Keys that name places, people, tokens or ways of showing, and change nothing in the drafter; and
+# the old names that transformers still mirrors (`gradient_checkpointing*` is
+# `activation_checkpointing*`)
 NOT_PUBLIC = re.compile(
     r"output_dir|run_name|report_to|resume_from_checkpoint|hub_.*|push_to_hub|project|trackio_.*|disable_tqdm|"
     r".*_logging_dir|save_total_limit|logging_.*|log_level.*|local_rank|_n_gpu|deepspeed_plugin|.*_token|"
@@ -39,7 +50,8 @@ NOT_PUBLIC = re.compile(
 
 
 def public(value):
-    """A record without the keys of `NOT_PUBLIC`, and without local paths: a path becomes its last part."""
+    """A record without the keys of `NOT_PUBLIC`, and without local paths: a path becomes its last
+    part."""
     if isinstance(value, dict):
         return {key: public(part) for key, part in value.items() if not NOT_PUBLIC.fullmatch(key)}
     if isinstance(value, list):
@@ -95,7 +107,9 @@ def errors_in_one_line() -> Iterator[None]:
         raise SystemExit(f"error: {hub_words(error)}") from error
     except DatasetsError as error:  # says which file only in its text, and why only in its cause
         causes = [str(cause) for cause in (error, error.__cause__) if cause is not None]
-        raise SystemExit("error: the dataset cannot be read: " + " ".join(": ".join(causes).split())) from error
+        raise SystemExit(
+            "error: the dataset cannot be read: " + " ".join(": ".join(causes).split())
+        ) from error
     except (ValueError, TypeError, OSError, FloatingPointError, yaml.YAMLError, HTTPError) as error:
         words = unreachable(error) if isinstance(error, HTTPError) else " ".join(str(error).split())
         raise SystemExit(f"error: {words}") from error
@@ -104,7 +118,8 @@ def errors_in_one_line() -> Iterator[None]:
 def unreachable(error: Exception) -> str:
     """No network, in one line."""
     return (
-        f"the Hub at {constants.ENDPOINT} cannot be reached, and nothing was changed ({' '.join(str(error).split())})"
+        f"the Hub at {constants.ENDPOINT} cannot be reached, and nothing was changed"
+        f" ({' '.join(str(error).split())})"
     )
 
 
@@ -113,18 +128,30 @@ def hub_words(error: HfHubHTTPError) -> str:
     status = error.response.status_code if error.response is not None else None
     said = error.server_message or ""
     if isinstance(error, GatedRepoError):
-        words = "access to this repository is restricted: ask for it on its page, then log in with `hf auth login`"
+        words = (
+            "access to this repository is restricted: ask for it on its page, then log in with `hf"
+            " auth login`"
+        )
     elif isinstance(error, RevisionNotFoundError):
         words = "the repository has no such branch, tag or commit: check --revision"
     elif isinstance(error, RepositoryNotFoundError):
-        words = "there is no such repository, or it is private and your token may not see it: check its name, log in"
+        words = (
+            "there is no such repository, or it is private and your token may not see it: check its"
+            " name, log in"
+        )
     elif isinstance(error, EntryNotFoundError):
         words = "the repository lacks a file that a drafter needs"
     elif status == 401:
         words = "the Hub does not accept the token: log in with `hf auth login`, or set HF_TOKEN"
     elif status == 403:
-        words = "the token may not do this: use one with write access to that owner, or propose it with --create-pr"
+        words = (
+            "the token may not do this: use one with write access to that owner, or propose it with"
+            " --create-pr"
+        )
     else:
-        words = "the Hub refused; what was made locally is kept, and the same command can be tried again"
+        words = (
+            "the Hub refused; what was made locally is kept, and the same command can be tried"
+            " again"
+        )
     url = "" if error.response is None else str(error.response.url).split("?")[0]
     return " ".join(f"{words} ({status}: {said} {url})".split())

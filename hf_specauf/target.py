@@ -1,4 +1,5 @@
-"""The frozen target: noise embeddings, tapped hidden states and head, lent to a drafter and never changed."""
+"""The frozen target: noise embeddings, tapped hidden states and head, lent to a drafter and never
+changed."""
 
 from typing import Any
 
@@ -7,16 +8,31 @@ from peft import PeftModel
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from .drafters import DRAFTERS
 from .drafters.configuration_dflash import DFlashConfig, check_target_layer_ids
 from .drafters.generation_block import apply_head, embed_noise
-from .identity import Identity, Origin, cached_commit, check_pair, embedding_rows, innermost, note_origin
+from .identity import (
+    Identity,
+    Origin,
+    cached_commit,
+    check_pair,
+    embedding_rows,
+    innermost,
+    note_origin,
+)
 from .losses.blocks import row_inputs
 
 
-def load(auto_class: Any, key: str, name_or_path: str, revision: str | None = None, **kwargs) -> Any:
+def load(
+    auto_class: Any, key: str, name_or_path: str, revision: str | None = None, **kwargs
+) -> Any:
     """`from_pretrained` of an Auto class.
 
     Raises:
@@ -27,8 +43,9 @@ def load(auto_class: Any, key: str, name_or_path: str, revision: str | None = No
     except OSError as error:
         at = f" at revision {revision}" if revision else ""
         raise OSError(
-            f"{key}: {name_or_path!r}{at} cannot be loaded. It must be a folder with a config.json, or a Hub id that "
-            f"you can reach (gated and private ones need `hf auth login`). {error}"
+            f"{key}: {name_or_path!r}{at} cannot be loaded. It must be a folder with a config.json,"
+            " or a Hub id that you can reach (gated and private ones need `hf auth login`)."
+            f" {error}"
         ) from error
 
 
@@ -49,39 +66,50 @@ def decoder_layers(target: PreTrainedModel) -> nn.ModuleList:
     for module in target.base_model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == depth:
             return module
-    raise ValueError(f"{type(target).__name__} has no list of {depth} decoder layers: taps cannot be checked")
+    raise ValueError(
+        f"{type(target).__name__} has no list of {depth} decoder layers: taps cannot be checked"
+    )
 
 
 def default_target_layer_ids(num_target_layers: int, taps: int = 5) -> list[int]:
-    """Usual taps of a D-layer target: round(1 + i (D - 4) / (L - 1)), D // 2 for one (arXiv 2602.06036's code).
+    """Usual taps of a D-layer target: round(1 + i (D - 4) / (L - 1)), D // 2 for one (arXiv
+    2602.06036's code).
 
     Raises:
         ValueError: the target is so shallow that the rule repeats a layer.
     """
     depth = num_target_layers
-    ids = [depth // 2] if taps == 1 else [round(1 + i * (depth - 4) / (taps - 1)) for i in range(taps)]
+    ids = (
+        [depth // 2]
+        if taps == 1
+        else [round(1 + i * (depth - 4) / (taps - 1)) for i in range(taps)]
+    )
     if ids != sorted(set(ids)):
         raise ValueError(
-            f"a target with {depth} layers is too shallow for {taps} evenly spread taps ({ids} repeats a layer): give "
-            f"target_layer_ids yourself, sorted, each in 0..{depth - 2}"
+            f"a target with {depth} layers is too shallow for {taps} evenly spread taps ({ids}"
+            f" repeats a layer): give target_layer_ids yourself, sorted, each in 0..{depth - 2}"
         )
     return ids
 
 
 def default_mask_token_id(target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    """The tokenizer's mask token, else the first unused row of the target's embedding; never a resized row.
+    """The tokenizer's mask token, else the first unused row of the target's embedding; never a
+    resized row.
 
     Raises:
         ValueError: there is neither.
     """
     if tokenizer.mask_token_id is not None:
         return tokenizer.mask_token_id
-    unused = max(tokenizer.get_vocab().values()) + 1  # ids may have holes: the length is not the last id
+    unused = (
+        max(tokenizer.get_vocab().values()) + 1
+    )  # ids may have holes: the length is not the last id
     if unused < embedding_rows(target):
         return unused
     raise ValueError(
-        "the tokenizer has no mask token and its ids use every row of the embedding: give "
-        "mask_token_id, a token that never occurs in your data (a reserved special token, for instance)"
+        "the tokenizer has no mask token and its ids use every row of the embedding: give"
+        " mask_token_id, a token that never occurs in your data (a reserved special token, for"
+        " instance)"
     )
 
 
@@ -104,12 +132,13 @@ def drafter_config(
     Args:
         target (`PreTrainedModel`): the target.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): its tokenizer, whose hashes are noted.
-        num_hidden_layers, block_size, mask_token_id, target_layer_ids: as in [`DFlashConfig`]; taps default to
+        num_hidden_layers, block_size, mask_token_id, target_layer_ids: as in [`DFlashConfig`]; taps
+        default to
             `default_target_layer_ids`.
         intermediate_size (`int`, *optional*): defaults to the target's, or 4 H where it has none.
         kind (`str`, *optional*, defaults to `dflash`): a drafter of the table `DRAFTERS`.
-        own_keys (`dict`, *optional*): values of that drafter's own keys, e.g. of Domino's causal head; by default the
-            published ones.
+        own_keys (`dict`, *optional*): values of that drafter's own keys, e.g. of Domino's causal
+            head; by default the published ones.
     """
     target = innermost(target)
     identity = Identity.of(target, tokenizer, revision=target_revision)
@@ -120,19 +149,27 @@ def drafter_config(
     config, _ = DRAFTERS[kind]
     return config(
         **identity.config_keys(),
-        intermediate_size=intermediate_size or getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+        intermediate_size=intermediate_size
+        or getattr(text, "intermediate_size", None)
+        or 4 * text.hidden_size,
         num_hidden_layers=num_hidden_layers,
         num_attention_heads=heads,
         num_key_value_heads=getattr(text, "num_key_value_heads", None) or heads,
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
-        initializer_range=text.hidden_size**-0.5,  # by fan-in: a fixed 0.02 starves attention in narrow drafters
+        initializer_range=text.hidden_size
+        ** -0.5,  # by fan-in: a fixed 0.02 starves attention in narrow drafters
         rms_norm_eps=getattr(text, "rms_norm_eps", None) or 1e-6,
         max_position_embeddings=text.max_position_embeddings,
-        rope_parameters={"rope_type": "default", "rope_theta": float(rope.get("rope_theta") or 10_000.0)},
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": float(rope.get("rope_theta") or 10_000.0),
+        },
         block_size=block_size,
         mask_token_id=mask_token_id,
         target_layer_ids=(
-            default_target_layer_ids(text.num_hidden_layers) if target_layer_ids is None else target_layer_ids
+            default_target_layer_ids(text.num_hidden_layers)
+            if target_layer_ids is None
+            else target_layer_ids
         ),
         chat_template_kwargs=chat_template_kwargs,
         bos_token_id=target.generation_config.bos_token_id,
@@ -143,11 +180,13 @@ def drafter_config(
 
 
 class FrozenTarget:
-    """What a drafter borrows from its target. The target stays outside the drafter's module tree: frozen, in eval
-    mode, in its own dtype and on its own device(s); never moved, copied, resized or saved.
+    """What a drafter borrows from its target. The target stays outside the drafter's module tree:
+    frozen, in eval mode, in its own dtype and on its own device(s); never moved, copied, resized or
+    saved.
 
     Args:
-        model (`PreTrainedModel` or `PeftModel`): any `AutoModelForCausalLM`, also quantised or dispatched.
+        model (`PreTrainedModel` or `PeftModel`): any `AutoModelForCausalLM`, also quantised or
+            dispatched.
         config (`DFlashConfig`): of the drafter.
     """
 
@@ -163,23 +202,29 @@ class FrozenTarget:
     @torch.no_grad()
     def noise_embeds(self, noise_ids: torch.Tensor) -> torch.Tensor:
         """Embeddings of anchors and masks. (B, Q) -> (B, Q, H)"""
-        return embed_noise(self.embedding, noise_ids.to(self.embedding.weight.device)).to(noise_ids.device)
+        return embed_noise(self.embedding, noise_ids.to(self.embedding.weight.device)).to(
+            noise_ids.device
+        )
 
     @property
     def dispatched(self) -> bool:
         """Whether the target was placed by quantisation or a device map, and must not be moved."""
-        return getattr(self.model, "is_quantized", False) or getattr(self.model, "hf_device_map", None) is not None
+        return (
+            getattr(self.model, "is_quantized", False)
+            or getattr(self.model, "hf_device_map", None) is not None
+        )
 
     def shard(self, device: torch.device) -> None:
-        """Spread the decoder layers' weights over all processes (FSDP2), gathered layer by layer when they run.
+        """Spread the decoder layers' weights over all processes (FSDP2), gathered layer by layer
+        when they run.
 
-        Embedding, final norm and head stay whole everywhere: drafters use them outside the target's forward. All
-        processes must call the target equally often from then on.
+        Embedding, final norm and head stay whole everywhere: drafters use them outside the target's
+        forward. All processes must call the target equally often from then on.
         """
         if self.dispatched:
             raise ValueError(
-                "shard_target: true and a quantised or dispatched target cannot go together: leave out shard_target, "
-                "or target_device_map and quantisation"
+                "shard_target: true and a quantised or dispatched target cannot go together: leave"
+                " out shard_target, or target_device_map and quantisation"
             )
         mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
         for layer in decoder_layers(self.model):
@@ -193,8 +238,9 @@ class FrozenTarget:
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Tapped hidden states, concatenated. (B, S) -> (B, S, L * H). The backbone is called, never the head, and
-        it keeps the taps alone. `attention_mask` or `position_ids` as from `blocks.row_inputs`."""
+        """Tapped hidden states, concatenated. (B, S) -> (B, S, L * H). The backbone is called,
+        never the head, and it keeps the taps alone. `attention_mask` or `position_ids` as from
+        `blocks.row_inputs`."""
         states = self.backbone(
             input_ids=input_ids.to(self.embedding.weight.device),
             attention_mask=attention_mask,
@@ -202,7 +248,9 @@ class FrozenTarget:
             use_cache=False,
             output_hidden_states=[i + 1 for i in self.target_layer_ids],
         ).hidden_states
-        return torch.cat([states[i + 1].to(input_ids.device) for i in self.target_layer_ids], dim=-1)
+        return torch.cat(
+            [states[i + 1].to(input_ids.device) for i in self.target_layer_ids], dim=-1
+        )
 
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """The target's head, in the target's dtype. (..., H) -> (..., V)"""
@@ -219,18 +267,24 @@ class FrozenTarget:
         """
         together = self.context(input_ids, **row_inputs(document_ids)).float()
         sizes = document_ids[0].unique_consecutive(return_counts=True)[1].tolist()
-        apart = torch.cat([self.context(part) for part in input_ids.split(sizes, dim=1)], dim=1).float()
+        apart = torch.cat(
+            [self.context(part) for part in input_ids.split(sizes, dim=1)], dim=1
+        ).float()
         difference = ((together - apart).norm(dim=-1) / apart.norm(dim=-1)).mean().item()
-        if not difference < 0.05:  # rounding of bf16 stays below, a leak changes every document but the first
+        if (
+            not difference < 0.05
+        ):  # rounding of bf16 stays below, a leak changes every document but the first
             raise ValueError(
-                f"packing: true does not work with {type(self.model).__name__}: its hidden states of packed documents "
-                f"differ from those of the documents apart (by {difference:.0%}), so they see each other. Set "
-                "packing: false, or another target_attn_implementation."
+                f"packing: true does not work with {type(self.model).__name__}: its hidden states"
+                " of packed documents differ from those of the documents apart (by"
+                f" {difference:.0%}), so they see each other. Set packing: false, or another"
+                " target_attn_implementation."
             )
 
     @torch.no_grad()
     def check(self, probe_ids: torch.Tensor) -> None:
-        """Compare, on a few real tokens, taps with hooks on the layers and the lent head with the target's logits.
+        """Compare, on a few real tokens, taps with hooks on the layers and the lent head with the
+        target's logits.
 
         A tap off by one or an untied head never breaks text, it only pins acceptance at 1.0
         (onnxruntime-genai#2460, SpecForge#473), so it is checked at every start.
@@ -257,8 +311,9 @@ class FrozenTarget:
         hooked = torch.cat([seen[i].to(context.device) for i in self.target_layer_ids], dim=-1)
         if not torch.equal(hooked.reshape(context.shape), context):
             raise ValueError(
-                f"the hidden states transformers returns for taps {self.target_layer_ids} are not "
-                "those layers' outputs: the drafter would be trained on the wrong layers. Report this target."
+                f"the hidden states transformers returns for taps {self.target_layer_ids} are not"
+                " those layers' outputs: the drafter would be trained on the wrong layers. Report"
+                " this target."
             )
         probe = probe_ids.to(self.embedding.weight.device)
         logits = self.model(input_ids=probe, use_cache=False).logits
@@ -266,6 +321,7 @@ class FrozenTarget:
         agreement = (lent.argmax(-1) == logits.argmax(-1)).float().mean().item()
         if agreement < 0.9:  # ties may flip in bf16; an untied head agrees almost nowhere
             raise ValueError(
-                f"the target's output embedding reproduces its own predictions on only {agreement:.0%} of tokens: the "
-                "head is not the trained one (a tied head that was not tied?). Load the target with its own class."
+                "the target's output embedding reproduces its own predictions on only"
+                f" {agreement:.0%} of tokens: the head is not the trained one (a tied head that was"
+                " not tied?). Load the target with its own class."
             )

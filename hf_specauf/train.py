@@ -1,4 +1,5 @@
-"""`accelerate launch -m hf_specauf.train --config recipe.yaml`: recipe -> objects -> train -> evaluate -> save."""
+"""`accelerate launch -m hf_specauf.train --config recipe.yaml`: recipe -> objects -> train ->
+evaluate -> save."""
 
 import copy
 import os
@@ -45,12 +46,18 @@ def load_data(data: DataArguments) -> tuple[list[Dataset], list[Dataset] | None]
             needed = ceil(share * data.max_train_rows) + ceil(share * own_heldout)
         keys = "dataset_" if data.dataset_mixture is None else "dataset_mixture's "
         rows = load_rows(
-            source["name"], source["config"], source["split"], source["revision"], stream_rows=needed, keys=keys
+            source["name"],
+            source["config"],
+            source["split"],
+            source["revision"],
+            stream_rows=needed,
+            keys=keys,
         )
         if own_heldout:
             if len(rows) < 2:
                 raise ValueError(
-                    f"{source['name']} has {len(rows)} rows, too few to hold one out: give more, or eval_dataset_name"
+                    f"{source['name']} has {len(rows)} rows, too few to hold one out: give more, or"
+                    " eval_dataset_name"
                 )
             # the last rows, at most a tenth
             size = min(ceil(share * own_heldout), max(len(rows) // 10, 1))
@@ -61,11 +68,15 @@ def load_data(data: DataArguments) -> tuple[list[Dataset], list[Dataset] | None]
     for source, rows, taken in zip(sources, whole, train):
         if len(sources) > 1 and not len(taken):
             raise ValueError(
-                f"dataset_mixture: of {source['name']} ({len(rows)} rows, weight {source['weight']:g}) not one row "
-                "would be taken: raise its weight or max_train_rows, or leave it out"
+                f"dataset_mixture: of {source['name']} ({len(rows)} rows, weight"
+                f" {source['weight']:g}) not one row would be taken: raise its weight or"
+                " max_train_rows, or leave it out"
             )
     if len(sources) > 1:
-        print("mixture: " + ", ".join(f"{len(rows)} rows of {s['name']}" for rows, s in zip(train, sources)))
+        print(
+            "mixture: "
+            + ", ".join(f"{len(rows)} rows of {s['name']}" for rows, s in zip(train, sources))
+        )
     if data.eval_dataset_name is not None:
         needed = data.eval_rows if data.dataset_streaming else None
         rows = load_rows(
@@ -77,24 +88,35 @@ def load_data(data: DataArguments) -> tuple[list[Dataset], list[Dataset] | None]
 
 
 def token_rows(
-    train: list[Dataset], heldout: list[Dataset] | None, tokenizer, config, data: DataArguments, args: AUFConfig
+    train: list[Dataset],
+    heldout: list[Dataset] | None,
+    tokenizer,
+    config,
+    data: DataArguments,
+    args: AUFConfig,
 ) -> tuple[Dataset, Dataset | None]:
     """Raw rows of `load_data` -> (training, held-out) token rows for a drafter of this config."""
     named = [*zip([source["name"] for source in data.sources()], train)]
-    for name, rows in named + ([(data.eval_dataset_name, heldout[0])] if data.eval_dataset_name else []):
+    for name, rows in named + (
+        [(data.eval_dataset_name, heldout[0])] if data.eval_dataset_name else []
+    ):
         check_settings(name, rows, tokenizer, config.chat_template_kwargs)
     options = dict(
         max_length=args.max_length, block_size=config.block_size, mask_token_id=config.mask_token_id,
         chat_template_kwargs=config.chat_template_kwargs, num_proc=data.dataset_num_proc,
     )  # fmt: skip
-    rows = prepare_rows(train, tokenizer, packing=data.packing, verbose=args.process_index == 0, **options)
+    rows = prepare_rows(
+        train, tokenizer, packing=data.packing, verbose=args.process_index == 0, **options
+    )
     return rows, heldout and prepare_rows(heldout, tokenizer, verbose=False, **options)
 
 
 def resolved_recipe(trainer: AUFTrainer, *arguments) -> dict:
     """Every key that decides the drafter, with the value it had."""
     keys = {key: value for part in arguments for key, value in asdict(part).items()}
-    keys |= {key: value for key, value in trainer.args.to_dict().items() if not NOT_PUBLIC.fullmatch(key)}
+    keys |= {
+        key: value for key, value in trainer.args.to_dict().items() if not NOT_PUBLIC.fullmatch(key)
+    }
     config = trainer.drafter_config
     return keys | {
         "drafter": config.kind,
@@ -112,10 +134,14 @@ def provenance(
     tau_before: float | None,
 ) -> dict:  # fmt: skip
     """What was run, on what, from what, and what came of it; cards are rendered from it."""
-    history = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
+    history = [
+        entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry
+    ]
     return {
         "recipe": recipe,
-        "target": identity.record() | {"dtype": str(trainer.target.model.dtype).removeprefix("torch.")},
+        "target": (
+            identity.record() | {"dtype": str(trainer.target.model.dtype).removeprefix("torch.")}
+        ),
         "environment": environment(),
         "started": started.isoformat(timespec="seconds"),
         "seconds": round((datetime.now(UTC) - started).total_seconds(), 1),
@@ -137,11 +163,13 @@ def resume_folder(args: AUFConfig) -> str | None:
         resume = next(reversed(checkpoints_by_age(args.output_dir)), None)
         if resume is None:
             print(
-                f"resume_from_checkpoint: there is no checkpoint in {args.output_dir} yet, so training starts afresh"
+                f"resume_from_checkpoint: there is no checkpoint in {args.output_dir} yet, so"
+                " training starts afresh"
             )
     if isinstance(resume, str) and not os.path.isdir(resume):
         raise ValueError(
-            f"resume_from_checkpoint: there is no folder {resume!r}; `true` takes the newest of output_dir"
+            f"resume_from_checkpoint: there is no folder {resume!r}; `true` takes the newest of"
+            " output_dir"
         )
     return resume or None
 
@@ -149,15 +177,20 @@ def resume_folder(args: AUFConfig) -> str | None:
 def start_drafter(
     draft: DrafterArguments, target, tokenizer, identity: Identity, seed: int
 ) -> tuple[PreTrainedModel, AdapterBase | None]:
-    """The drafter to train, fp32, and what it starts from: a released drafter (`drafter_name_or_path`), the target's
-    layers (`init_from_target_layers`), or `None` for random weights, which depend on the seed alone."""
+    """The drafter to train, fp32, and what it starts from: a released drafter
+    (`drafter_name_or_path`), the target's layers (`init_from_target_layers`), or `None` for random
+    weights, which depend on the seed alone."""
     if draft.drafter_name_or_path is not None:
         return _released_drafter(draft, target, identity)
-    layer_ids, layers, mask = draft.init_from_target_layers, draft.num_draft_layers, draft.mask_token_id
+    layer_ids, layers, mask = (
+        draft.init_from_target_layers,
+        draft.num_draft_layers,
+        draft.mask_token_id,
+    )
     if layer_ids and layers not in (len(layer_ids), None):
         raise ValueError(
-            f"num_draft_layers is {layers}, and init_from_target_layers names {len(layer_ids)}: remove "
-            "num_draft_layers"
+            f"num_draft_layers is {layers}, and init_from_target_layers names {len(layer_ids)}:"
+            " remove num_draft_layers"
         )
     config = drafter_config(
         target,
@@ -175,12 +208,18 @@ def start_drafter(
     set_seed(seed)
     if not layer_ids:
         return AutoModel.from_config(config, dtype=torch.float32), None
-    return borrow(target, config, layer_ids, frozen=draft.use_peft), AdapterBase.of_layers(target, layer_ids)
+    return borrow(target, config, layer_ids, frozen=draft.use_peft), AdapterBase.of_layers(
+        target, layer_ids
+    )
 
 
-def _released_drafter(draft: DrafterArguments, target, identity: Identity) -> tuple[PreTrainedModel, AdapterBase]:
+def _released_drafter(
+    draft: DrafterArguments, target, identity: Identity
+) -> tuple[PreTrainedModel, AdapterBase]:
     name, key = draft.drafter_name_or_path, "drafter_name_or_path"
-    drafter = load_drafter(name, draft.drafter_revision, target=target, dtype=torch.float32, key=key)
+    drafter = load_drafter(
+        name, draft.drafter_revision, target=target, dtype=torch.float32, key=key
+    )
     config = drafter.config
     shape = {
         "drafter": config.kind, **{key: getattr(config, key) for key in config.own_keys},
@@ -191,8 +230,8 @@ def _released_drafter(draft: DrafterArguments, target, identity: Identity) -> tu
     for key, theirs in shape.items():
         if getattr(draft, key) not in (None, theirs):
             raise ValueError(
-                f"{key} is {getattr(draft, key)}, and the drafter {name} has {theirs}: it keeps its shape, so remove "
-                f"{key}"
+                f"{key} is {getattr(draft, key)}, and the drafter {name} has {theirs}: it keeps its"
+                f" shape, so remove {key}"
             )
     identity.write_into(config)
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -204,38 +243,58 @@ def _released_drafter(draft: DrafterArguments, target, identity: Identity) -> tu
 
 def announce(trainer: AUFTrainer, target_args: TargetArguments, draft: DrafterArguments) -> None:
     """Print what was derived, and one row as the drafter will see it."""
-    config, objective, gamma = trainer.drafter_config, trainer.args.objective, trainer.loss_spec.gamma
+    config, objective, gamma = (
+        trainer.drafter_config,
+        trainer.args.objective,
+        trainer.loss_spec.gamma,
+    )
     own = draft.drafter_name_or_path is None
     origin = {"mask_token_id": draft.mask_token_id, "target_layer_ids": draft.target_layer_ids}
     for key, given in origin.items():
-        source = "recipe" if given is not None else "derived from the target" if own else draft.drafter_name_or_path
+        source = (
+            "recipe"
+            if given is not None
+            else "derived from the target"
+            if own
+            else draft.drafter_name_or_path
+        )
         print(f"{key}: {getattr(config, key)} ({source})")
     revision = config.target_revision
     print(
-        f"target: {target_args.target_model_name_or_path}{' at ' + revision if revision else ''}, "
-        f"{config.num_target_layers} layers; drafter: {config.num_hidden_layers} layers, block size "
-        f"{config.block_size}, {trainer.get_num_trainable_parameters() / 1e6:.2f} M trained parameters; objective: "
-        f"{objective}" + (f", gamma {gamma:g}" if gamma else "")
+        f"target: {target_args.target_model_name_or_path}{' at ' + revision if revision else ''},"
+        f" {config.num_target_layers} layers; drafter: {config.num_hidden_layers} layers, block"
+        f" size {config.block_size}, {trainer.get_num_trainable_parameters() / 1e6:.2f} M trained"
+        f" parameters; objective: {objective}" + (f", gamma {gamma:g}" if gamma else "")
     )
-    print(f"first row, supervised tokens between ⟦ and ⟧:\n{show_row(trainer.train_dataset[0], trainer.tokenizer)}\n")
+    print(
+        "first row, supervised tokens between ⟦ and"
+        f" ⟧:\n{show_row(trainer.train_dataset[0], trainer.tokenizer)}\n"
+    )
 
 
 def look(
     trainer: AUFTrainer, target_args: TargetArguments, draft: DrafterArguments, data: DataArguments
 ) -> tuple[dict, float | None]:
-    """Print, before training, what was derived and how much the answers are the target's own -> the on-policy score,
-    and tau of the drafter that training starts from. All processes call it: the target may be sharded."""
+    """Print, before training, what was derived and how much the answers are the target's own -> the
+    on-policy score, and tau of the drafter that training starts from. All processes call it: the
+    target may be sharded."""
     main, tau_before = trainer.is_world_process_zero(), None
     if main:
         announce(trainer, target_args, draft)
-    if draft.drafter_name_or_path is not None and trainer.eval_dataset is not None and trainer.args.eval_prompts:
+    if (
+        draft.drafter_name_or_path is not None
+        and trainer.eval_dataset is not None
+        and trainer.args.eval_prompts
+    ):
         tau_before = trainer.decoded_tau(trainer.eval_dataset)
         if main:
             print(f"tau of {draft.drafter_name_or_path} as it is: {tau_before:.2f}")
     score = on_policy_score(trainer.target, trainer.train_dataset)
     if main:
         config = trainer.drafter_config
-        words = on_policy_words(score, target_args, data, config.chat_template_kwargs, config.target_fingerprint)
+        words = on_policy_words(
+            score, target_args, data, config.chat_template_kwargs, config.target_fingerprint
+        )
         print(words + "\n")
     return score, tau_before
 
@@ -248,10 +307,11 @@ def train(
     *,
     compare_decoding: bool = True,
 ) -> AUFTrainer:
-    """Run one recipe; the final drafter, `provenance.json`, `eval.json` and checkpoints lie under `args.output_dir`.
+    """Run one recipe; the final drafter, `provenance.json`, `eval.json` and checkpoints lie under
+    `args.output_dir`.
 
-    A drafter in training is resumed with `resume_from_checkpoint: true` (the newest checkpoint) or a folder. A LoRA
-    drafter's folder holds it merged, and the adapter alone in `adapter/`.
+    A drafter in training is resumed with `resume_from_checkpoint: true` (the newest checkpoint) or
+    a folder. A LoRA drafter's folder holds it merged, and the adapter alone in `adapter/`.
     """
     started = datetime.now(UTC)
     resume = resume_folder(args)
@@ -298,7 +358,8 @@ def train(
 
 
 def measure(trainer: AUFTrainer, data: DataArguments) -> None:
-    """Compare plain and assisted decoding of the saved drafter on held-out prompts -> `eval.json` and `alpha.png`."""
+    """Compare plain and assisted decoding of the saved drafter on held-out prompts -> `eval.json`
+    and `alpha.png`."""
     args, out = trainer.args, Path(trainer.args.output_dir)
     drafter = AutoModel.from_pretrained(out, dtype="auto").to(args.device)
     prompts = trainer.eval_prompts()
@@ -319,8 +380,9 @@ def measure(trainer: AUFTrainer, data: DataArguments) -> None:
 
 
 def save_final(trainer: AUFTrainer, target, save_dtype: str, record: dict) -> None:
-    """The trained drafter in the dtype it will serve in, and `provenance.json`, in the root of `output_dir`; of a LoRA
-    drafter the adapter too, in `adapter/`. What an earlier run measured there is removed."""
+    """The trained drafter in the dtype it will serve in, and `provenance.json`, in the root of
+    `output_dir`; of a LoRA drafter the adapter too, in `adapter/`. What an earlier run measured
+    there is removed."""
     drafter, out = trainer.whole_drafter(), Path(trainer.args.output_dir)
     if trainer.is_world_process_zero():
         shutil.rmtree(out / "adapter", ignore_errors=True)
@@ -345,7 +407,9 @@ def main(argv: list[str] | None = None) -> None:
     """Command line of `python -m hf_specauf.train`."""
     trainer = train(*parse(sys.argv[1:] if argv is None else argv))
     if trainer.args.world_size > 1 and trainer.args.device.type == "cpu":
-        time.sleep(0.5)  # torch deadlocks where gloo's thread lets go of the last collective as its group is destroyed
+        time.sleep(
+            0.5
+        )  # torch deadlocks where gloo's thread lets go of the last collective as its group is destroyed
     trainer.accelerator.end_training()
 
 

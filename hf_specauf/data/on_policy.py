@@ -1,4 +1,5 @@
-"""How much the training answers are the target's own words: the cheapest forecast of what a drafter can reach."""
+"""How much the training answers are the target's own words: the cheapest forecast of what a drafter
+can reach."""
 
 import json
 from pathlib import Path
@@ -14,11 +15,15 @@ from ..target import FrozenTarget
 
 
 @torch.no_grad()
-def on_policy_score(target: FrozenTarget, rows: Dataset, count: int = 32, positions_per_chunk: int = 256) -> dict:
-    """Top-1 agreement and mean log-probability (nats) of supervised tokens under the target, on a sample of rows.
+def on_policy_score(
+    target: FrozenTarget, rows: Dataset, count: int = 32, positions_per_chunk: int = 256
+) -> dict:
+    """Top-1 agreement and mean log-probability (nats) of supervised tokens under the target, on a
+    sample of rows.
 
-    Beside each stands what it would be had the target sampled these tokens itself at temperature 1: the mean of its
-    highest probabilities, and minus its mean entropy. Text written at lower temperatures scores higher.
+    Beside each stands what it would be had the target sampled these tokens itself at temperature 1:
+    the mean of its highest probabilities, and minus its mean entropy. Text written at lower
+    temperatures scores higher.
 
     Args:
         target (`FrozenTarget`): every process must call this, where it is sharded.
@@ -32,7 +37,9 @@ def on_policy_score(target: FrozenTarget, rows: Dataset, count: int = 32, positi
         row = rows[number]
         ids = torch.tensor([row["input_ids"]], device=device)
         documents = torch.tensor([row.get("document_ids", [0] * ids.shape[1])], device=device)
-        hidden = target.backbone(input_ids=ids, use_cache=False, **row_inputs(documents)).last_hidden_state[0]
+        hidden = target.backbone(
+            input_ids=ids, use_cache=False, **row_inputs(documents)
+        ).last_hidden_state[0]
         judged = torch.tensor(row["supervised"], device=device).bool()
         judged[0] = False
         judged[1:] &= documents[0, 1:] == documents[0, :-1]
@@ -52,16 +59,20 @@ def on_policy_score(target: FrozenTarget, rows: Dataset, count: int = 32, positi
 
 
 def written_by(target: str, fingerprint: str | None, name: str) -> bool:
-    """Whether the settings beside a source say that this target wrote it: by its weights where they are known, else by
-    its name."""
+    """Whether the settings beside a source say that this target wrote it: by its weights where they
+    are known, else by its name."""
     path = Path(name).with_suffix(".settings.json")
     writer = Identity.read(json.loads(path.read_text()) if path.is_file() else None)
     return writer.is_same_model(Identity(name_or_path=target, fingerprint=fingerprint))
 
 
-def check_settings(name: str, rows: Dataset, tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: dict | None):
-    """Raise where `regenerate` wrote a source for another tokenizer or, if it is of conversations, with other
-    arguments of the chat template (thinking on or off): a drafter would learn what its target does not write.
+def check_settings(
+    name: str, rows: Dataset, tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: dict | None
+):
+    """Raise where `regenerate` wrote a source for another tokenizer or, if it is of conversations,
+    with other
+    arguments of the chat template (thinking on or off): a drafter would learn what its target does
+    not write.
 
     Raises:
         ValueError: what differs, and the key that mends it.
@@ -73,13 +84,13 @@ def check_settings(name: str, rows: Dataset, tokenizer: PreTrainedTokenizerBase,
     writer, own = Identity.read(made), tokenizer_hashes(tokenizer)["tokenizer_hash"]
     if "input_ids" in rows.column_names and writer.tokenizer_hash not in (None, own):
         raise ValueError(
-            f"{name} holds tokens of {writer.name_or_path}, whose tokenizer is not this target's: regenerate it with "
-            "--target and this target (its messages are prompts for that)"
+            f"{name} holds tokens of {writer.name_or_path}, whose tokenizer is not this target's:"
+            " regenerate it with --target and this target (its messages are prompts for that)"
         )
     theirs = made.get("chat_template_kwargs")
     if "messages" in rows.column_names and (theirs or {}) != (chat_template_kwargs or {}):
         raise ValueError(
-            f"{name} was written with chat_template_kwargs: {json.dumps(theirs)}, and this recipe has "
-            f"{json.dumps(chat_template_kwargs)}: the drafter would serve another mode than it learns. Give the "
-            "recipe what the answers were written with, or regenerate them"
+            f"{name} was written with chat_template_kwargs: {json.dumps(theirs)}, and this recipe"
+            f" has {json.dumps(chat_template_kwargs)}: the drafter would serve another mode than it"
+            " learns. Give the recipe what the answers were written with, or regenerate them"
         )

@@ -1,4 +1,5 @@
-"""Token rows: which raw rows become one, how short ones share one, and how several become a batch."""
+"""Token rows: which raw rows become one, how short ones share one, and how several become a
+batch."""
 
 from collections import Counter
 from itertools import groupby
@@ -30,7 +31,9 @@ def encode_rows(
         ValueError: no row; unknown columns; conversations for a target without a chat template.
     """
     if not len(dataset):
-        raise ValueError("the dataset has no rows: check dataset_name, dataset_split and max_train_rows")
+        raise ValueError(
+            "the dataset has no rows: check dataset_name, dataset_split and max_train_rows"
+        )
     encoder = RowEncoder(tokenizer, dataset.column_names, max_length, chat_template_kwargs)
     return dataset.map(
         encoder, batched=True, with_indices=True, remove_columns=dataset.column_names, num_proc=num_proc,
@@ -56,31 +59,38 @@ def prepare_rows(
     packing: bool = False,
     verbose: bool = True,
 ) -> Dataset:
-    """Token rows ready for training: `input_ids`, `supervised`, `length`, `row` (a number anchors are drawn from),
-    and `document_ids` where rows are packed.
+    """Token rows ready for training: `input_ids`, `supervised`, `length`, `row` (a number anchors
+    are drawn from), and `document_ids` where rows are packed.
 
-    Text is cut into rows of `max_length` tokens, every token supervised; conversations are rendered by the target's
-    own template, only what the assistant wrote supervised, and cut at `max_length`. Rows of no use (no assistant
-    turn, refused by the template, a prompt as long as the row, fewer than two supervised tokens in a row) are left
-    out and counted by reason, with the first row of each.
+    Text is cut into rows of `max_length` tokens, every token supervised; conversations are rendered
+    by the target's own template, only what the assistant wrote supervised, and cut at `max_length`.
+    Rows of no use (no assistant turn, refused by the template, a prompt as long as the row, fewer
+    than two supervised tokens in a row) are left out and counted by reason, with the first row of
+    each.
 
     Args:
         datasets (`Dataset` or `list[Dataset]`): one source or several, each in a format of its own.
-        num_proc (`int`, *optional*): processes that tokenize; the result is cached by `datasets` either way.
-        packing (`bool`, *optional*, defaults to `False`): put several short rows into one of up to `max_length`.
+        num_proc (`int`, *optional*): processes that tokenize; the result is cached by `datasets`
+            either way.
+        packing (`bool`, *optional*, defaults to `False`): put several short rows into one of up to
+            `max_length`.
         verbose (`bool`, *optional*, defaults to `True`): print what was recognised and left out.
 
     Raises:
-        ValueError: unknown columns; no supervised token anywhere; the template refuses most rows of a source; hardly a
-            row with a whole block; the mask token occurs in the data.
+        ValueError: unknown columns; no supervised token anywhere; the template refuses most rows of
+            a source; hardly a row with a whole block; the mask token occurs in the data.
     """
     datasets = datasets if isinstance(datasets, list) else [datasets]
-    options = dict(max_length=max_length, chat_template_kwargs=chat_template_kwargs, num_proc=num_proc)
+    options = dict(
+        max_length=max_length, chat_template_kwargs=chat_template_kwargs, num_proc=num_proc
+    )
     encoded = [encode_rows(dataset, tokenizer, **options) for dataset in datasets]
     rows = concatenate_datasets(encoded)
     found = measure_rows(rows, mask_token_id, num_proc)
     found["dataset"] = np.repeat(np.arange(len(encoded)), [len(part) for part in encoded])
-    refuse_unusable(found, [len(dataset) for dataset in datasets], max_length, block_size, mask_token_id)
+    refuse_unusable(
+        found, [len(dataset) for dataset in datasets], max_length, block_size, mask_token_id
+    )
     keep = np.flatnonzero(found["usable"])
     if verbose:
         kinds = Counter(row_format(dataset.column_names) for dataset in datasets)
@@ -100,8 +110,9 @@ def prepare_rows(
 
 
 def measure_rows(rows: Dataset, mask_token_id: int, num_proc: int | None) -> dict[str, np.ndarray]:
-    """What decides about token rows, an array of each: whether they are `usable`, the `reason` where not, whether they
-    were `refused` as raw rows, `tokens`, longest supervised `run`, `has_mask`, the encoder's `source` and `cut`."""
+    """What decides about token rows, an array of each: whether they are `usable`, the `reason`
+    where not, whether they were `refused` as raw rows, `tokens`, longest supervised `run`,
+    `has_mask`, the encoder's `source` and `cut`."""
 
     def measure(batch: dict) -> dict:
         """Of a batch of token rows."""
@@ -112,16 +123,24 @@ def measure_rows(rows: Dataset, mask_token_id: int, num_proc: int | None) -> dic
         }
 
     found = rows.map(
-        measure, batched=True, remove_columns=["input_ids", "supervised"], num_proc=num_proc, desc="Checking rows"
+        measure,
+        batched=True,
+        remove_columns=["input_ids", "supervised"],
+        num_proc=num_proc,
+        desc="Checking rows",
     ).with_format("numpy")[:]
     found["refused"] = found["reason"] != ""
     found["usable"] = (found["run"] >= 2) & (found["tokens"] >= 3)  # context, anchor, label
     found["reason"] = found["reason"].astype(object)
-    found["reason"][~found["usable"] & ~found["refused"]] = "fewer than 2 supervised tokens in a row"
+    found["reason"][~found["usable"] & ~found["refused"]] = (
+        "fewer than 2 supervised tokens in a row"
+    )
     return found
 
 
-def refuse_unusable(found: dict, sizes: list[int], max_length: int, block_size: int, mask_token_id: int) -> None:
+def refuse_unusable(
+    found: dict, sizes: list[int], max_length: int, block_size: int, mask_token_id: int
+) -> None:
     """Raise where training on these rows would teach nothing, or the wrong thing.
 
     Args:
@@ -133,56 +152,67 @@ def refuse_unusable(found: dict, sizes: list[int], max_length: int, block_size: 
     """
     if found["has_mask"].any():
         raise ValueError(
-            f"{row_name(found, found['has_mask'].argmax())} contains the mask token (id {mask_token_id}): a real "
-            "token would look like a slot to fill. Choose another mask_token_id, or remove the token from the data."
+            f"{row_name(found, found['has_mask'].argmax())} contains the mask token (id"
+            f" {mask_token_id}): a real token would look like a slot to fill. Choose another"
+            " mask_token_id, or remove the token from the data."
         )
     if not found["run"].any():
         raise ValueError(
-            f"not one token of {sum(sizes)} rows is supervised: the drafter would learn nothing "
-            f"({reasons_in_words(found)}). For conversations, check that there are assistant turns and that the "
-            "target's chat template marks them."
+            f"not one token of {sum(sizes)} rows is supervised: the drafter would learn nothing"
+            f" ({reasons_in_words(found)}). For conversations, check that there are assistant turns"
+            " and that the target's chat template marks them."
         )
     for number, size in enumerate(sizes):
         own = np.flatnonzero(found["dataset"] == number)
         if found["refused"][own].sum() > MOST_UNUSABLE * size:
             raise ValueError(
-                f"{found['refused'][own].sum()} of {size} rows cannot be used ({reasons_in_words(found, own)}): this "
-                "is not the data the target's template is for. Mend rows or template, or choose another dataset."
+                f"{found['refused'][own].sum()} of {size} rows cannot be used"
+                f" ({reasons_in_words(found, own)}): this is not the data the target's template is"
+                " for. Mend rows or template, or choose another dataset."
             )
     full, rows = int((found["run"] >= block_size).sum()), len(found["run"])
     if not found["usable"].any() or full < FEWEST_FULL_BLOCKS * rows:
         raise ValueError(
-            f"rows are too short: only {full} of {rows} hold a whole block of {block_size} supervised tokens "
-            f"({reasons_in_words(found) or 'none was left out'}). Lower block_size, raise max_length (now "
-            f"{max_length}), or use longer answers."
+            f"rows are too short: only {full} of {rows} hold a whole block of {block_size}"
+            f" supervised tokens ({reasons_in_words(found) or 'none was left out'}). Lower"
+            f" block_size, raise max_length (now {max_length}), or use longer answers."
         )
 
 
 def row_name(found: dict, index: int) -> str:
     """`row 7`, and of which source where there are several."""
-    return f"row {found['source'][index]}" + f" of source {found['dataset'][index] + 1}" * bool(found["dataset"][-1])
+    return f"row {found['source'][index]}" + f" of source {found['dataset'][index] + 1}" * bool(
+        found["dataset"][-1]
+    )
 
 
 def reasons_in_words(found: dict, rows: np.ndarray | None = None, most: int = 5) -> str:
-    """`it has no assistant turn (3, first: row 7), ...`, the most frequent first; of some rows or of all."""
+    """`it has no assistant turn (3, first: row 7), ...`, the most frequent first; of some rows or
+    of all."""
     rows = np.arange(len(found["reason"])) if rows is None else rows
     reasons = found["reason"][rows]
     counts = Counter(reason for reason in reasons if reason).most_common(most + 1)
-    words = [f"{reason} ({n}, first: {row_name(found, rows[reasons == reason][0])})" for reason, n in counts[:most]]
+    words = [
+        f"{reason} ({n}, first: {row_name(found, rows[reasons == reason][0])})"
+        for reason, n in counts[:most]
+    ]
     return ", ".join(words + ["and other reasons"] * (len(counts) > most))
 
 
 def pack(rows: Dataset, max_length: int) -> tuple[Dataset, list[int]]:
-    """Rows of several documents each, whole and best fit first, with `document_ids` 0, 1, ... -> rows, lengths."""
+    """Rows of several documents each, whole and best fit first, with `document_ids` 0, 1, ... ->
+    rows, lengths."""
     packed = pack_dataset(rows, max_length, "bfd")
     lengths = packed["seq_lengths"][:]
     documents = [np.repeat(np.arange(len(sizes)), sizes).tolist() for sizes in lengths]
-    return packed.remove_columns("seq_lengths").add_column("document_ids", documents), [sum(s) for s in lengths]
+    return packed.remove_columns("seq_lengths").add_column("document_ids", documents), [
+        sum(s) for s in lengths
+    ]
 
 
 def show_row(row: dict, tokenizer: PreTrainedTokenizerBase, most: int = 160) -> str:
-    """`most` tokens of a row decoded, up to half of them before the first supervised one; supervised spans between ⟦
-    and ⟧."""
+    """`most` tokens of a row decoded, up to half of them before the first supervised one;
+    supervised spans between ⟦ and ⟧."""
     first = row["supervised"].index(1) if 1 in row["supervised"] else 0
     start, text = max(first - most // 2, 0), ""
     stop = start + most
@@ -194,7 +224,8 @@ def show_row(row: dict, tokenizer: PreTrainedTokenizerBase, most: int = 160) -> 
 
 
 def prompt_length(supervised: list[int]) -> int:
-    """Where a row's prompt ends for decoding: before the first supervised token, or at half of a plain text row."""
+    """Where a row's prompt ends for decoding: before the first supervised token, or at half of a
+    plain text row."""
     first = supervised.index(1) if 1 in supervised else len(supervised)
     return first if first > 0 else len(supervised) // 2
 
@@ -218,17 +249,23 @@ class RowCollator:
         if bool(((input_ids == self.mask_token_id) & (document_ids >= 0)).any()):
             found = [row["row"] for row in rows if self.mask_token_id in list(row["input_ids"])]
             raise ValueError(
-                f"rows {found} contain the mask token (id {self.mask_token_id}): choose another mask_token_id"
+                f"rows {found} contain the mask token (id {self.mask_token_id}): choose another"
+                " mask_token_id"
             )
         row_ids = torch.tensor([row["row"] for row in rows])
-        return {"input_ids": input_ids, "supervised": supervised, "document_ids": document_ids, "row_ids": row_ids}
+        return {
+            "input_ids": input_ids,
+            "supervised": supervised,
+            "document_ids": document_ids,
+            "row_ids": row_ids,
+        }
 
 
 def fill_up(rows: Dataset, multiple: int) -> Dataset:
     """Append rows that hold no block (`row` -1) up to a multiple of the rows of one optimizer step.
 
-    All ranks then get equally many batches without any row being dealt twice, as accelerate would do to even out the
-    last ones; rows without a block add nothing to the loss.
+    All ranks then get equally many batches without any row being dealt twice, as accelerate would
+    do to even out the last ones; rows without a block add nothing to the loss.
     """
     missing = -len(rows) % multiple
     if not missing:
@@ -237,4 +274,6 @@ def fill_up(rows: Dataset, multiple: int) -> Dataset:
     empty = {"input_ids": first["input_ids"][:2], "supervised": [0, 0], "length": 2, "row": -1}
     if "document_ids" in rows.column_names:
         empty["document_ids"] = [0, 0]
-    return concatenate_datasets([rows, Dataset.from_list([empty] * missing, features=rows.features)])
+    return concatenate_datasets(
+        [rows, Dataset.from_list([empty] * missing, features=rows.features)]
+    )

@@ -30,9 +30,9 @@ def row_format(columns: list[str]) -> str:
         if set(needed) <= set(columns):
             return name
     raise ValueError(
-        f"the dataset's columns are {columns}: none of `messages`, `conversations` (ShareGPT), `instruction` and "
-        "`output` (Alpaca), `prompt` and `completion`, or `text` is there. Rename the column that holds the "
-        "conversation or the text."
+        f"the dataset's columns are {columns}: none of `messages`, `conversations` (ShareGPT),"
+        " `instruction` and `output` (Alpaca), `prompt` and `completion`, or `text` is there."
+        " Rename the column that holds the conversation or the text."
     )
 
 
@@ -44,41 +44,49 @@ def load_rows(
     stream_rows: int | None = None,
     keys: str = "dataset_",
 ) -> Dataset:
-    """Rows of a local file (`.jsonl`, `.json`, `.parquet`, `.csv`, `.txt`) or of a dataset on the Hub.
+    """Rows of a local file (`.jsonl`, `.json`, `.parquet`, `.csv`, `.txt`) or of a dataset on the
+    Hub.
 
     Args:
-        stream_rows (`int`, *optional*): read only the first so many rows, without downloading the rest.
-        keys (`str`, *optional*, defaults to `"dataset_"`): what the caller's keys begin with, to name them in errors.
+        stream_rows (`int`, *optional*): read only the first so many rows, without downloading the
+            rest.
+        keys (`str`, *optional*, defaults to `"dataset_"`): what the caller's keys begin with, to
+            name them in errors.
 
     Raises:
         FileNotFoundError: the name looks like a file and there is none.
-        ValueError: it cannot be read; names the file and, of `.jsonl`, the line. A file was given a config, a split or
-            a revision.
+        ValueError: it cannot be read; names the file and, of `.jsonl`, the line. A file was given a
+            config, a split or a revision.
         OSError: the Hub has no such dataset, or it needs a login.
     """
     reader = READERS.get(os.path.splitext(name)[1])
     if reader is not None and not os.path.isfile(name):
         raise FileNotFoundError(
-            f"dataset_name {name!r} looks like a local file, but there is none at {os.path.abspath(name)}"
+            f"dataset_name {name!r} looks like a local file, but there is none at"
+            f" {os.path.abspath(name)}"
         )
     arguments = dict(path=name, name=config, split=split, revision=revision)
     if reader is not None:
         given = dict(config=config, split=None if split == "train" else split, revision=revision)
-        if ignored := [f"{keys}{key} {value!r}" for key, value in given.items() if value is not None]:
+        if ignored := [
+            f"{keys}{key} {value!r}" for key, value in given.items() if value is not None
+        ]:
             raise ValueError(
-                f"{name} is a file, and {', '.join(ignored)} is for datasets on the Hub: it would be ignored, so "
-                "remove it"
+                f"{name} is a file, and {', '.join(ignored)} is for datasets on the Hub: it would"
+                " be ignored, so remove it"
             )
         arguments = dict(path=reader, data_files=name, split="train")
     try:
         if stream_rows is None:
             return load_dataset(**arguments)
         stream = load_dataset(**arguments, streaming=True)
-        return Dataset.from_list(list(stream.take(stream_rows)), on_mixed_types="use_json")  # as without streaming
+        return Dataset.from_list(
+            list(stream.take(stream_rows)), on_mixed_types="use_json"
+        )  # as without streaming
     except DatasetNotFoundError as error:
         raise OSError(
-            f"dataset_name: {name!r} is not on the Hub, or you may not see it (gated and private ones need access and "
-            f"`hf auth login`). {error}"
+            f"dataset_name: {name!r} is not on the Hub, or you may not see it (gated and private"
+            f" ones need access and `hf auth login`). {error}"
         ) from error
     except (DatasetsError, ValueError, StopIteration) as error:  # names no file, and seldom a line
         said = " ".join(str(error.__cause__ or error).split()).rstrip(".")
@@ -109,7 +117,10 @@ def bad_line(path: str) -> str | None:
             except UnicodeEncodeError as error:
                 return f"line {number} holds half a character, {error.object[error.start]!r}"
             except json.JSONDecodeError as error:
-                return f"line {number} is not whole JSON, cut off perhaps ({error.msg} at column {error.colno})"
+                return (
+                    f"line {number} is not whole JSON, cut off perhaps ({error.msg} at column"
+                    f" {error.colno})"
+                )
             except ValueError as error:
                 return f"line {number} {error}"
             if not isinstance(row, dict):
@@ -117,9 +128,11 @@ def bad_line(path: str) -> str | None:
     return None
 
 
-def take_shares(sources: list[Dataset], weights: list[float], most: int | None = None) -> list[Dataset]:
-    """The first rows of each source so that rows stand in the ratio of the weights; no row is taken twice, so the
-    source that runs out first bounds the mixture.
+def take_shares(
+    sources: list[Dataset], weights: list[float], most: int | None = None
+) -> list[Dataset]:
+    """The first rows of each source so that rows stand in the ratio of the weights; no row is taken
+    twice, so the source that runs out first bounds the mixture.
 
     Args:
         most (`int`, *optional*): at most so many rows together.
@@ -129,18 +142,27 @@ def take_shares(sources: list[Dataset], weights: list[float], most: int | None =
     total = min(len(source) / share for source, share in zip(sources, shares))
     total = int(total if most is None else min(total, most))
     counts = [int(share * total) for share in shares]
-    for i in sorted(range(len(shares)), key=lambda i: counts[i] - shares[i] * total)[: total - sum(counts)]:
+    for i in sorted(range(len(shares)), key=lambda i: counts[i] - shares[i] * total)[
+        : total - sum(counts)
+    ]:
         counts[i] += 1  # the largest remainders
     return [source.select(range(count)) for source, count in zip(sources, counts)]
 
 
 # ShareGPT's names; trl renders no others either
-ROLES = {"human": "user", "gpt": "assistant", "bing": "assistant", "chatgpt": "assistant", "bard": "assistant"}
+ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "bing": "assistant",
+    "chatgpt": "assistant",
+    "bard": "assistant",
+}
 ROLES |= {"function_call": "assistant", "observation": "tool"}
 
 
 class UnusableRow(ValueError):
-    """A row that holds nothing to train on; its text is the reason, the same for all rows of a kind."""
+    """A row that holds nothing to train on; its text is the reason, the same for all rows of a
+    kind."""
 
 
 def without_nulls(value):
@@ -171,21 +193,27 @@ def row_text(row: dict, column: str) -> str:
 
 
 def chat_messages(row: dict) -> list[dict]:
-    """The turns of a row in any conversational format, with the roles chat templates know. System and tool turns are
-    kept; a `system` column becomes the first turn; content in parts is joined where all of it is text; turns may be
-    JSON text.
+    """The turns of a row in any conversational format, with the roles chat templates know. System
+    and tool turns are kept; a `system` column becomes the first turn; content in parts is joined
+    where all of it is text; turns may be JSON text.
 
     Raises:
-        UnusableRow: there is no turn, one is not text, or one has a role that templates would pass over.
+        UnusableRow: there is no turn, one is not text, or one has a role that templates would pass
+            over.
     """
     kind = row_format([column for column, value in row.items() if value is not None])
     if kind == "alpaca":
         asked = [row_text(row, column) for column in ("instruction", "input") if row.get(column)]
-        turns = [{"role": "user", "content": "\n\n".join(asked)}, {"role": "assistant", "content": row["output"]}]
+        turns = [
+            {"role": "user", "content": "\n\n".join(asked)},
+            {"role": "assistant", "content": row["output"]},
+        ]
     elif kind == "prompt_completion":
         turns = []
         for role, part in (("user", row["prompt"]), ("assistant", row["completion"])):
-            turns += without_nulls(part) if isinstance(part, list) else [{"role": role, "content": part}]
+            turns += (
+                without_nulls(part) if isinstance(part, list) else [{"role": role, "content": part}]
+            )
     else:
         turns = _parsed(without_nulls(row[kind]), f"its {kind} are")
     if not isinstance(turns, list):
@@ -209,10 +237,20 @@ def _turn(turn: dict) -> dict:
     if said is None or (content is None and "tool_calls" not in turn):
         raise UnusableRow("a turn lacks its role or content")
     role = ROLES.get(said, said) if isinstance(said, str) else said
-    if role not in ("system", "developer", "user", "assistant", "tool"):  # templates pass over others silently
+    if role not in (
+        "system",
+        "developer",
+        "user",
+        "assistant",
+        "tool",
+    ):  # templates pass over others silently
         raise UnusableRow(f"a turn has the role {str(said)[:40]!r}")
     if isinstance(content, list):
-        texts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
+        texts = [
+            part.get("text")
+            for part in content
+            if isinstance(part, dict) and part.get("type") == "text"
+        ]
         whole = len(texts) == len(content) and all(isinstance(text, str) for text in texts)
         content = "".join(texts) if whole else content
     if not isinstance(content, str | None):
@@ -230,7 +268,9 @@ def _tool_call(call: dict) -> dict:
     if not (isinstance(function, dict) and function.get("name")):
         raise UnusableRow("a tool call names no function")
     # OpenAI writes arguments as JSON text; templates want the object
-    function = function | {"arguments": _parsed(function.get("arguments") or {}, "a tool call's arguments are")}
+    function = function | {
+        "arguments": _parsed(function.get("arguments") or {}, "a tool call's arguments are")
+    }
     return call | {"function": function} if "function" in call else function
 
 

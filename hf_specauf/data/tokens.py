@@ -1,4 +1,5 @@
-"""A raw row through the target's own chat template -> token ids, and which of them the assistant wrote."""
+"""A raw row through the target's own chat template -> token ids, and which of them the assistant
+wrote."""
 
 from transformers import PreTrainedTokenizerBase
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
@@ -7,15 +8,24 @@ from .sources import UnusableRow, chat_messages, row_format, row_text, row_tools
 
 
 def _chat_ids(turns: list[dict], tokenizer: PreTrainedTokenizerBase, template: str, kwargs: dict):
-    """Token ids of a conversation and which of them the assistant wrote, by the template's generation markers."""
+    """Token ids of a conversation and which of them the assistant wrote, by the template's
+    generation markers."""
     out = tokenizer.apply_chat_template(
-        turns, chat_template=template, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **kwargs
+        turns,
+        chat_template=template,
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+        **kwargs,
     )
     return list(out["input_ids"]), list(out["assistant_masks"])
 
 
-def _chat_ids_by_prefix(turns: list[dict], tokenizer: PreTrainedTokenizerBase, template: str, kwargs: dict):
-    """The same for templates without markers: the assistant wrote what each of its turns adds to the rendering."""
+def _chat_ids_by_prefix(
+    turns: list[dict], tokenizer: PreTrainedTokenizerBase, template: str, kwargs: dict
+):
+    """The same for templates without markers: the assistant wrote what each of its turns adds to
+    the rendering."""
 
     def render(turns: list[dict], prompt: bool) -> str:
         return tokenizer.apply_chat_template(
@@ -24,14 +34,16 @@ def _chat_ids_by_prefix(turns: list[dict], tokenizer: PreTrainedTokenizerBase, t
 
     text, spans = render(turns, False), []
     for i, turn in enumerate(turns):
-        # templates refuse an empty conversation: of a first turn, their own words cannot be told from the assistant's
+        # templates refuse an empty conversation: of a first turn, their own words cannot be told
+        # from the assistant's
         if turn["role"] == "assistant" and i:
             before = render(turns[:i], True)
             through = render(turns[: i + 1], False)
             if not (text.startswith(through) and through.startswith(before)):
                 raise UnusableRow(
-                    "the chat template renders a conversation's beginning differently once it goes on, so the "
-                    "assistant's tokens cannot be told apart: use a template with {% generation %} markers"
+                    "the chat template renders a conversation's beginning differently once it goes"
+                    " on, so the assistant's tokens cannot be told apart: use a template with {%"
+                    " generation %} markers"
                 )
             spans.append((len(before), len(through)))
     return _ids_in_spans(text, spans, tokenizer)
@@ -51,29 +63,38 @@ def _ids_in_spans(text: str, spans: list[tuple[int, int]], tokenizer, special: b
 
 
 class RowEncoder:
-    """Turns raw rows into token rows; a picklable callable for `Dataset.map(batched=True, with_indices=True)`.
+    """Turns raw rows into token rows; a picklable callable for `Dataset.map(batched=True,
+    with_indices=True)`.
 
-    Each row comes with the `reason` it is of no use (empty: none), the number `source` of its raw row, and whether
-    it was `cut` at the row length.
+    Each row comes with the `reason` it is of no use (empty: none), the number `source` of its raw
+    row, and whether it was `cut` at the row length.
     """
 
-    def __init__(self, tokenizer, columns: list[str], max_length: int, chat_template_kwargs: dict | None):
+    def __init__(
+        self, tokenizer, columns: list[str], max_length: int, chat_template_kwargs: dict | None
+    ):
         self.tokenizer, self.max_length = tokenizer, max_length
         self.kwargs = chat_template_kwargs or {}
         self.kind = row_format(columns)
-        self.special = {token for token, content in tokenizer.added_tokens_decoder.items() if content.special}
+        self.special = {
+            token for token, content in tokenizer.added_tokens_decoder.items() if content.special
+        }
         self.template, self.by_prefix, self.prompted = tokenizer.chat_template, False, []
         if self.kind == "tokens" and "supervised" not in columns:
             raise ValueError(
-                "token rows need a `supervised` column beside `input_ids`: 1 where the target's words are, else 0"
+                "token rows need a `supervised` column beside `input_ids`: 1 where the target's"
+                " words are, else 0"
             )
         if self.template is None and self.kind not in ("tokens", "text", "prompt_completion"):
             raise ValueError(
-                "the rows are conversations, but the target's tokenizer has no chat template: give `text` rows"
+                "the rows are conversations, but the target's tokenizer has no chat template: give"
+                " `text` rows"
             )
         if self.template is not None and self.kind != "text":
             try:
-                self.template = get_training_chat_template(tokenizer) or tokenizer.get_chat_template()
+                self.template = (
+                    get_training_chat_template(tokenizer) or tokenizer.get_chat_template()
+                )
             except ValueError:  # trl knows no training version of it; markers may still be in it
                 self.template = tokenizer.get_chat_template()
             # without markers transformers returns an all-zero mask, silently (marin#7237)
@@ -81,13 +102,18 @@ class RowEncoder:
             self.prompted = self._generation_prompt()
 
     def _generation_prompt(self) -> list[int]:
-        """What the template itself writes at the start of an answer, e.g. an empty thought where thinking is off."""
+        """What the template itself writes at the start of an answer, e.g. an empty thought where
+        thinking is off."""
         asked, texts = [{"role": "user", "content": "a"}], []
         try:
             for prompt in (False, True):
                 texts.append(
                     self.tokenizer.apply_chat_template(
-                        asked, chat_template=self.template, tokenize=False, add_generation_prompt=prompt, **self.kwargs
+                        asked,
+                        chat_template=self.template,
+                        tokenize=False,
+                        add_generation_prompt=prompt,
+                        **self.kwargs,
                     )
                 )
         except Exception:  # rows will say what the template does not like
@@ -141,7 +167,9 @@ class RowEncoder:
             ids, mask = self.tokenizer(row_text(row, "text"))["input_ids"], None
         elif kind == "prompt_completion" and self.template is None:
             prompt, completion = row_text(row, "prompt"), row_text(row, "completion")
-            ids, mask = _ids_in_spans(prompt + completion, [(len(prompt), 10**9)], self.tokenizer, special=True)
+            ids, mask = _ids_in_spans(
+                prompt + completion, [(len(prompt), 10**9)], self.tokenizer, special=True
+            )
         else:
             return self._conversation(row)
         if not ids:
@@ -162,7 +190,9 @@ class RowEncoder:
         except UnusableRow:
             raise
         except Exception as error:
-            raise UnusableRow(f"the chat template failed: {' '.join(str(error).split())[:120]}") from error
+            raise UnusableRow(
+                f"the chat template failed: {' '.join(str(error).split())[:120]}"
+            ) from error
         # what the template writes is not the target's answer, and drafting it is no skill
         prompted, size = self.prompted, len(self.prompted)
         for start, stop in _spans(mask):

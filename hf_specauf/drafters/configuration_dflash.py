@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from transformers.configuration_utils import PreTrainedConfig
 
-# Never guessed when a folder is loaded: each of them decides acceptance (z-lab#156, speculators#613).
+# Never guessed when a folder is loaded: each of them decides acceptance (z-lab#156,
+# speculators#613).
 REQUIRED_KEYS = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size",
     "vocab_size", "rms_norm_eps", "rope_parameters", "max_position_embeddings",
@@ -19,51 +20,64 @@ _TRANSFORMERS_KEYS = {
 
 
 def check_target_layer_ids(target_layer_ids: list[int], num_target_layers: int) -> None:
-    """Raise unless the taps are sorted, unique and name layers whose output is read before the final norm.
+    """Raise unless the taps are sorted, unique and name layers whose output is read before the
+    final norm.
 
     Args:
-        target_layer_ids (`list[int]`): 0-based decoder layers whose *output* is read (`hidden_states[id + 1]`).
+        target_layer_ids (`list[int]`): 0-based decoder layers whose *output* is read
+            (`hidden_states[id + 1]`).
         num_target_layers (`int`): decoder layers of the target.
     """
     ids, last = target_layer_ids, num_target_layers - 2
     if not ids or any(not isinstance(i, int) or isinstance(i, bool) for i in ids):
-        raise ValueError(f"target_layer_ids is {ids!r}: give at least one integer, e.g. target_layer_ids: [1, {last}]")
+        raise ValueError(
+            f"target_layer_ids is {ids!r}: give at least one integer, e.g. target_layer_ids: [1,"
+            f" {last}]"
+        )
     if any(i < 0 or i > last for i in ids):
         raise ValueError(
-            f"target_layer_ids {ids} leaves the allowed range 0..{last} of a target with {num_target_layers} layers. "
-            f"Layer {num_target_layers - 1} is the last one: transformers returns it after the final norm, engines "
-            "read it before, and the drafter would lose acceptance silently. Change target_layer_ids."
+            f"target_layer_ids {ids} leaves the allowed range 0..{last} of a target with"
+            f" {num_target_layers} layers. Layer {num_target_layers - 1} is the last one:"
+            " transformers returns it after the final norm, engines read it before, and the"
+            " drafter would lose acceptance silently. Change target_layer_ids."
         )
     if ids != sorted(set(ids)):
         raise ValueError(
-            f"target_layer_ids {ids} must be sorted and without repeats: the order is the layout of fc.weight, and "
-            f"other engines sort it. Use target_layer_ids: {sorted(set(ids))}"
+            f"target_layer_ids {ids} must be sorted and without repeats: the order is the layout of"
+            f" fc.weight, and other engines sort it. Use target_layer_ids: {sorted(set(ids))}"
         )
 
 
 class DFlashConfig(PreTrainedConfig):
-    r"""
-    Configuration of a [`DFlashDraftModel`] (DFlash, arXiv 2602.06036). The defaults are the shapes of the Spec-AUF
-    paper's Qwen3-8B drafter (arXiv 2607.01893); a folder that is loaded must name every key that decides acceptance.
+    r"""Configuration of a [`DFlashDraftModel`] (DFlash, arXiv 2602.06036). The defaults are the
+    shapes of the Spec-AUF paper's Qwen3-8B drafter (arXiv 2607.01893); a folder that is loaded must
+    name every key that decides acceptance.
 
     Args:
         hidden_size (`int`, *optional*, defaults to 4096): H, equal to the target's.
         num_hidden_layers (`int`, *optional*, defaults to 5): layers of the drafter.
-        target_layer_ids (`list[int]`, *optional*): taps, 0-based target layers whose output is read.
+        target_layer_ids (`list[int]`, *optional*): taps, 0-based target layers whose output is
+            read.
         block_size (`int`, *optional*, defaults to 16): K, slots of a block, anchor included.
-        mask_token_id (`int`, *optional*, defaults to 151669): token of slots 1..K-1; never pad, eos or bos.
+        mask_token_id (`int`, *optional*, defaults to 151669): token of slots 1..K-1; never pad, eos
+            or bos.
         num_target_layers (`int`, *optional*, defaults to 36): decoder layers of the target.
-        shift_label (`bool`, *optional*, defaults to `False`): label alignment. `False`: slot k predicts the token at
-            anchor + k (DFlash). `True` exists only for Domino drafters.
+        shift_label (`bool`, *optional*, defaults to `False`): label alignment. `False`: slot k
+            predicts the token at anchor + k (DFlash). `True` exists only for Domino drafters.
         vocab_size (`int`, *optional*, defaults to 151936): rows of the target's embedding.
-        rope_parameters (`dict`, *optional*): exactly `{"rope_type": "default", "rope_theta": float}`.
-        max_position_embeddings (`int`, *optional*, defaults to 40960): the target's, never the training length.
-        chat_template_kwargs (`dict`, *optional*): arguments of the target's chat template used in training.
-        target_model_name_or_path, target_revision (`str`, *optional*): the target this drafter was trained for.
+        rope_parameters (`dict`, *optional*): exactly `{"rope_type": "default", "rope_theta":
+            float}`.
+        max_position_embeddings (`int`, *optional*, defaults to 40960): the target's, never the
+            training length.
+        chat_template_kwargs (`dict`, *optional*): arguments of the target's chat template used in
+            training.
+        target_model_name_or_path, target_revision (`str`, *optional*): the target this drafter was
+        trained for.
         target_fingerprint (`str`, *optional*): of the target's weights.
-        tokenizer_hash, chat_template_hash (`str`, *optional*): of the target's, as they were in training.
-        borrowed_layers (`list[int]`, *optional*): the folder holds no layers, they are the target's own; only
-            `hf_specauf.from_target` loads it.
+        tokenizer_hash, chat_template_hash (`str`, *optional*): of the target's, as they were in
+        training.
+        borrowed_layers (`list[int]`, *optional*): the folder holds no layers, they are the target's
+            own; only `hf_specauf.from_target` loads it.
         eos_token_id, pad_token_id, bos_token_id (*optional*): the target's.
     """
 
@@ -71,12 +85,14 @@ class DFlashConfig(PreTrainedConfig):
     base_model_fsdp_plan = {"layers.*": "free_full_weight"}
     required_keys = REQUIRED_KEYS
 
-    # What the rest of the package asks of a drafter, instead of asking which one it is. Without annotations, so that
-    # they are no fields of config.json.
+    # What the rest of the package asks of a drafter, instead of asking which one it is. Without
+    # annotations, so that they are no fields of config.json.
     kind = "dflash"  # what recipes call it
     own_keys = {}  # recipe keys that no other drafter has: {key: what --help says}
     branches = 1  # of logits; 2 where a causal head corrects the backbone's
-    reads_previous_tokens = False  # whether training must tell each slot the true tokens before it (`prev_embeds`)
+    reads_previous_tokens = (
+        False  # whether training must tell each slot the true tokens before it (`prev_embeds`)
+    )
     starts_at_random = ("fc",)  # modules that no layer of a target can be copied into
     runs_in_native_generator = True  # by `speculation_type="dflash"`, without this package
     card_tags = ("dflash",)
@@ -115,8 +131,9 @@ class DFlashConfig(PreTrainedConfig):
         unknown = sorted(set(kwargs) - _TRANSFORMERS_KEYS)
         if unknown:
             raise ValueError(
-                f"Unknown key(s) {unknown} in a {self.model_type} config: they would be ignored and the drafter would "
-                f"not be what its config says. Known keys: {sorted(self._own_keys())}"
+                f"Unknown key(s) {unknown} in a {self.model_type} config: they would be ignored and"
+                " the drafter would not be what its config says. Known keys:"
+                f" {sorted(self._own_keys())}"
             )
         if self.target_layer_ids is None:
             self.target_layer_ids = [1, 9, 17, 25, 33]
@@ -131,11 +148,13 @@ class DFlashConfig(PreTrainedConfig):
         check_target_layer_ids(self.target_layer_ids, self.num_target_layers)
         if self.block_size < 2:
             raise ValueError(
-                f"block_size is {self.block_size}: a block is an anchor and at least one drafted slot; use >= 2"
+                f"block_size is {self.block_size}: a block is an anchor and at least one drafted"
+                " slot; use >= 2"
             )
         if self.shift_label and self.model_type == "specauf_dflash":
             raise ValueError(
-                "shift_label: true is Domino's alignment; a DFlash drafter predicts the token of its own slot"
+                "shift_label: true is Domino's alignment; a DFlash drafter predicts the token of"
+                " its own slot"
             )
         eos = self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]
         named = {"pad_token_id": self.pad_token_id, "bos_token_id": self.bos_token_id}
@@ -143,39 +162,50 @@ class DFlashConfig(PreTrainedConfig):
         clash += ["eos_token_id"] if self.mask_token_id in eos else []
         if clash:
             raise ValueError(
-                f"mask_token_id {self.mask_token_id} equals {' and '.join(clash)}: real tokens would look like slots "
-                "to fill. Give mask_token_id an id that never occurs in text, e.g. an unused row of the embedding."
+                f"mask_token_id {self.mask_token_id} equals {' and '.join(clash)}: real tokens"
+                " would look like slots to fill. Give mask_token_id an id that never occurs in"
+                " text, e.g. an unused row of the embedding."
             )
         if not 0 <= self.mask_token_id < self.vocab_size:
             raise ValueError(
-                f"mask_token_id {self.mask_token_id} is outside the target's embedding of {self.vocab_size} rows. "
-                "Choose an unused row; resizing the embedding would add a row that is neither trained nor shipped."
+                f"mask_token_id {self.mask_token_id} is outside the target's embedding of"
+                f" {self.vocab_size} rows. Choose an unused row; resizing the embedding would add a"
+                " row that is neither trained nor shipped."
             )
-        if set(self.rope_parameters) != {"rope_type", "rope_theta"} or self.rope_parameters["rope_type"] != "default":
+        if (
+            set(self.rope_parameters) != {"rope_type", "rope_theta"}
+            or self.rope_parameters["rope_type"] != "default"
+        ):
             raise ValueError(
-                f"rope_parameters is {self.rope_parameters}: the drafter uses plain RoPE and would not honour other "
-                'keys; give exactly {"rope_type": "default", "rope_theta": <float>}'
+                f"rope_parameters is {self.rope_parameters}: the drafter uses plain RoPE and would"
+                ' not honour other keys; give exactly {"rope_type": "default", "rope_theta":'
+                " <float>}"
             )
         if self.layer_types != ["full_attention"] * self.num_hidden_layers:
             raise ValueError(
-                f"layer_types is {self.layer_types}: a sliding window is served differently by every engine; "
-                'use "full_attention" for all layers'
+                f"layer_types is {self.layer_types}: a sliding window is served differently by"
+                ' every engine; use "full_attention" for all layers'
             )
         if str(self.dtype) in ("torch.float16", "float16"):
             raise ValueError(
-                "dtype is float16, in which acceptance falls to zero (vllm#55250): use bfloat16 or float32"
+                "dtype is float16, in which acceptance falls to zero (vllm#55250): use bfloat16 or"
+                " float32"
             )
         for key, value in mirrored.items():
             if value != (self.dflash_config | {"block_size": self.block_size}).get(key):
                 raise ValueError(
-                    f"dflash_config.{key} is {value!r} but the top level says {getattr(self, key, 'nothing')!r}: "
-                    "engines read one or the other, so both must agree. Correct config.json."
+                    f"dflash_config.{key} is {value!r} but the top level says"
+                    f" {getattr(self, key, 'nothing')!r}: engines read one or the other, so both"
+                    " must agree. Correct config.json."
                 )
 
     @classmethod
     def _own_keys(cls) -> set[str]:
         return {
-            name for c in cls.__mro__ if issubclass(c, DFlashConfig) for name in vars(c).get("__annotations__", {})
+            name
+            for c in cls.__mro__
+            if issubclass(c, DFlashConfig)
+            for name in vars(c).get("__annotations__", {})
         }
 
     @property
@@ -189,7 +219,8 @@ class DFlashConfig(PreTrainedConfig):
         return slice(self.block_size - self.predictions, None)
 
     def probe(self) -> dict[str, torch.Tensor]:
-        """Arguments of a forward on which two drafters of this shape can be compared: fixed random numbers."""
+        """Arguments of a forward on which two drafters of this shape can be compared: fixed random
+        numbers."""
         generator = torch.Generator().manual_seed(0)
         taps = len(self.target_layer_ids) * self.hidden_size
         return {
@@ -204,12 +235,14 @@ class DFlashConfig(PreTrainedConfig):
 
     @property
     def dflash_config(self) -> dict[str, Any]:
-        """The same fields in the shape z-lab, vLLM and SGLang read; written beside the top-level ones."""
+        """The same fields in the shape z-lab, vLLM and SGLang read; written beside the top-level
+        ones."""
         return {"mask_token_id": self.mask_token_id, "target_layer_ids": self.target_layer_ids}
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
-        """transformers' own, for a folder that is loaded: every key that decides acceptance must be there.
+        """transformers' own, for a folder that is loaded: every key that decides acceptance must be
+        there.
 
         Raises:
             ValueError: one is missing, or the folder borrows its layers from the target.
@@ -217,14 +250,15 @@ class DFlashConfig(PreTrainedConfig):
         missing = [key for key in cls.required_keys if config_dict.get(key) is None]
         if missing:
             raise ValueError(
-                f"config.json lacks {missing}. They decide what the drafter sees and are never guessed: the folder is "
-                f"not a {cls.model_type} drafter, or its config was edited. Restore the keys from the training run."
+                f"config.json lacks {missing}. They decide what the drafter sees and are never"
+                f" guessed: the folder is not a {cls.model_type} drafter, or its config was edited."
+                " Restore the keys from the training run."
             )
         if config_dict.get("borrowed_layers") is not None:
             raise ValueError(
-                f"this drafter borrows layers {config_dict['borrowed_layers']} of its target "
-                f"{config_dict.get('target_model_name_or_path')}, and its folder does not hold them: load the target, "
-                "then call hf_specauf.from_target(target, folder_or_repo)"
+                f"this drafter borrows layers {config_dict['borrowed_layers']} of its target"
+                f" {config_dict.get('target_model_name_or_path')}, and its folder does not hold"
+                " them: load the target, then call hf_specauf.from_target(target, folder_or_repo)"
             )
         return super().from_dict(config_dict, **kwargs)
 
@@ -232,7 +266,8 @@ class DFlashConfig(PreTrainedConfig):
         return super().to_dict() | {"dflash_config": self.dflash_config}
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """What config.json holds: engines read it without our defaults, so every own key is written."""
+        """What config.json holds: engines read it without our defaults, so every own key is
+        written."""
         full = self.to_dict()
         return (
             super().to_diff_dict()

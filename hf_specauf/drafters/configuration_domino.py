@@ -8,18 +8,18 @@ from .configuration_dflash import REQUIRED_KEYS, DFlashConfig
 
 
 class DominoConfig(DFlashConfig):
-    r"""
-    Configuration of a [`DominoDraftModel`]: a DFlash backbone and a causal head (Domino, arXiv 2605.29707). The keys
-    are those SpecForge writes and SGLang reads.
+    r"""Configuration of a [`DominoDraftModel`]: a DFlash backbone and a causal head (Domino, arXiv
+    2605.29707). The keys are those SpecForge writes and SGLang reads.
 
     Args:
-        gru_hidden_dim (`int`, *optional*, defaults to 1024): G, size of the state that the head keeps of drafted
-            tokens.
+        gru_hidden_dim (`int`, *optional*, defaults to 1024): G, size of the state that the head
+            keeps of drafted tokens.
         emb_dim (`int`, *optional*, defaults to 256): E, rank of the correction of the logits.
-        pure_draft_prefix_len (`int`, *optional*, defaults to 1): the first predictions of a block that are left to
-            the backbone alone, without correction; SGLang serves 1.
-        shift_label (`bool`, *optional*, defaults to `True`): label alignment. `True`: slot k predicts the token at
-            anchor + 1 + k, and a block has K predictions. `False`: that at anchor + k, K - 1 predictions (DFlash).
+        pure_draft_prefix_len (`int`, *optional*, defaults to 1): the first predictions of a block
+            that are left to the backbone alone, without correction; SGLang serves 1.
+        shift_label (`bool`, *optional*, defaults to `True`): label alignment. `True`: slot k
+            predicts the token at anchor + 1 + k, and a block has K predictions. `False`: that at
+            anchor + k, K - 1 predictions (DFlash).
 
     The other arguments are those of [`DFlashConfig`].
     """
@@ -39,7 +39,9 @@ class DominoConfig(DFlashConfig):
     starts_at_random = ("fc", "prefix_gru", "embed_proj")
     runs_in_native_generator = False
     card_tags = ("domino", "arxiv:2605.29707")
-    card_method = "Domino, a causal head ([arXiv 2605.29707](https://arxiv.org/abs/2605.29707)) on DFlash, "
+    card_method = (
+        "Domino, a causal head ([arXiv 2605.29707](https://arxiv.org/abs/2605.29707)) on DFlash, "
+    )
 
     gru_hidden_dim: int = 1024
     emb_dim: int = 256
@@ -55,7 +57,10 @@ class DominoConfig(DFlashConfig):
     @classmethod
     def card_rows(cls, config: dict[str, Any]) -> dict[str, str]:
         """The causal head's shape."""
-        said = "state {gru_hidden_dim}, rank {emb_dim}, {pure_draft_prefix_len} uncorrected, shift_label {shift_label}"
+        said = (
+            "state {gru_hidden_dim}, rank {emb_dim}, {pure_draft_prefix_len} uncorrected,"
+            " shift_label {shift_label}"
+        )
         return {"causal head": said.format(**config)}
 
     @property
@@ -67,13 +72,14 @@ class DominoConfig(DFlashConfig):
     def _check(self, mirrored: dict[str, Any]) -> None:
         if min(self.gru_hidden_dim, self.emb_dim) < 1:
             raise ValueError(
-                f"gru_hidden_dim is {self.gru_hidden_dim} and emb_dim {self.emb_dim}: the causal head needs 1 or more "
-                "of each; published drafters have 1024 and 256"
+                f"gru_hidden_dim is {self.gru_hidden_dim} and emb_dim {self.emb_dim}: the causal"
+                " head needs 1 or more of each; published drafters have 1024 and 256"
             )
         if not 0 <= self.pure_draft_prefix_len < self.predictions:
             raise ValueError(
-                f"pure_draft_prefix_len is {self.pure_draft_prefix_len}: it must be in 0..{self.predictions - 1}, or "
-                "no prediction of a block would be corrected and the head never trained. Published drafters have 1."
+                f"pure_draft_prefix_len is {self.pure_draft_prefix_len}: it must be in"
+                f" 0..{self.predictions - 1}, or no prediction of a block would be corrected and"
+                " the head never trained. Published drafters have 1."
             )
         super()._check(mirrored)
 

@@ -1,7 +1,8 @@
-"""Our candidate generator for block drafters. Travels to the Hub: imports only torch and transformers.
+"""Our candidate generator for block drafters. Travels to the Hub: imports only torch and
+transformers.
 
-Compared with transformers' built-in one it records what every pass accepted, can cap or skip a draft, runs without
-position ids, and adds as little as possible to the target's own pass.
+Compared with transformers' built-in one it records what every pass accepted, can cap or skip a
+draft, runs without position ids, and adds as little as possible to the target's own pass.
 """
 
 from collections.abc import Callable
@@ -40,9 +41,11 @@ class Round(NamedTuple):
 
 
 def embed_noise(embedding: nn.Module, noise_ids: torch.Tensor) -> torch.Tensor:
-    """Target embeddings of noise ids, the only place they are made: training and decoding cannot differ.
+    """Target embeddings of noise ids, the only place they are made: training and decoding cannot
+    differ.
 
-    A target's own norm inside its embedding module (`embed_norm`) is left out, as transformers' generator does.
+    A target's own norm inside its embedding module (`embed_norm`) is left out, as transformers'
+    generator does.
 
     Args:
         embedding (`nn.Module`): `target.get_input_embeddings()`.
@@ -59,7 +62,8 @@ def embed_noise(embedding: nn.Module, noise_ids: torch.Tensor) -> torch.Tensor:
 
 
 def apply_head(head: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
-    """The target's head in its own dtype and on its own device, in training and decoding alike. (..., H) -> (..., V)
+    """The target's head in its own dtype and on its own device, in training and decoding alike.
+    (..., H) -> (..., V)
 
     Under autocast accelerate hands out fp32 hidden states, whatever the target's dtype.
     """
@@ -69,27 +73,28 @@ def apply_head(head: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
 
 
 def add_correction(logits: torch.Tensor, correction: torch.Tensor) -> torch.Tensor:
-    """Domino's final logits (arXiv 2605.29707), in training and decoding alike: base logits and correction (..., V)
-    in the wider of their dtypes, fp32 at least."""
+    """Domino's final logits (arXiv 2605.29707), in training and decoding alike: base logits and
+    correction (..., V) in the wider of their dtypes, fp32 at least."""
     wide = torch.promote_types(torch.promote_types(logits.dtype, correction.dtype), torch.float32)
     return logits.to(wide) + correction.to(wide)
 
 
 class BlockCandidateGenerator(CandidateGenerator):
-    """Draft a block with one drafter pass over the target's tapped hidden states (DFlash, arXiv 2602.06036); a causal
-    head then corrects it token by token, one step of a GRU and a low-rank product each (Domino, arXiv 2605.29707).
+    """Draft a block with one drafter pass over the target's tapped hidden states (DFlash, arXiv
+    2602.06036); a causal head then corrects it token by token, one step of a GRU and a low-rank
+    product each (Domino, arXiv 2605.29707).
 
     Args:
         drafter (`PreTrainedModel`): the block drafter.
         target (`PreTrainedModel`): the target, lender of embedding and head.
         generation_config (`GenerationConfig`): of the running `generate` call.
-        logits_processor (`LogitsProcessorList`, *optional*): applied to the draft's logits slot by slot, so that the
-            draft is drawn from the very distribution verification divides by.
-        max_draft_tokens (`int`, *optional*): verify at most this many drafted tokens a pass (default K - 1), or
-            `num_assistant_tokens` of the call if that is less. The drafter still fills its whole block: it was
-            trained to.
-        skip_round (`Callable[[list[Round]], bool]`, *optional*): called before each draft with the rounds so far;
-            true leaves this round to the target alone.
+        logits_processor (`LogitsProcessorList`, *optional*): applied to the draft's logits slot by
+            slot, so that the draft is drawn from the very distribution verification divides by.
+        max_draft_tokens (`int`, *optional*): verify at most this many drafted tokens a pass
+            (default K - 1), or `num_assistant_tokens` of the call if that is less. The drafter
+            still fills its whole block: it was trained to.
+        skip_round (`Callable[[list[Round]], bool]`, *optional*): called before each draft with the
+            rounds so far; true leaves this round to the target alone.
         rounds (`list[Round]`, *optional*): where passes are recorded.
     """
 
@@ -112,45 +117,68 @@ class BlockCandidateGenerator(CandidateGenerator):
         # of all hidden states the target keeps just the taps
         self.model_kwargs_overrides = {"output_hidden_states": [i + 1 for i in self.taps]}
         self.block_size = config.block_size
-        self.first_slot = config.predicting_slots.start  # the slot that predicts the token after the anchor
+        self.first_slot = (
+            config.predicting_slots.start
+        )  # the slot that predicts the token after the anchor
         asked = generation_config.num_assistant_tokens
         asked = self.block_size if asked in (None, UNSET_ASSISTANT_TOKENS) else asked
         self.max_draft_tokens = min(max_draft_tokens or self.block_size, asked, self.block_size - 1)
         self.skip_round = skip_round
         self.max_length = generation_config.max_length
         self.do_sample = generation_config.do_sample
-        self.returns_logits = self.do_sample or generation_config.assistant_ensemble_weight is not None
+        self.returns_logits = (
+            self.do_sample or generation_config.assistant_ensemble_weight is not None
+        )
         self.logits_processor = logits_processor if logits_processor else None
         self.rounds = rounds if rounds is not None else []
         self.cache = DynamicCache(config=config)
         self.device = drafter.device
-        self.masks = torch.full((1, self.block_size - 1), config.mask_token_id, device=self.embedding.weight.device)
-        self.pending: list[torch.Tensor] = []  # taps of committed tokens the drafter has not read yet
+        self.masks = torch.full(
+            (1, self.block_size - 1), config.mask_token_id, device=self.embedding.weight.device
+        )
+        self.pending: list[
+            torch.Tensor
+        ] = []  # taps of committed tokens the drafter has not read yet
         self.draft: torch.Tensor | None = None  # (1, drafted), what the target is verifying
         self.length = 0  # of the sequence before the pass under way; 0 before the prefill
 
     def get_candidates(
-        self, input_ids, model_kwargs=None, model_outputs=None, is_first_iteration=False, n_last_matches=0, **kwargs
+        self,
+        input_ids,
+        model_kwargs=None,
+        model_outputs=None,
+        is_first_iteration=False,
+        n_last_matches=0,
+        **kwargs,
     ) -> tuple[torch.LongTensor, torch.Tensor | None]:
-        """Return (input_ids followed by the draft, logits of the draft or `None`); one call a verification pass."""
+        """Return (input_ids followed by the draft, logits of the draft or `None`); one call a
+        verification pass."""
         self.draft = None
         if is_first_iteration:  # the prefill pass comes first: there are no hidden states yet
             return input_ids, None
         hidden = model_outputs.hidden_states
         committed = int(n_last_matches) + 1 if self.length else input_ids.shape[1] - 1
-        self.pending.append(torch.cat([hidden[i + 1][:, :committed].to(self.device) for i in self.taps], dim=-1))
+        self.pending.append(
+            torch.cat([hidden[i + 1][:, :committed].to(self.device) for i in self.taps], dim=-1)
+        )
         self.length = input_ids.shape[1]
         drafted = min(self.max_draft_tokens, self.max_length - self.length - 1)
         if drafted <= 0 or (self.skip_round is not None and self.skip_round(self.rounds)):
             return input_ids, None
-        hidden_states = self._run_drafter(input_ids, model_kwargs)[:, self.first_slot : self.first_slot + drafted]
+        hidden_states = self._run_drafter(input_ids, model_kwargs)[
+            :, self.first_slot : self.first_slot + drafted
+        ]
         self.draft, logits = self._fill(input_ids, hidden_states)
         return torch.cat([input_ids, self.draft], dim=1), logits if self.returns_logits else None
 
-    def _run_drafter(self, input_ids: torch.Tensor, model_kwargs: dict) -> torch.Tensor:  # (1, K, H)
+    def _run_drafter(
+        self, input_ids: torch.Tensor, model_kwargs: dict
+    ) -> torch.Tensor:  # (1, K, H)
         context = torch.cat(self.pending, dim=1) if len(self.pending) > 1 else self.pending[0]
         self.pending = []
-        mask = model_kwargs.get("attention_mask")  # (1, S) with the anchor, or None where nothing is padded
+        mask = model_kwargs.get(
+            "attention_mask"
+        )  # (1, S) with the anchor, or None where nothing is padded
         if (positions := model_kwargs.get("position_ids")) is None:
             seen = mask if mask is not None else torch.ones_like(input_ids)
             positions = (seen.cumsum(-1) - 1).clamp(min=0)
@@ -171,9 +199,10 @@ class BlockCandidateGenerator(CandidateGenerator):
         return output.last_hidden_state
 
     def _fill(self, input_ids, hidden_states) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Draft (1, drafted) and, where they are asked for, its logits (1, drafted, V) from the hidden rows
-        (1, drafted, H) that predict it: all slots at once, or, where a causal head or logits processors look at the
-        tokens before, slot by slot, so that the logits are those each token was drawn from."""
+        """Draft (1, drafted) and, where they are asked for, its logits (1, drafted, V) from the
+        hidden rows (1, drafted, H) that predict it: all slots at once, or, where a causal head or
+        logits processors look at the tokens before, slot by slot, so that the logits are those each
+        token was drawn from."""
         base = apply_head(self.head, hidden_states).to(input_ids.device)  # (1, drafted, V)
         correct, processor = self.drafter.correct, self.logits_processor
         wide = self.returns_logits or processor is not None  # verification's own dtype
@@ -185,7 +214,9 @@ class BlockCandidateGenerator(CandidateGenerator):
         for j in range(base.shape[1]):
             scores = base[:, j]
             if correct is not None:
-                embed = embed_noise(self.embedding, tokens[-1].to(self.masks.device)).to(self.device)
+                embed = embed_noise(self.embedding, tokens[-1].to(self.masks.device)).to(
+                    self.device
+                )
                 scores, state = correct(scores, hidden_states[:, j], embed[:, 0], state, j)
             scores = scores.float() if wide else scores
             if processor is not None:
@@ -198,10 +229,15 @@ class BlockCandidateGenerator(CandidateGenerator):
         return torch.cat(tokens[1:], dim=1), torch.stack(logits, dim=1) if logits else None
 
     def _draw(self, scores: torch.Tensor) -> torch.Tensor:  # (rows, V) -> (rows, 1)
-        return torch.multinomial(scores.softmax(-1), 1) if self.do_sample else scores.argmax(-1, keepdim=True)
+        return (
+            torch.multinomial(scores.softmax(-1), 1)
+            if self.do_sample
+            else scores.argmax(-1, keepdim=True)
+        )
 
     def update_candidate_strategy(self, input_ids, scores, num_matches) -> None:
-        """Record the pass: called once after each verification, cut already to end of sequence and length."""
+        """Record the pass: called once after each verification, cut already to end of sequence and
+        length."""
         if not self.length:  # the prefill pass
             return
         emitted = input_ids.shape[1] - self.length
@@ -215,9 +251,10 @@ class BlockCandidateGenerator(CandidateGenerator):
 
 
 class StopWhereToldTo(StoppingCriteria):
-    """A call's stopping criteria asked of every token, as plain decoding asks them; transformers' assisted loop asks
-    once a pass, and would not see a stop string that ends inside an accepted draft. Cuts the sequence there, in place.
-    (A streamer and `scores` have the rest of that pass by then.)"""
+    """A call's stopping criteria asked of every token, as plain decoding asks them; transformers'
+    assisted loop asks once a pass, and would not see a stop string that ends inside an accepted
+    draft. Cuts the sequence there, in place. (A streamer and `scores` have the rest of that pass by
+    then.)"""
 
     def __init__(self, criteria: StoppingCriteriaList, rounds: Callable[[], list[Round]]):
         self.criteria, self.rounds, self.length = criteria, rounds, None
@@ -238,14 +275,16 @@ class StopWhereToldTo(StoppingCriteria):
 
 
 class DraftingOverrides:
-    """Instance overrides of internals of transformers' `generate`, until `undo()`: with `drafter` as assistant, the
-    target takes its candidates from `make_generator`, and what would go wrong silently is refused. The user's
-    generation config, which is saved with the target, stays untouched. One target may have several drafters.
+    """Instance overrides of internals of transformers' `generate`, until `undo()`: with `drafter`
+    as assistant, the target takes its candidates from `make_generator`, and what would go wrong
+    silently is refused. The user's generation config, which is saved with the target, stays
+    untouched. One target may have several drafters.
 
     Args:
         target (`PreTrainedModel`): the target, no wrapper.
         drafter (`PreTrainedModel` or `PeftModel`): the very object given as `assistant_model`.
-        make_generator (`Callable`): (target, generation_config, logits_processor=...) -> candidate generator.
+        make_generator (`Callable`): (target, generation_config, logits_processor=...) -> candidate
+            generator.
     """
 
     NAMES = ("_get_candidate_generator", "_validate_generation_mode", "_get_stopping_criteria")
@@ -254,9 +293,13 @@ class DraftingOverrides:
         check_methods(type(target), OVERRIDDEN)
         self.target, self.drafter, self.make_generator = target, drafter, make_generator
         self.generator = None  # of the call under way
-        self.all = vars(target).setdefault("_drafting", [])  # of this target; the first one's methods serve them all
+        self.all = vars(target).setdefault(
+            "_drafting", []
+        )  # of this target; the first one's methods serve them all
         if not self.all:
-            vars(target).update({name: MethodType(getattr(self, name), target) for name in self.NAMES})
+            vars(target).update(
+                {name: MethodType(getattr(self, name), target) for name in self.NAMES}
+            )
         self.all.append(self)
 
     def undo(self) -> None:
@@ -270,38 +313,54 @@ class DraftingOverrides:
     def _of(self, assistant_model) -> "DraftingOverrides | None":
         return next((one for one in reversed(self.all) if one.drafter is assistant_model), None)
 
-    def _validate_generation_mode(self, target, generation_mode, generation_config, generation_mode_kwargs):
+    def _validate_generation_mode(
+        self, target, generation_mode, generation_config, generation_mode_kwargs
+    ):
         self.generator = None
         if self._of(generation_mode_kwargs.get("assistant_model")) is not None:
             if generation_mode != GenerationMode.ASSISTED_GENERATION:
                 raise ValueError(
-                    f"generation mode {generation_mode.value!r} cannot be drafted for, and transformers would "
-                    "silently ignore the drafter: set num_beams=1, or leave assistant_model out"
+                    f"generation mode {generation_mode.value!r} cannot be drafted for, and"
+                    " transformers would silently ignore the drafter: set num_beams=1, or leave"
+                    " assistant_model out"
                 )
             if target._is_stateful:
                 raise ValueError(
-                    f"{type(target).__name__} keeps a recurrent state that cannot be rolled back to the accepted "
-                    "tokens; its output would be silently wrong. Generate without assistant_model."
+                    f"{type(target).__name__} keeps a recurrent state that cannot be rolled back to"
+                    " the accepted tokens; its output would be silently wrong. Generate without"
+                    " assistant_model."
                 )
             if generation_config.output_hidden_states:
                 raise ValueError(
-                    "output_hidden_states=True and a block drafter cannot go together: the target keeps only the "
-                    "tapped layers. Run one more forward pass on the finished text for its hidden states."
+                    "output_hidden_states=True and a block drafter cannot go together: the target"
+                    " keeps only the tapped layers. Run one more forward pass on the finished text"
+                    " for its hidden states."
                 )
             if generation_config.use_cache is False:
-                raise ValueError("a drafter needs the target's cache: leave use_cache out, or set use_cache=True")
+                raise ValueError(
+                    "a drafter needs the target's cache: leave use_cache out, or set use_cache=True"
+                )
             check_cache_implementation(generation_config.cache_implementation)
             watermark = type(generation_config.watermarking_config).__name__
             if generation_config.guidance_scale not in (None, 1) or watermark.startswith("SynthID"):
                 raise ValueError(
-                    "guidance_scale and SynthID watermarks keep a state of every token they saw, drafted and rejected "
-                    "ones too: the output would be silently wrong. Leave them out, or assistant_model."
+                    "guidance_scale and SynthID watermarks keep a state of every token they saw,"
+                    " drafted and rejected ones too: the output would be silently wrong. Leave them"
+                    " out, or assistant_model."
                 )
-        type(target)._validate_generation_mode(target, generation_mode, generation_config, generation_mode_kwargs)
+        type(target)._validate_generation_mode(
+            target, generation_mode, generation_config, generation_mode_kwargs
+        )
 
     def _get_stopping_criteria(self, target, generation_config, stopping_criteria, *args, **kwargs):
-        criteria = type(target)._get_stopping_criteria(target, generation_config, stopping_criteria, *args, **kwargs)
-        known = (MaxLengthCriteria, EosTokenCriteria, MaxTimeCriteria)  # which the assisted loop gets right
+        criteria = type(target)._get_stopping_criteria(
+            target, generation_config, stopping_criteria, *args, **kwargs
+        )
+        known = (
+            MaxLengthCriteria,
+            EosTokenCriteria,
+            MaxTimeCriteria,
+        )  # which the assisted loop gets right
         if all(isinstance(one, known) for one in criteria):
             return criteria
         rounds = lambda: [] if self.generator is None else self.generator.rounds  # noqa: E731
@@ -326,23 +385,31 @@ class DraftingOverrides:
             )  # fmt: skip
         if input_ids.shape[0] > 1:
             raise ValueError(
-                f"the batch has {input_ids.shape[0]} rows; transformers' assisted generation takes one. Call generate "
-                "row by row, or leave assistant_model out (drafting gains little in batches)."
+                f"the batch has {input_ids.shape[0]} rows; transformers' assisted generation takes"
+                " one. Call generate row by row, or leave assistant_model out (drafting gains"
+                " little in batches)."
             )
         if input_ids.shape[1] == 0:
-            raise ValueError("a block drafter needs token ids: pass input_ids (inputs_embeds alone are not enough)")
+            raise ValueError(
+                "a block drafter needs token ids: pass input_ids (inputs_embeds alone are not"
+                " enough)"
+            )
         target_cache = cache_of(model_kwargs)
         if target_cache.get_seq_length() > 0:
             raise ValueError(
-                "the cache given already holds tokens. transformers would feed the whole prompt again and the output "
-                "would be silently wrong: pass the full conversation as input_ids and no cache (past_key_values)."
+                "the cache given already holds tokens. transformers would feed the whole prompt"
+                " again and the output would be silently wrong: pass the full conversation as"
+                " input_ids and no cache (past_key_values)."
             )
         check_cache(target_cache)
         if (positions := model_kwargs.get("position_ids")) is not None and positions.dim() != 2:
             raise ValueError(
-                f"{type(target).__name__} uses {positions.dim()}-D position ids, which a block drafter cannot follow"
+                f"{type(target).__name__} uses {positions.dim()}-D position ids, which a block"
+                " drafter cannot follow"
             )
-        self.generator = mine.make_generator(target, generation_config, logits_processor=logits_processor)
+        self.generator = mine.make_generator(
+            target, generation_config, logits_processor=logits_processor
+        )
         return self.generator
 
 
@@ -355,11 +422,16 @@ def shape_differences(target, config) -> list[str]:
         "num_target_layers": text.num_hidden_layers,
     }
     trained = {key: getattr(config, key) for key in found}
-    return [f"{key} {trained[key]} (target: {value})" for key, value in found.items() if value != trained[key]]
+    return [
+        f"{key} {trained[key]} (target: {value})"
+        for key, value in found.items()
+        if value != trained[key]
+    ]
 
 
 def generate_with_drafter(target, drafter, *args, **kwargs):
-    """`target.generate(*args, **kwargs)` with `drafter` as its assistant; nothing is left on the target.
+    """`target.generate(*args, **kwargs)` with `drafter` as its assistant; nothing is left on the
+    target.
 
     Args:
         target (`PreTrainedModel`): the target, no wrapper.
@@ -373,8 +445,9 @@ def generate_with_drafter(target, drafter, *args, **kwargs):
     """
     if wrong := shape_differences(target, drafter.config):
         raise ValueError(
-            f"this drafter does not belong to this target: its config says {', '.join(wrong)}. It was trained for "
-            f"{drafter.config.target_model_name_or_path or 'an unnamed target'}; load that target or another drafter."
+            f"this drafter does not belong to this target: its config says {', '.join(wrong)}. It"
+            f" was trained for {drafter.config.target_model_name_or_path or 'an unnamed target'};"
+            " load that target or another drafter."
         )
     overrides = DraftingOverrides(target, drafter, drafter.eval().get_candidate_generator)
     try:

@@ -36,10 +36,14 @@ class DFlashAttention(nn.Module):
         self.scaling = config.head_dim**-0.5
         self.is_causal = False
         kv_size = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * config.head_dim, bias=False)
+        self.q_proj = nn.Linear(
+            config.hidden_size, config.num_attention_heads * config.head_dim, bias=False
+        )
         self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
-        self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
+        self.o_proj = nn.Linear(
+            config.num_attention_heads * config.head_dim, config.hidden_size, bias=False
+        )
         self.q_norm = nn.RMSNorm(config.head_dim, config.rms_norm_eps)
         self.k_norm = nn.RMSNorm(config.head_dim, config.rms_norm_eps)
 
@@ -57,7 +61,9 @@ class DFlashAttention(nn.Module):
         both = torch.cat([context, block], dim=1)
         heads = (batch, -1, self.head_dim)
         query = self.q_norm(self.q_proj(block).view(heads[0], slots, -1, heads[2])).transpose(1, 2)
-        key = self.k_norm(self.k_proj(both).view(heads[0], both.shape[1], -1, heads[2])).transpose(1, 2)
+        key = self.k_norm(self.k_proj(both).view(heads[0], both.shape[1], -1, heads[2])).transpose(
+            1, 2
+        )
         value = self.v_proj(both).view(heads[0], both.shape[1], -1, heads[2]).transpose(1, 2)
         query = query * cos[:, :, -slots:] + rotate_half(query) * sin[:, :, -slots:]
         key = key * cos + rotate_half(key) * sin
@@ -65,12 +71,16 @@ class DFlashAttention(nn.Module):
             key, value = cache.update(key, value, self.layer_idx)
         key = key.to(query.dtype)
         if not isinstance(attention_mask, tuple):
-            return self.o_proj(self._attend(query, key, value, attention_mask).reshape(batch, slots, -1))
+            return self.o_proj(
+                self._attend(query, key, value, attention_mask).reshape(batch, slots, -1)
+            )
         outputs, start, length = [], 0, context.shape[1]
         for mask in attention_mask:
             size = mask.shape[2]
             seen, own = mask.shape[3] - size, slice(length + start, length + start + size)
-            keys, values = (torch.cat([part[:, :, :seen], part[:, :, own]], dim=2) for part in (key, value))
+            keys, values = (
+                torch.cat([part[:, :, :seen], part[:, :, own]], dim=2) for part in (key, value)
+            )
             outputs.append(self._attend(query[:, :, start : start + size], keys, values, mask))
             start += size
         return self.o_proj(torch.cat(outputs, dim=1).reshape(batch, slots, -1))
@@ -94,7 +104,8 @@ class DFlashDecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, hidden_states, context, cos, sin, attention_mask=None, cache=None):
-        """The block's hidden states, (B, Q, H) -> (B, Q, H); the rest as of [`DFlashAttention.forward`]."""
+        """The block's hidden states, (B, Q, H) -> (B, Q, H); the rest as of
+        [`DFlashAttention.forward`]."""
         hidden_states = hidden_states + self.self_attn(
             self.input_layernorm(hidden_states), context, cos, sin, attention_mask, cache
         )
@@ -111,8 +122,8 @@ class DraftOutput(BaseModelOutput):
 class DFlashDraftModel(PreTrainedModel):
     """A masked block drafter that reads the target's hidden states (DFlash, arXiv 2602.06036).
 
-    It has neither embedding nor head: both are the target's own. Tensor names are the z-lab layout, which vLLM and
-    SGLang read.
+    It has neither embedding nor head: both are the target's own. Tensor names are the z-lab layout,
+    which vLLM and SGLang read.
     """
 
     config_class = DFlashConfig
@@ -122,7 +133,10 @@ class DFlashDraftModel(PreTrainedModel):
     correct = None  # a causal head's step in decoding; see `DominoDraftModel`
     accepts_loss_kwargs = False  # Trainer must not think that forward divides by num_items_in_batch
     _no_split_modules = ["DFlashDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values", "cache"]  # a cache stays where it is, under either name
+    _skip_keys_device_placement = [
+        "past_key_values",
+        "cache",
+    ]  # a cache stays where it is, under either name
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
@@ -130,9 +144,13 @@ class DFlashDraftModel(PreTrainedModel):
     def __init__(self, config: DFlashConfig):
         warn_if_newer_than_tested()
         super().__init__(config)
-        self.fc = nn.Linear(len(config.target_layer_ids) * config.hidden_size, config.hidden_size, bias=False)
+        self.fc = nn.Linear(
+            len(config.target_layer_ids) * config.hidden_size, config.hidden_size, bias=False
+        )
         self.hidden_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.layers = nn.ModuleList(DFlashDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            DFlashDecoderLayer(config, i) for i in range(config.num_hidden_layers)
+        )
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = Qwen3RotaryEmbedding(config=config)
         self.gradient_checkpointing = False
@@ -150,23 +168,31 @@ class DFlashDraftModel(PreTrainedModel):
         prev_embeds: torch.Tensor | None = None,
         reduce: Callable[[torch.Tensor, torch.Tensor | None, nn.Module | None], Any] | None = None,
     ) -> DraftOutput:
-        """Fill the blocks: the five arguments transformers' own DFlash generator passes, used in training too.
+        """Fill the blocks: the five arguments transformers' own DFlash generator passes, used in
+        training too.
 
         Args:
-            noise_embeds (`torch.Tensor` of shape `(B, Q, H)`): target embeddings of the block(s): anchor and masks.
-            context_hidden_states (`torch.Tensor` of shape `(B, C, L * H)`): tapped hidden states of the new context.
-            attention_mask (`torch.Tensor` or tuple, *optional*): bool; `(B, kv)` padding mask over cached context, new
-                context and block, or `(B, 1, Q, kv)`. `None`: every slot sees everything. A tuple (training) holds one
-                mask `(B, 1, Q_g, C_g + Q_g)` for each group of Q_g consecutive slots, whose keys are the first C_g
-                context positions and the group's own slots; a `BlockMask` (training with `flex_attention`) covers all.
-            position_ids (`torch.LongTensor` of shape `(B, C + Q)`, *optional*): by default counts on from the cache.
-            past_key_values, cache (`Cache`, *optional*): keys and values of earlier context, under the name of either
-                transformers version, not both; the block's own are appended too, and the caller crops them.
-            prev_embeds (`torch.Tensor` of shape `(B, N, P, H)`, *optional*): target embeddings of the true tokens
-                before each prediction, for drafters with a causal head; this one reads none.
-            reduce (`Callable`, *optional*): in training, what makes losses of the hidden rows (B, N, P, H) that
-                predict. It runs inside the forward, because a drafter's own head may be sharded. It is also given
-                low-rank rows and the module that makes corrections of them, where a causal head corrects logits.
+            noise_embeds (`torch.Tensor` of shape `(B, Q, H)`): target embeddings of the block(s):
+                anchor and masks.
+            context_hidden_states (`torch.Tensor` of shape `(B, C, L * H)`): tapped hidden states of
+                the new context.
+            attention_mask (`torch.Tensor` or tuple, *optional*): bool; `(B, kv)` padding mask over
+                cached context, new context and block, or `(B, 1, Q, kv)`. `None`: every slot sees
+                everything. A tuple (training) holds one mask `(B, 1, Q_g, C_g + Q_g)` for each
+                group of Q_g consecutive slots, whose keys are the first C_g context positions and
+                the group's own slots; a `BlockMask` (training with `flex_attention`) covers all.
+            position_ids (`torch.LongTensor` of shape `(B, C + Q)`, *optional*): by default counts
+                on from the cache.
+            past_key_values, cache (`Cache`, *optional*): keys and values of earlier context, under
+                the name of either transformers version, not both; the block's own are appended too,
+                and the caller crops them.
+            prev_embeds (`torch.Tensor` of shape `(B, N, P, H)`, *optional*): target embeddings of
+                the true tokens before each prediction, for drafters with a causal head; this one
+                reads none.
+            reduce (`Callable`, *optional*): in training, what makes losses of the hidden rows (B,
+                N, P, H) that predict. It runs inside the forward, because a drafter's own head may
+                be sharded. It is also given low-rank rows and the module that makes corrections of
+                them, where a causal head corrects logits.
 
         Returns:
             [`DraftOutput`] with `last_hidden_state` of shape `(B, Q, H)` in `noise_embeds`' dtype.
@@ -174,12 +200,16 @@ class DFlashDraftModel(PreTrainedModel):
         cache = the_cache(cache, past_key_values)
         dtype = self.norm.weight.dtype
         if dtype == torch.float16:
-            raise ValueError("fp16 drafters accept nothing (vllm#55250): load the drafter in bfloat16 or float32")
+            raise ValueError(
+                "fp16 drafters accept nothing (vllm#55250): load the drafter in bfloat16 or float32"
+            )
         batch, slots, _ = noise_embeds.shape
         if position_ids is None:
             past = cache.get_seq_length() if cache is not None else 0
             new = context_hidden_states.shape[1] + slots
-            position_ids = torch.arange(past, past + new, device=noise_embeds.device).expand(batch, -1)
+            position_ids = torch.arange(past, past + new, device=noise_embeds.device).expand(
+                batch, -1
+            )
         hidden_states = noise_embeds.to(dtype)
         context = self.hidden_norm(self.fc(context_hidden_states.to(dtype)))
         cos, sin = (table.unsqueeze(1) for table in self.rotary_emb(hidden_states, position_ids))
@@ -191,11 +221,16 @@ class DFlashDraftModel(PreTrainedModel):
         output = DraftOutput(last_hidden_state=hidden_states)
         if reduce is not None:
             blocks = hidden_states.view(batch, -1, self.config.block_size, hidden_states.shape[-1])
-            output.reduced = self.reduce_rows(blocks[:, :, self.config.predicting_slots], prev_embeds, reduce)
+            output.reduced = self.reduce_rows(
+                blocks[:, :, self.config.predicting_slots], prev_embeds, reduce
+            )
         return output
 
-    def reduce_rows(self, rows: torch.Tensor, prev_embeds: torch.Tensor | None, reduce: Callable) -> Any:
-        """Give `reduce` the rows (B, N, P, H) that predict, and whatever corrects their logits: here nothing."""
+    def reduce_rows(
+        self, rows: torch.Tensor, prev_embeds: torch.Tensor | None, reduce: Callable
+    ) -> Any:
+        """Give `reduce` the rows (B, N, P, H) that predict, and whatever corrects their logits:
+        here nothing."""
         return reduce(rows, None, None)
 
     def _prepare_mask(self, mask, dtype: torch.dtype):
@@ -207,18 +242,23 @@ class DFlashDraftModel(PreTrainedModel):
             return tuple(self._prepare_mask(part, dtype) for part in mask)
         mask = mask.bool() if mask.dim() == 4 else mask.bool()[:, None, None, :]
         if self.config._attn_implementation == "eager":  # eager adds its mask to the scores
-            return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+            return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(
+                ~mask, torch.finfo(dtype).min
+            )
         return mask
 
     @property
     def is_gradient_checkpointing(self) -> bool:
-        """transformers' own property by its old name, without its warning: peft 0.21 still asks by that name."""
+        """transformers' own property by its old name, without its warning: peft 0.21 still asks by
+        that name."""
         return self.is_activation_checkpointing
 
     def get_input_embeddings(self) -> None:
         """There is none, which accelerate's FSDP asks for: embeddings are the target's."""
 
-    def get_candidate_generator(self, target, generation_config, **kwargs) -> BlockCandidateGenerator:
+    def get_candidate_generator(
+        self, target, generation_config, **kwargs
+    ) -> BlockCandidateGenerator:
         """Our candidate generator for this drafter; see [`BlockCandidateGenerator`]."""
         return BlockCandidateGenerator(self, target, generation_config, **kwargs)
 

@@ -14,8 +14,9 @@ from .generation_block import add_correction, generate_with_drafter
 from .modeling_dflash import DFlashDraftModel, DraftOutput
 from .transformers_internals import Cache, DFlashCache, the_cache
 
-# What `target.generate(custom_generate="owner/repo", assistant_model=drafter, trust_remote_code=True)` runs. The
-# drafter object brings the code, so that its revision is the one the user loaded.
+# What `target.generate(custom_generate="owner/repo", assistant_model=drafter,
+# trust_remote_code=True)` runs. The drafter object brings the code, so that its revision is the one
+# the user loaded.
 CUSTOM_GENERATE = '''"""What target.generate(custom_generate="owner/repo", ...) runs: a Domino drafter as assistant."""
 
 
@@ -38,14 +39,14 @@ def generate(
 '''
 
 WHAT_TO_CALL = (
-    "Call hf_specauf.generate(target, drafter, ...), or without that package target.generate(..., custom_generate="
-    '"<this repository>", trust_remote_code=True, assistant_model=drafter)'
+    "Call hf_specauf.generate(target, drafter, ...), or without that package target.generate(...,"
+    ' custom_generate="<this repository>", trust_remote_code=True, assistant_model=drafter)'
 )
 
 
 class LowRankHead(nn.Sequential):
-    """W2 SiLU(W1 x), in two halves where training needs the rows between them. Properties, because those reach the
-    trained copy where PEFT has wrapped this module, and indices do not."""
+    """W2 SiLU(W1 x), in two halves where training needs the rows between them. Properties, because
+    those reach the trained copy where PEFT has wrapped this module, and indices do not."""
 
     @property
     def down(self) -> nn.Module:
@@ -59,20 +60,23 @@ class LowRankHead(nn.Sequential):
 
 
 class DominoDraftModel(DFlashDraftModel):
-    """A DFlash drafter with a causal head (Domino, arXiv 2605.29707): the backbone's logits of a slot are corrected by
-    the tokens drafted before it.
+    """A DFlash drafter with a causal head (Domino, arXiv 2605.29707): the backbone's logits of a
+    slot are corrected by the tokens drafted before it.
 
-    State S_j: a GRU (one layer, no bias, zero at first) over the target's embeddings of the tokens at anchor ..
-    anchor + j. Correction of the prediction of the token at anchor + j + 1: W2 SiLU(W1 [hidden ; S_j]), hidden being
-    slot j's with `shift_label` and slot j + 1's without. The first `pure_draft_prefix_len` predictions are not
-    corrected. Tensor names are SpecForge's, which SGLang reads.
+    State S_j: a GRU (one layer, no bias, zero at first) over the target's embeddings of the tokens
+    at anchor .. anchor + j. Correction of the prediction of the token at anchor + j + 1: W2 SiLU(W1
+    [hidden ; S_j]), hidden being slot j's with `shift_label` and slot j + 1's without. The first
+    `pure_draft_prefix_len` predictions are not corrected. Tensor names are SpecForge's, which
+    SGLang reads.
     """
 
     config_class = DominoConfig
 
     def __init__(self, config: DominoConfig):
         super().__init__(config)
-        self.prefix_gru = nn.GRU(config.hidden_size, config.gru_hidden_dim, bias=False, batch_first=True)
+        self.prefix_gru = nn.GRU(
+            config.hidden_size, config.gru_hidden_dim, bias=False, batch_first=True
+        )
         self.embed_proj = LowRankHead(
             nn.Linear(config.hidden_size + config.gru_hidden_dim, config.emb_dim, bias=False),
             nn.SiLU(),
@@ -101,26 +105,31 @@ class DominoDraftModel(DFlashDraftModel):
         """Fill the blocks as [`DFlashDraftModel`] does and, with `reduce`, run the causal head too.
 
         Args:
-            noise_embeds, context_hidden_states, attention_mask, position_ids, past_key_values, cache: as of the
-                backbone.
-            prev_embeds (`torch.Tensor` of shape `(B, N, P, H)`, *optional*): target embeddings of the true tokens at
-                anchor .. anchor + P - 1, P = `config.predictions` (teacher forcing); needed by `reduce`.
-            reduce (`Callable`, *optional*): called with hidden rows (B, N, P, H), low-rank rows (B, N, P, E) that are
-                zero where nothing is corrected, and the module that makes corrections (..., V) of them. What it
-                returns is the output's `reduced`.
+            noise_embeds, context_hidden_states, attention_mask, position_ids, past_key_values,
+                cache: as of the backbone.
+            prev_embeds (`torch.Tensor` of shape `(B, N, P, H)`, *optional*): target embeddings of
+                the true tokens at anchor .. anchor + P - 1, P = `config.predictions` (teacher
+                forcing); needed by `reduce`.
+            reduce (`Callable`, *optional*): called with hidden rows (B, N, P, H), low-rank rows (B,
+                N, P, E) that are zero where nothing is corrected, and the module that makes
+                corrections (..., V) of them. What it returns is the output's `reduced`.
 
         Raises:
-            ValueError: transformers' own DFlash generator runs a drafter whose slots are off by one for it. One whose
-                slots are not is a warning: its causal head is left out.
+            ValueError: transformers' own DFlash generator runs a drafter whose slots are off by one
+                for it. One whose slots are not is a warning: its causal head is left out.
         """
         cache = the_cache(cache, past_key_values)
         if isinstance(cache, DFlashCache):  # the cache of that generator, and of no other
             if self.config.shift_label:
                 raise ValueError(
-                    'speculation_type="dflash" reads slot k as the token at anchor + k, but this Domino drafter '
-                    f"(shift_label: true) predicts the one after it: nothing would be accepted. {WHAT_TO_CALL}"
+                    'speculation_type="dflash" reads slot k as the token at anchor + k, but this'
+                    " Domino drafter (shift_label: true) predicts the one after it: nothing would"
+                    f" be accepted. {WHAT_TO_CALL}"
                 )
-            warnings.warn(f'speculation_type="dflash" leaves the causal head out. {WHAT_TO_CALL}', stacklevel=2)
+            warnings.warn(
+                f'speculation_type="dflash" leaves the causal head out. {WHAT_TO_CALL}',
+                stacklevel=2,
+            )
         return super().forward(
             noise_embeds, context_hidden_states, attention_mask, position_ids, cache,
             prev_embeds=prev_embeds, reduce=reduce,
@@ -131,25 +140,38 @@ class DominoDraftModel(DFlashDraftModel):
         return reduce(rows, self.low_rank(rows, prev_embeds), self.embed_proj.up)
 
     def low_rank(self, hidden: torch.Tensor, prev_embeds: torch.Tensor) -> torch.Tensor:
-        """SiLU(W1 [hidden ; S]) of every prediction at once: (B, N, P, H) and (B, N, P, H) -> (B, N, P, E)."""
+        """SiLU(W1 [hidden ; S]) of every prediction at once: (B, N, P, H) and (B, N, P, H) -> (B,
+        N, P, E)."""
         dtype = self.norm.weight.dtype
-        with torch.autocast(hidden.device.type, enabled=False):  # a recurrence is no place to save bits
+        with torch.autocast(
+            hidden.device.type, enabled=False
+        ):  # a recurrence is no place to save bits
             states, _ = self.prefix_gru(prev_embeds.flatten(0, 1).to(dtype))  # (B N, P, G)
         rows = torch.cat([hidden.to(dtype), states.view(*hidden.shape[:3], -1)], dim=-1)
         rows = nn.functional.silu(self.embed_proj.down(rows))
-        corrected = torch.arange(hidden.shape[2], device=hidden.device) >= self.config.pure_draft_prefix_len
+        corrected = (
+            torch.arange(hidden.shape[2], device=hidden.device) >= self.config.pure_draft_prefix_len
+        )
         return (rows * corrected[:, None]).to(dtype)
 
     def correct(
-        self, logits: torch.Tensor, hidden: torch.Tensor, prev_embed: torch.Tensor, state: torch.Tensor | None, j: int
+        self,
+        logits: torch.Tensor,
+        hidden: torch.Tensor,
+        prev_embed: torch.Tensor,
+        state: torch.Tensor | None,
+        j: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """One prediction in decoding: the base logits of prediction j, corrected, and the state for the next.
+        """One prediction in decoding: the base logits of prediction j, corrected, and the state for
+        the next.
 
         Args:
             logits (`torch.Tensor` of shape `(1, V)`): base logits.
             hidden (`torch.Tensor` of shape `(1, H)`): of the slot that predicts.
-            prev_embed (`torch.Tensor` of shape `(1, H)`): target embedding of the token at anchor + j.
-            state (`torch.Tensor` of shape `(1, G)`, *optional*): from the call before; `None` at the first.
+            prev_embed (`torch.Tensor` of shape `(1, H)`): target embedding of the token at anchor +
+                j.
+            state (`torch.Tensor` of shape `(1, G)`, *optional*): from the call before; `None` at
+                the first.
             j (`int`): index of the prediction.
         """
         dtype = self.norm.weight.dtype
@@ -164,7 +186,8 @@ class DominoDraftModel(DFlashDraftModel):
         return logits, state
 
     def generate_for(self, target, *args, **kwargs):
-        """`target.generate(...)` with this drafter: the same output, faster. See [`generate_with_drafter`]."""
+        """`target.generate(...)` with this drafter: the same output, faster. See
+        [`generate_with_drafter`]."""
         return generate_with_drafter(target, self, *args, **kwargs)
 
     def save_pretrained(self, save_directory, *args, **kwargs):
@@ -175,8 +198,9 @@ class DominoDraftModel(DFlashDraftModel):
         """
         if kwargs.get("push_to_hub"):
             raise ValueError(
-                "save_pretrained(push_to_hub=True) would publish a Domino drafter without custom_generate/: save it, "
-                "then call drafter.push_to_hub(repo), or python -m hf_specauf.hub push"
+                "save_pretrained(push_to_hub=True) would publish a Domino drafter without"
+                " custom_generate/: save it, then call drafter.push_to_hub(repo), or python -m"
+                " hf_specauf.hub push"
             )
         super().save_pretrained(save_directory, *args, **kwargs)
         path = Path(save_directory, "custom_generate", "generate.py")

@@ -1,7 +1,8 @@
-"""What drafters use of transformers that is no public API, and what differs between its versions: all of it is here.
+"""What drafters use of transformers that is no public API, and what differs between its versions:
+all of it is here.
 
-Travels to the Hub, where it runs on whatever version its reader has. The rest of the package, and the other files of
-this folder, ask for no version.
+Travels to the Hub, where it runs on whatever version its reader has. The rest of the package, and
+the other files of this folder, ask for no version.
 
 | | 5.23 | 5.24 |
 |---|---|---|
@@ -30,14 +31,21 @@ def version_error(what: str) -> RuntimeError:
     """
     oldest, newest = TESTED
     return RuntimeError(
-        f"transformers {VERSION} is installed, and {what}, which block drafters need. This code was tested with "
-        f"{oldest} to {newest}: `pip install 'transformers=={newest}.*'`, or update what this code came with "
-        "(`pip install -U hf-specauf`, or a newer revision of the drafter's repository)."
+        f"transformers {VERSION} is installed, and {what}, which block drafters need. This code was"
+        f" tested with {oldest} to {newest}: `pip install 'transformers=={newest}.*'`, or update"
+        " what this code came with (`pip install -U hf-specauf`, or a newer revision of the"
+        " drafter's repository)."
     )
 
 
 try:
-    from transformers.cache_utils import Cache, DFlashCache, DynamicCache, QuantizedCache, StaticLayer
+    from transformers.cache_utils import (
+        Cache,
+        DFlashCache,
+        DynamicCache,
+        QuantizedCache,
+        StaticLayer,
+    )
     from transformers.generation import GenerationMode
     from transformers.generation.candidate_generator import CandidateGenerator
     from transformers.generation.stopping_criteria import (
@@ -63,12 +71,18 @@ try:
     STATIC_CACHES_CROP: bool = StaticLayer.is_croppable
     """Whether this version's static caches can be cut back to the accepted tokens."""
 except (ImportError, AttributeError) as error:
-    # Older than 5.23, or so new that a name is gone: a bare "cannot import name" would not tell which to install.
+    # Older than 5.23, or so new that a name is gone: a bare "cannot import name" would not tell
+    # which to install.
     raise version_error(f"it is without something that is used here ({error})") from error
 
 # What `generation_block` overrides on a target, and the arguments it reads of each.
 OVERRIDDEN = {
-    "_get_candidate_generator": ("generation_config", "input_ids", "logits_processor", "model_kwargs"),
+    "_get_candidate_generator": (
+        "generation_config",
+        "input_ids",
+        "logits_processor",
+        "model_kwargs",
+    ),
     "_validate_generation_mode": ("generation_mode", "generation_config", "generation_mode_kwargs"),
     "_get_stopping_criteria": ("generation_config", "stopping_criteria"),
     "_assisted_decoding": ("assistant_model",),
@@ -81,18 +95,22 @@ def warn_if_newer_than_tested() -> None:
     oldest, newest = TESTED
     if _minor(VERSION) > _minor(newest):
         warnings.warn(
-            f"transformers {VERSION} is newer than those this drafter's code was tested with ({oldest} to {newest}). "
-            f"If something fails, `pip install 'transformers=={newest}.*'` mends it.",
+            f"transformers {VERSION} is newer than those this drafter's code was tested with"
+            f" ({oldest} to {newest}). If something fails, `pip install 'transformers=={newest}.*'`"
+            " mends it.",
             stacklevel=3,
         )
 
 
 def _minor(version: str) -> tuple[int, ...]:
-    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])  # "6.0rc1" and "5.25.0.dev0" too
+    return tuple(
+        int(number) for number in re.findall(r"\d+", version)[:2]
+    )  # "6.0rc1" and "5.25.0.dev0" too
 
 
 def check_methods(owner: type, needed: dict[str, tuple[str, ...]]) -> None:
-    """Raise unless a class of transformers still has the methods that we override, with the arguments that we read.
+    """Raise unless a class of transformers still has the methods that we override, with the
+    arguments that we read.
 
     Args:
         owner (`type`): a target's class, or `Trainer`.
@@ -106,7 +124,9 @@ def check_methods(owner: type, needed: dict[str, tuple[str, ...]]) -> None:
         if method is None:
             raise version_error(f"{owner.__name__} has no method {name}")
         parameters = inspect.signature(method).parameters
-        takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+        takes_any = any(
+            parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()
+        )
         missing = [argument for argument in arguments if argument not in parameters]
         if missing and not takes_any:  # a model of its own may pass on whatever it is given
             raise version_error(f"{owner.__name__}.{name} takes no {' or '.join(missing)}")
@@ -119,7 +139,9 @@ def cache_of(model_kwargs: dict) -> Cache:
         RuntimeError: it has another name there than in the versions that were tested.
     """
     if CACHE not in model_kwargs:
-        raise version_error(f"generate keeps its cache under none of the names known ({', '.join(ALL_CACHE_NAMES)})")
+        raise version_error(
+            f"generate keeps its cache under none of the names known ({', '.join(ALL_CACHE_NAMES)})"
+        )
     return model_kwargs[CACHE]
 
 
@@ -130,7 +152,9 @@ def the_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | Non
         TypeError: both were given.
     """
     if cache is not None and past_key_values is not None:
-        raise TypeError("cache and past_key_values are two names for one argument: give one of them")
+        raise TypeError(
+            "cache and past_key_values are two names for one argument: give one of them"
+        )
     return past_key_values if cache is None else cache
 
 
@@ -140,17 +164,20 @@ def check_cache(target_cache: Cache) -> None:
     Raises:
         ValueError: it cannot, and what to use instead.
     """
-    advice = "Leave cache_implementation out (a dynamic cache), or generate without assistant_model."
+    advice = (
+        "Leave cache_implementation out (a dynamic cache), or generate without assistant_model."
+    )
     if isinstance(target_cache, QuantizedCache):
         raise ValueError(
-            "a quantised cache cannot be cut back to the accepted tokens: the output would be silently wrong. "
-            + advice
+            "a quantised cache cannot be cut back to the accepted tokens: the output would be"
+            " silently wrong. " + advice
         )
     static = [layer for layer in target_cache.layers if isinstance(layer, StaticLayer)]
     if not all(layer.is_croppable for layer in static):
         raise ValueError(
-            "this static cache cannot be cut back to the accepted tokens, since its sliding-window layers overwrite "
-            f"what has left their window. A text no longer than the window would fit. {advice}"
+            "this static cache cannot be cut back to the accepted tokens, since its sliding-window"
+            " layers overwrite what has left their window. A text no longer than the window would"
+            f" fit. {advice}"
         )
 
 
@@ -160,11 +187,14 @@ def check_cache_implementation(name: str | None) -> None:
     Raises:
         ValueError: names the version that can.
     """
-    is_static = name is not None and ("static" in name or "hybrid" in name or name == "sliding_window")
+    is_static = name is not None and (
+        "static" in name or "hybrid" in name or name == "sliding_window"
+    )
     if is_static and not STATIC_CACHES_CROP:
         raise ValueError(
-            f"cache_implementation={name!r} and a drafter go together from transformers 5.24 on, and {VERSION} is "
-            "installed. Leave cache_implementation out (a dynamic cache), or update transformers."
+            f"cache_implementation={name!r} and a drafter go together from transformers 5.24 on,"
+            f" and {VERSION} is installed. Leave cache_implementation out (a dynamic cache), or"
+            " update transformers."
         )
 
 

@@ -1,4 +1,5 @@
-"""A plain drafter from anywhere: our folders, adapters on them, and folders of z-lab and SpecForge."""
+"""A plain drafter from anywhere: our folders, adapters on them, and folders of z-lab and
+SpecForge."""
 
 import json
 from functools import reduce
@@ -36,7 +37,9 @@ def torch_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
     """A dtype by its name in torch; `auto` as it is."""
     found = getattr(torch, dtype, None) if isinstance(dtype, str) and dtype != "auto" else dtype
     if dtype != "auto" and not isinstance(found, torch.dtype):
-        raise ValueError(f"dtype is {dtype!r}; it must be auto (as stored), bfloat16, float32 or a torch.dtype")
+        raise ValueError(
+            f"dtype is {dtype!r}; it must be auto (as stored), bfloat16, float32 or a torch.dtype"
+        )
     return found
 
 
@@ -51,12 +54,14 @@ def load_drafter(
     """A plain drafter from a folder or a Hub id; adapters come merged on the base they pin.
 
     Args:
-        name_or_path (`str` or `Path`): a drafter of this package, whole, as an adapter or on borrowed layers; or a
-            DFlash folder of z-lab or SpecForge, recognised by its layout and converted in memory.
+        name_or_path (`str` or `Path`): a drafter of this package, whole, as an adapter or on
+            borrowed layers; or a DFlash folder of z-lab or SpecForge, recognised by its layout and
+            converted in memory.
         revision (`str`, *optional*): branch, tag or commit on the Hub.
         target (`PreTrainedModel`, *optional*): needed by drafters on borrowed layers.
         dtype (*optional*, defaults to `auto`): as stored.
-        key (`str`, *optional*): what errors call `name_or_path`, where a command or a recipe gave it.
+        key (`str`, *optional*): what errors call `name_or_path`, where a command or a recipe gave
+            it.
 
     Raises:
         ValueError: what the folder holds instead, or what of it is ambiguous or unknown.
@@ -70,19 +75,26 @@ def load_drafter(
         drafter = from_target(target, name_or_path, revision, dtype=dtype)
     elif (folder / "adapter_config.json").is_file():
         base = AdapterBase.read(folder)
-        drafter = load_drafter(base.name_or_path, base.revision, target=target, key="the adapter's base")
+        drafter = load_drafter(
+            base.name_or_path, base.revision, target=target, key="the adapter's base"
+        )
         stored = drafter.dtype if dtype == "auto" else dtype
         drafter = add_adapter(drafter.float(), folder).merge_and_unload().to(stored)
     elif str(config.get("model_type")).startswith("specauf_"):
         loadable = True
         drafter, found = AutoModel.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
+            folder,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
         )
         other_shape = {name for name, *_ in found["mismatched_keys"]}
         if odd := sorted(other_shape.union(found["missing_keys"], found["unexpected_keys"])):
             raise ValueError(
-                f"{key}: the weights in {name_or_path} are not those its config asks for: {named(odd)} missing, "
-                "unknown or of another shape would be random or left out. Save the drafter again with save_pretrained."
+                f"{key}: the weights in {name_or_path} are not those its config asks for:"
+                f" {named(odd)} missing, unknown or of another shape would be random or left out."
+                " Save the drafter again with save_pretrained."
             )
     elif config:
         drafter = _foreign(folder, config, dtype)
@@ -101,27 +113,35 @@ def from_target(
     *,
     dtype: str | torch.dtype = "auto",
 ) -> PreTrainedModel:
-    """Rebuild a drafter on borrowed layers: copy them from the target, merge the adapter -> a plain drafter.
+    """Rebuild a drafter on borrowed layers: copy them from the target, merge the adapter -> a plain
+    drafter.
 
     Args:
-        target (`PreTrainedModel`): the one it was trained on; unchanged, and nothing is attached to it.
-        folder_or_repo (`str` or `Path`): what was published with `--small`, a checkpoint, or `adapter/` of a run.
-        dtype (*optional*, defaults to `auto`): the target's, but bfloat16 for fp16, in which drafters accept nothing.
+        target (`PreTrainedModel`): the one it was trained on; unchanged, and nothing is attached to
+            it.
+        folder_or_repo (`str` or `Path`): what was published with `--small`, a checkpoint, or
+            `adapter/` of a run.
+        dtype (*optional*, defaults to `auto`): the target's, but bfloat16 for fp16, in which
+            drafters accept nothing.
 
     Raises:
-        ValueError: the target's layers are not the ones that were borrowed, or the adapter lacks a weight.
+        ValueError: the target's layers are not the ones that were borrowed, or the adapter lacks a
+            weight.
     """
     if target is None:
         raise ValueError(
-            f"{folder_or_repo} is a drafter on layers borrowed from its target: load the target and call "
-            f"hf_specauf.from_target(target, {str(folder_or_repo)!r})"
+            f"{folder_or_repo} is a drafter on layers borrowed from its target: load the target and"
+            f" call hf_specauf.from_target(target, {str(folder_or_repo)!r})"
         )
     dtype = torch_dtype(dtype)
     folder, commit = fetch(folder_or_repo, revision, "folder_or_repo")
     adapter = folder if (folder / "adapter_config.json").is_file() else folder / "adapter"
     base = AdapterBase.read(adapter)
     if base.borrowed_layers is None:
-        raise ValueError(f"{folder_or_repo} borrows no layers of a target: use load_drafter({str(folder_or_repo)!r})")
+        raise ValueError(
+            f"{folder_or_repo} borrows no layers of a target: use"
+            f" load_drafter({str(folder_or_repo)!r})"
+        )
     _check_lender(target, base, folder_or_repo)
     given = json.loads((adapter / "config.json").read_text()) | {"borrowed_layers": None}
     config = config_class(given["model_type"]).from_dict(given)
@@ -130,13 +150,18 @@ def from_target(
         saved = set(file.keys())
     redrawn = [
         name
-        for name, tensor in drafter.state_dict().items()  # norms start as ones, everything else at random
-        if not name.startswith("layers.") and tensor.dim() > 1 and f"base_model.model.{name}" not in saved
+        for name, tensor in (
+            drafter.state_dict().items()
+        )  # norms start as ones, everything else at random
+        if not name.startswith("layers.")
+        and tensor.dim() > 1
+        and f"base_model.model.{name}" not in saved
     ]
     if redrawn:
         raise ValueError(
-            f"weights of {folder_or_repo} are neither borrowed nor in the adapter ({', '.join(redrawn)}) and would be "
-            "random: train it again with their modules among lora_modules_to_save (modules_to_save)"
+            f"weights of {folder_or_repo} are neither borrowed nor in the adapter"
+            f" ({', '.join(redrawn)}) and would be random: train it again with their modules among"
+            " lora_modules_to_save (modules_to_save)"
         )
     drafter = PeftModel.from_pretrained(drafter, str(adapter)).merge_and_unload()
     note_origin(drafter, Origin(absolute(folder_or_repo), commit, loadable=False))
@@ -150,15 +175,15 @@ def _check_lender(target: PreTrainedModel, base: AdapterBase, folder_or_repo: st
     if weights_fingerprint(borrowed_tensors(target, base.borrowed_layers)) != base.fingerprint:
         at = f" at {base.revision}" if base.revision else ""
         raise ValueError(
-            f"{folder_or_repo} borrows layers {base.borrowed_layers} of {base.name_or_path}{at}, and this target's "
-            "layers are other weights: load that target, at that revision"
+            f"{folder_or_repo} borrows layers {base.borrowed_layers} of {base.name_or_path}{at},"
+            " and this target's layers are other weights: load that target, at that revision"
         )
     trained, found = Identity.read(base.trained_for), target_fingerprint(target)
     if trained.fingerprint and found and trained.fingerprint != found:
         raise ValueError(
-            f"this target's layers {base.borrowed_layers} are those {folder_or_repo} borrows, but other weights of it "
-            f"differ from {trained.name_or_path}, whose hidden states the drafter was "
-            "trained on: load that target, at that revision"
+            f"this target's layers {base.borrowed_layers} are those {folder_or_repo} borrows, but"
+            f" other weights of it differ from {trained.name_or_path}, whose hidden states the"
+            " drafter was trained on: load that target, at that revision"
         )
 
 
@@ -179,17 +204,19 @@ def _foreign(folder: Path, config: dict, dtype: str | torch.dtype) -> PreTrained
             name = RENAMED.get(name, name)
             if name in given:
                 raise ValueError(
-                    f"{folder} holds {name} twice (the second time in {file.name}), maybe under an older name: "
-                    "nothing says which one is meant. Remove the other"
+                    f"{folder} holds {name} twice (the second time in {file.name}), maybe under an"
+                    " older name: nothing says which one is meant. Remove the other"
                 )
             given[name] = tensor
     ours = drafter.state_dict()
-    odd = sorted(set(ours) ^ set(given)) or sorted(n for n in ours if ours[n].shape != given[n].shape)
+    odd = sorted(set(ours) ^ set(given)) or sorted(
+        n for n in ours if ours[n].shape != given[n].shape
+    )
     if odd:
         raise ValueError(
-            f"{folder} is not a plain DFlash drafter: {len(odd)} tensors are unknown, missing or of another shape "
-            f"than its config says ({named(odd)}). Leaving them out "
-            "would change what it drafts."
+            f"{folder} is not a plain DFlash drafter: {len(odd)} tensors are unknown, missing or of"
+            f" another shape than its config says ({named(odd)}). Leaving them out would change"
+            " what it drafts."
         )
     if dtype == "auto":
         stored = reduce(torch.promote_types, (tensor.dtype for tensor in given.values()))
@@ -199,10 +226,12 @@ def _foreign(folder: Path, config: dict, dtype: str | torch.dtype) -> PreTrained
 
 
 def foreign_config(config: dict, folder: str | Path = "config.json") -> DFlashConfig:
-    """Our config (Domino's where its head is named) from one of z-lab or SpecForge, with nothing taken for granted.
+    """Our config (Domino's where its head is named) from one of z-lab or SpecForge, with nothing
+    taken for granted.
 
     Raises:
-        ValueError: a key is missing, contradicts itself, or asks for a computation that a DFlash drafter has not.
+        ValueError: a key is missing, contradicts itself, or asks for a computation that a DFlash
+            drafter has not.
     """
     nested, head = (config.get(f"{name}_config") or {} for name in ("dflash", "domino"))
     kind, _ = DRAFTERS.get(nested.get("projector_type"), DRAFTERS["dflash"])
@@ -214,18 +243,25 @@ def foreign_config(config: dict, folder: str | Path = "config.json") -> DFlashCo
         values = [part[name] for part in (config, nested, head) if part.get(name) is not None]
         if not values:
             raise ValueError(
-                f"{folder} says nothing about {name}, which decides what a DFlash drafter computes and is never "
-                "guessed: it is not a DFlash drafter of z-lab or SpecForge, or its config.json was cut"
+                f"{folder} says nothing about {name}, which decides what a DFlash drafter computes"
+                " and is never guessed: it is not a DFlash drafter of z-lab or SpecForge, or its"
+                " config.json was cut"
             )
         if other := [value for value in values if value != values[0]]:
-            raise ValueError(f"{folder} gives {name} twice, as {values[0]!r} and {other[0]!r}: correct config.json")
+            raise ValueError(
+                f"{folder} gives {name} twice, as {values[0]!r} and {other[0]!r}: correct"
+                " config.json"
+            )
         found[name] = values[0]
     rope = config.get("rope_parameters") or {"rope_type": "default"}
     thetas = [part["rope_theta"] for part in (config, rope) if part.get("rope_theta") is not None]
     if not thetas:
         raise ValueError(f"{folder} says nothing about rope_theta, which is never guessed")
     if thetas[0] != thetas[-1]:
-        raise ValueError(f"{folder} gives rope_theta twice, as {thetas[0]!r} and {thetas[-1]!r}: correct config.json")
+        raise ValueError(
+            f"{folder} gives rope_theta twice, as {thetas[0]!r} and {thetas[-1]!r}: correct"
+            " config.json"
+        )
     special = {key: config.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     layers = config.get("layer_types")
     known = keys | IGNORED | set(special) | {"dflash_config", "domino_config"}
@@ -240,7 +276,10 @@ def foreign_config(config: dict, folder: str | Path = "config.json") -> DFlashCo
     ]
     if odd:
         raise ValueError(
-            f"{folder} asks for what a DFlash drafter of this package does not compute, or nobody here knows: "
-            f"{', '.join(odd)}. Converted without it, the drafter would silently accept little."
+            f"{folder} asks for what a DFlash drafter of this package does not compute, or nobody"
+            f" here knows: {', '.join(odd)}. Converted without it, the drafter would silently"
+            " accept little."
         )
-    return kind(**found, rope_parameters=rope | {"rope_theta": thetas[0]}, layer_types=layers, **special)
+    return kind(
+        **found, rope_parameters=rope | {"rope_theta": thetas[0]}, layer_types=layers, **special
+    )

@@ -5,8 +5,9 @@ Shape letters, used everywhere in this package:
     K block size (slots, anchor included)          L taps (target layers read)
     H hidden size          V vocabulary
 
-Slot k = 0 holds the anchor, slots 1..K-1 a mask token; slot k stands at position anchor + k and predicts that
-position's token. The leak rules: a block sees context of its own document *strictly before* its anchor, all of
+Slot k = 0 holds the anchor, slots 1..K-1 a mask token; slot k stands at position anchor + k and
+predicts that position's token. The leak rules: a block sees context of its own document *strictly
+before* its anchor, all of
 itself, and nothing else (SpecForge#470, #473).
 """
 
@@ -25,11 +26,19 @@ class Blocks:
 
     anchors: torch.Tensor  # (B, N) long, index into the row
     noise_ids: torch.Tensor  # (B, N * K) long, anchor and mask tokens
-    previous_ids: torch.Tensor  # (B, N, K-1) long, the token before each label: what a causal head is told
-    labels: torch.Tensor  # (B, N, K-1) long, token at anchor + k; K labels where slot k predicts the one after
+    previous_ids: (
+        torch.Tensor
+    )  # (B, N, K-1) long, the token before each label: what a causal head is told
+    labels: (
+        torch.Tensor
+    )  # (B, N, K-1) long, token at anchor + k; K labels where slot k predicts the one after
     valid: torch.Tensor  # (B, N, K-1) bool, contiguous from slot 1
-    position_ids: torch.Tensor  # (B, S + N * K) long, true positions in the document: context, then slots
-    attention_mask: tuple[torch.Tensor, ...] | BlockMask  # groups of blocks: (B, 1, G * K, C_g + G * K) bool each
+    position_ids: (
+        torch.Tensor
+    )  # (B, S + N * K) long, true positions in the document: context, then slots
+    attention_mask: (
+        tuple[torch.Tensor, ...] | BlockMask
+    )  # groups of blocks: (B, 1, G * K, C_g + G * K) bool each
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:
@@ -40,7 +49,8 @@ def _mix(x: torch.Tensor) -> torch.Tensor:
 
 
 def document_positions(document_ids: torch.Tensor) -> torch.Tensor:
-    """Position of each token in its own document, from ids that change where a document ends. (B, S) -> (B, S)"""
+    """Position of each token in its own document, from ids that change where a document ends. (B,
+    S) -> (B, S)"""
     index = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(document_ids)
     starts = torch.ones_like(document_ids, dtype=torch.bool)
     starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
@@ -48,17 +58,20 @@ def document_positions(document_ids: torch.Tensor) -> torch.Tensor:
 
 
 def row_inputs(document_ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What the target needs beside token ids so that packed documents do not see each other, nor anything padding:
-    positions that start afresh in each (transformers' masks take that for a boundary), or, where every row is one
-    document, an attention mask. (B, S), -1 on padding -> one (B, S) tensor by its name"""
+    """What the target needs beside token ids so that packed documents do not see each other, nor
+    anything padding: positions that start afresh in each (transformers' masks take that for a
+    boundary), or, where every row is one document, an attention mask. (B, S), -1 on padding -> one
+    (B, S) tensor by its name"""
     if not bool((document_ids > 0).any()):
         return {"attention_mask": (document_ids >= 0).long()}
     return {"position_ids": document_positions(document_ids)}
 
 
 def anchor_candidates(supervised: torch.Tensor, document_ids: torch.Tensor) -> torch.Tensor:
-    """Positions that may be anchors: supervised, with a supervised token of the same document right after (a label)
-    and at least one token of it before (context; decoding always has some). (B, S) bool -> (B, S) bool"""
+    """Positions that may be anchors: supervised, with a supervised token of the same document right
+    after (a label)
+    and at least one token of it before (context; decoding always has some). (B, S) bool -> (B, S)
+    bool"""
     after = torch.zeros_like(supervised)
     after[:, :-1] = supervised[:, 1:] & (document_ids[:, 1:] == document_ids[:, :-1])
     return supervised & after & (document_positions(document_ids) > 0) & (document_ids >= 0)
@@ -74,8 +87,8 @@ def sample_anchors(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw up to N anchors a row, uniformly without replacement.
 
-    The draw is a function of (seed, step, row, position) alone, so it does not depend on how rows are split into
-    micro-batches and ranks, on the device, or on a restart.
+    The draw is a function of (seed, step, row, position) alone, so it does not depend on how rows
+    are split into micro-batches and ranks, on the device, or on a restart.
 
     Args:
         supervised (`torch.BoolTensor` of shape `(B, S)`).
@@ -85,8 +98,8 @@ def sample_anchors(
         seed, step (`int`): of the run; `EVALUATION_STEP` for evaluation.
 
     Returns:
-        anchors (B, N) ascending, and real (B, N) bool; a row with fewer candidates is padded with anchors that are
-        not real.
+        anchors (B, N) ascending, and real (B, N) bool; a row with fewer candidates is padded with
+        anchors that are not real.
     """
     position = torch.arange(supervised.shape[1], device=supervised.device)
     start = torch.tensor([seed, step], device=supervised.device)
@@ -97,7 +110,9 @@ def sample_anchors(
     key = torch.where(candidates, (key & (2**62 - 1)) + 1, 0)
     count = min(anchors_per_row, supervised.shape[1])
     top, anchors = key.topk(count, dim=1)
-    anchors = torch.where(top > 0, anchors, supervised.shape[1]).sort(dim=1).values  # padding goes last
+    anchors = (
+        torch.where(top > 0, anchors, supervised.shape[1]).sort(dim=1).values
+    )  # padding goes last
     real = anchors < supervised.shape[1]
     if count < anchors_per_row:  # rows shorter than N
         pad = (0, anchors_per_row - count)
@@ -119,20 +134,25 @@ def make_blocks(
     """Blocks at given anchors; a block ends where supervision, its document or the row ends.
 
     Args:
-        input_ids, supervised, document_ids (`torch.Tensor` of shape `(B, S)`): document id -1 on padding.
-        anchors, real (`torch.Tensor` of shape `(B, N)`): blocks that are not real see only themselves and have no
-            valid slot, so that their gradient is zero and finite.
+        input_ids, supervised, document_ids (`torch.Tensor` of shape `(B, S)`): document id -1 on
+        padding.
+        anchors, real (`torch.Tensor` of shape `(B, N)`): blocks that are not real see only
+            themselves and have no valid slot, so that their gradient is zero and finite.
         block_size (`int`): K.
         mask_token_id (`int`).
         flex (`bool`, *optional*): make FlexAttention's sparse mask instead of dense ones.
-        predictions (`int`, *optional*): P, labels of a block, the tokens after its anchor; K - 1 by default, K for a
-            Domino drafter with `shift_label`.
+        predictions (`int`, *optional*): P, labels of a block, the tokens after its anchor; K - 1 by
+            default, K for a Domino drafter with `shift_label`.
     """
     rows, length = input_ids.shape
     count = anchors.shape[1]
     device = input_ids.device
-    tokens = block_size if predictions is None else predictions + 1  # of a block, the anchor's among them
-    slots = anchors[:, :, None] + torch.arange(tokens, device=device)  # (B, N, tokens), index into the row
+    tokens = (
+        block_size if predictions is None else predictions + 1
+    )  # of a block, the anchor's among them
+    slots = anchors[:, :, None] + torch.arange(
+        tokens, device=device
+    )  # (B, N, tokens), index into the row
     inside = slots < length
     index = slots.clamp(max=length - 1).reshape(rows, -1)
     anchor_document = document_ids.gather(1, anchors)  # (B, N)
@@ -140,13 +160,20 @@ def make_blocks(
     def take(values: torch.Tensor) -> torch.Tensor:  # (B, S) -> (B, N, tokens)
         return values.gather(1, index).view(rows, count, tokens)
 
-    usable = inside & take(supervised) & (take(document_ids) == anchor_document[:, :, None]) & real[:, :, None]
+    usable = (
+        inside
+        & take(supervised)
+        & (take(document_ids) == anchor_document[:, :, None])
+        & real[:, :, None]
+    )
     valid = usable[:, :, 1:].long().cumprod(-1).bool()
     noise_ids = torch.full((rows, count, block_size), mask_token_id, device=device)
     noise_ids[:, :, 0] = input_ids.gather(1, anchors)
 
     positions = document_positions(document_ids)
-    slot_positions = positions.gather(1, anchors)[:, :, None] + torch.arange(block_size, device=device)
+    slot_positions = positions.gather(1, anchors)[:, :, None] + torch.arange(
+        block_size, device=device
+    )
     position_ids = torch.cat([positions, slot_positions.flatten(1)], dim=1)
 
     block_ids = take(input_ids)
@@ -157,7 +184,9 @@ def make_blocks(
         labels=block_ids[:, :, 1:],
         valid=valid,
         position_ids=position_ids,
-        attention_mask=(flex_mask if flex else group_masks)(anchors, anchor_document, real, document_ids, block_size),
+        attention_mask=(flex_mask if flex else group_masks)(
+            anchors, anchor_document, real, document_ids, block_size
+        ),
     )
 
 
@@ -168,8 +197,9 @@ def group_masks(
     document_ids: torch.Tensor,
     block_size: int,
 ) -> tuple[torch.Tensor, ...]:
-    """The attention rule as one mask for each group of G neighbouring blocks, no larger than the group can see: the
-    context before its last anchor, and its own slots. One mask of all slots would be mostly other blocks.
+    """The attention rule as one mask for each group of G neighbouring blocks, no larger than the
+    group can see: the context before its last anchor, and its own slots. One mask of all slots
+    would be mostly other blocks.
 
     Args:
         anchors, anchor_document, real (`torch.Tensor` of shape `(B, N)`): anchors ascending.
@@ -177,12 +207,15 @@ def group_masks(
         block_size (`int`): K.
 
     Returns:
-        Masks of shape (B, 1, G * K, C_g + G * K), bool: keys are context 0..C_g-1, then the group's slots.
+        Masks of shape (B, 1, G * K, C_g + G * K), bool: keys are context 0..C_g-1, then the group's
+        slots.
     """
     rows, count = anchors.shape
     device = anchors.device
     per_group = max(1, max(SMALLEST_GROUP, document_ids.shape[1] // 4) // block_size)
-    ends = [int(end) for end in torch.where(real, anchors, 0).amax(0).tolist()]  # one wait for the device
+    ends = [
+        int(end) for end in torch.where(real, anchors, 0).amax(0).tolist()
+    ]  # one wait for the device
     masks = []
     for start in range(0, count, per_group):
         group = slice(start, min(start + per_group, count))
@@ -193,7 +226,9 @@ def group_masks(
             & (document_ids[:, None, : len(context)] == anchor_document[:, group, None])
             & real[:, group, None]
         )  # (B, G, C_g)
-        own = torch.eye(size, dtype=torch.bool, device=device).repeat_interleave(block_size, dim=1)  # (G, G * K)
+        own = torch.eye(size, dtype=torch.bool, device=device).repeat_interleave(
+            block_size, dim=1
+        )  # (G, G * K)
         mask = torch.cat([sees, own.expand(rows, -1, -1)], dim=2)
         masks.append(mask.repeat_interleave(block_size, dim=1)[:, None])
     return tuple(masks)
@@ -206,7 +241,8 @@ def flex_mask(
     document_ids: torch.Tensor,
     block_size: int,
 ) -> BlockMask:
-    """The attention rule for FlexAttention over all slots: keys are S context positions, then N * K slots."""
+    """The attention rule for FlexAttention over all slots: keys are S context positions, then N * K
+    slots."""
     (rows, count), length = anchors.shape, document_ids.shape[1]
     ends = torch.where(real, anchors, 0)  # a block that is not real sees no context
 
@@ -214,9 +250,13 @@ def flex_mask(
         """Whether a slot sees a key: earlier context of its document, or its own block."""
         block = slot // block_size
         position = key.clamp(max=length - 1)
-        context = (key < ends[row, block]) & (document_ids[row, position] == anchor_document[row, block])
+        context = (key < ends[row, block]) & (
+            document_ids[row, position] == anchor_document[row, block]
+        )
         return context | ((key >= length) & ((key - length) // block_size == block))
 
     slots = count * block_size
     compiled = anchors.device.type != "cpu"  # otherwise the dense mask is made on the way
-    return create_block_mask(sees, rows, None, slots, length + slots, anchors.device, _compile=compiled)
+    return create_block_mask(
+        sees, rows, None, slots, length + slots, anchors.device, _compile=compiled
+    )

@@ -1,17 +1,20 @@
 """Domino's loss: lambda * base + (1 - lambda) * final, each branch a mean over its own support.
 
-The base branch is the backbone's logits alone, the final one the logits that decoding uses, corrected by the causal
-head under teacher forcing (Domino, arXiv 2605.29707, with the supports of Spec-AUF, arXiv 2607.01893, section on
-Domino). Shape letters are those of `blocks.py`; P = K - 1 predictions of a block, K with `shift_label`.
+The base branch is the backbone's logits alone, the final one the logits that decoding uses,
+corrected by the causal head under teacher forcing (Domino, arXiv 2605.29707, with the supports of
+Spec-AUF, arXiv 2607.01893, section on Domino). Shape letters are those of `blocks.py`; P = K - 1
+predictions of a block, K with `shift_label`.
 
-A mean of two means has two denominators, and where they differ the gradient of a step cannot be rescaled once at its
-end, as it is with one. So the step is written over the base branch's denominator d_b:
+A mean of two means has two denominators, and where they differ the gradient of a step cannot be
+rescaled once at its end, as it is with one. So the step is written over the base branch's
+denominator d_b:
 
     loss = [lambda * n_b + (1 - lambda) * (d_b / d_f) * n_f] / d_b
 
-Only the ratio d_b / d_f must be known before the backward pass. It is 1 where both branches count the same slots
-(`domino_decay`, `s_auf`, and `per_block`, whose denominators count blocks). Else both are summed over all processes
-before the backward pass; where gradients are accumulated, a pass over all micro-batches without gradients comes first.
+Only the ratio d_b / d_f must be known before the backward pass. It is 1 where both branches count
+the same slots (`domino_decay`, `s_auf`, and `per_block`, whose denominators count blocks). Else
+both are summed over all processes before the backward pass; where gradients are accumulated, a pass
+over all micro-batches without gradients comes first.
 """
 
 from collections.abc import Callable
@@ -35,16 +38,17 @@ def branch_losses(
     spec: LossSpec,
     every_prediction: bool = False,
 ) -> tuple[HeadLoss, HeadLoss | None]:
-    """The loss on the logits that decoding uses, and that of the base branch where the objective has one. It runs
-    inside a drafter's forward, as its `reduce`.
+    """The loss on the logits that decoding uses, and that of the base branch where the objective
+    has one. It runs inside a drafter's forward, as its `reduce`.
 
     Args:
         hidden (`torch.Tensor` of shape `(B, N, P, H)`): rows that predict.
-        low_rank_rows (`torch.Tensor` of shape `(B, N, P, E)`, *optional*), project (`nn.Module`, *optional*): the
-            causal head, as the drafter hands it out.
+        low_rank_rows (`torch.Tensor` of shape `(B, N, P, E)`, *optional*), project (`nn.Module`,
+            *optional*): the causal head, as the drafter hands it out.
         head, labels, valid: as for `head_loss`.
         spec (`LossSpec`): of the drafter's objective.
-        every_prediction (`bool`, *optional*): also predict valid slots that do not count, by the final logits.
+        every_prediction (`bool`, *optional*): also predict valid slots that do not count, by the
+            final logits.
     """
     objective = spec.objective
     low_rank = None if project is None else (low_rank_rows, project)
@@ -53,7 +57,14 @@ def branch_losses(
         base = head_loss(hidden, head, labels, valid, spec.branch(objective.base))
         support = base.weights > 0 if objective.shared_support else None
     final = head_loss(
-        hidden, head, labels, valid, spec, every_prediction=every_prediction, support=support, low_rank=low_rank
+        hidden,
+        head,
+        labels,
+        valid,
+        spec,
+        every_prediction=every_prediction,
+        support=support,
+        low_rank=low_rank,
     )
     return final, base
 
@@ -63,20 +74,23 @@ def check_domino_keys(objective: str, normalisation: str, lambda_decay_ratio: fl
     found = find_objective(objective)
     if lambda_decay_ratio is not None and found.base is None:
         raise ValueError(
-            f"lambda_decay_ratio is {lambda_decay_ratio}, but objective {objective!r} has no base branch and would "
-            "ignore it: remove the key"
+            f"lambda_decay_ratio is {lambda_decay_ratio}, but objective {objective!r} has no base"
+            " branch and would ignore it: remove the key"
         )
     if lambda_decay_ratio is not None and not 0 < lambda_decay_ratio <= 1:
-        raise ValueError(f"lambda_decay_ratio is {lambda_decay_ratio}; it must be in (0, 1], a share of training")
+        raise ValueError(
+            f"lambda_decay_ratio is {lambda_decay_ratio}; it must be in (0, 1], a share of training"
+        )
     if found.base is not None and found.until_fail and normalisation == "per_block":
         raise ValueError(
-            f"normalisation: per_block cannot be had with {objective}: a block's weight is known only after the "
-            "causal head's gradient is formed. Use normalisation: pooled."
+            f"normalisation: per_block cannot be had with {objective}: a block's weight is known"
+            " only after the causal head's gradient is formed. Use normalisation: pooled."
         )
 
 
 class BranchBalance:
-    """d_b / d_f of the optimizer step under way: what the final branch's numerator is multiplied by.
+    """d_b / d_f of the optimizer step under way: what the final branch's numerator is multiplied
+    by.
 
     Args:
         spec (`LossSpec`): tells whether the two denominators can differ at all.
@@ -86,7 +100,9 @@ class BranchBalance:
     def __init__(self, spec: LossSpec, add_up: Callable[[torch.Tensor], torch.Tensor]):
         self.differs = spec.supports_differ
         self._add_up = add_up
-        self._of_step: float | None = None  # known before the first backward pass, where gradients are accumulated
+        self._of_step: float | None = (
+            None  # known before the first backward pass, where gradients are accumulated
+        )
 
     def reset(self) -> None:
         """Forget the step that has ended."""
@@ -101,8 +117,8 @@ class BranchBalance:
         """Note the step's ratio.
 
         Args:
-            denominators (`torch.Tensor` of shape `(2,)`): of the base and the final branch, over all micro-batches of
-                this process.
+            denominators (`torch.Tensor` of shape `(2,)`): of the base and the final branch, over
+                all micro-batches of this process.
         """
         self._of_step = self._ratio(denominators)
 

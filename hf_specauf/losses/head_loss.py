@@ -1,16 +1,15 @@
-"""Cross-entropy through the target's frozen head that computes only the logits that count, a chunk at a time.
+"""Cross-entropy through the target's frozen head that computes only the logits that count, a chunk
+at a time.
 
-Slots after a block's first failure weigh nothing in AUF (arXiv 2607.01893), so nobody needs their logits. Loss and
-gradient are those of the plain computation, which is eight lines:
+Slots after a block's first failure weigh nothing in AUF (arXiv 2607.01893), so nobody needs their
+logits. Loss and gradient are those of the plain computation, which is eight lines:
 
-    logits = head(hidden)                                             # (B, N, P, V)
-    log_p = logits.log_softmax(-1).gather(-1, labels[..., None])[..., 0]
-    right = logits.argmax(-1) == labels
-    weights = objective.weights(right, valid, gamma, log_p).detach()  # (B, N, P)
-    numerator = -(weights * log_p).sum()
-    denominator = weights.sum()
-    numerator.backward()                                              # gradient of hidden
-    loss = numerator / denominator                                    # once every micro-batch and rank is in
+    logits = head(hidden)                                             # (B, N, P, V) log_p =
+    logits.log_softmax(-1).gather(-1, labels[..., None])[..., 0] right = logits.argmax(-1) == labels
+    weights = objective.weights(right, valid, gamma, log_p).detach()  # (B, N, P) numerator =
+    -(weights * log_p).sum() denominator = weights.sum() numerator.backward()
+    # gradient of hidden loss = numerator / denominator                                    # once
+    every micro-batch and rank is in
 
 `head_loss` does the same in this order:
 
@@ -20,7 +19,8 @@ gradient are those of the plain computation, which is eight lines:
 4. Leave behind every block whose slot was wrong, and go on with the next slot of the others.
 5. Hand autograd the finished gradients, scaled by the gradient of the numerator.
 
-Objectives that count all valid slots use the same chunks without step 4. Shape letters are those of `blocks.py`.
+Objectives that count all valid slots use the same chunks without step 4. Shape letters are those of
+`blocks.py`.
 """
 
 from typing import NamedTuple
@@ -31,8 +31,8 @@ from torch import nn
 from ..drafters.generation_block import add_correction, apply_head
 from .objectives import LossSpec, loss_terms
 
-# A product with few rows costs as much as one with this many, because the head's weights are read once either way. So
-# the last survivors are given several slots at a time.
+# A product with few rows costs as much as one with this many, because the head's weights are read
+# once either way. So the last survivors are given several slots at a time.
 FEWEST_ROWS = 32
 
 
@@ -49,7 +49,9 @@ class HeadLoss(NamedTuple):
 class _Walker:
     """One pass over the rows of hidden (M blocks, K-1 slots, H): losses, predictions, gradients."""
 
-    def __init__(self, hidden, head, labels, valid, weights, low_rank, want_gradient, rows_per_chunk):
+    def __init__(
+        self, hidden, head, labels, valid, weights, low_rank, want_gradient, rows_per_chunk
+    ):
         self.rows = hidden.detach().flatten(0, -2)  # (M (K-1), H)
         self.head, self.labels, self.weights = head, labels.flatten(), weights.flatten()
         self.low_rank_rows, self.project = (None, None) if low_rank is None else low_rank
@@ -61,7 +63,9 @@ class _Walker:
         self.correct = torch.zeros_like(self.labels, dtype=torch.bool)
         # of the rows, the low-rank rows and the parameters
         given = [hidden] if low_rank is None else [hidden, self.low_rank_rows]
-        self.gradients = [torch.zeros_like(t) for t in (*given, *self.parameters)] if want_gradient else []
+        self.gradients = (
+            [torch.zeros_like(t) for t in (*given, *self.parameters)] if want_gradient else []
+        )
         self.row_gradients = [gradient.flatten(0, -2) for gradient in self.gradients[: len(given)]]
 
     def logits(self, index: torch.Tensor):
@@ -72,15 +76,17 @@ class _Walker:
         if self.want_gradient:
             leaves = [leaf.requires_grad_() for leaf in leaves]
         with torch.set_grad_enabled(self.want_gradient):
-            with torch.autocast(self.rows.device.type, enabled=False):  # inside a drafter's forward it may be on
+            with torch.autocast(
+                self.rows.device.type, enabled=False
+            ):  # inside a drafter's forward it may be on
                 logits = apply_head(self.head, leaves[0])
             if self.low_rank_rows is not None:
                 logits = add_correction(logits, self.project(leaves[1]))
         return logits, leaves
 
     def learn(self, index: torch.Tensor, until_fail: bool) -> torch.Tensor:
-        """Losses, predictions and gradients of rows (blocks, slots) -> which are right. Of a row of `index`, slots
-        after the first wrong one are left out where `until_fail`."""
+        """Losses, predictions and gradients of rows (blocks, slots) -> which are right. Of a row of
+        `index`, slots after the first wrong one are left out where `until_fail`."""
         flat = index.flatten()
         logits, leaves = self.logits(flat)
         # fp32 logits of a plain head are overwritten in place: its backward needs no output
@@ -100,14 +106,20 @@ class _Walker:
         self.losses[flat] = torch.where(counted, losses, 0.0).to(self.losses.dtype)
         if self.want_gradient:
             weights = torch.where(counted, self.weights[flat].to(scores.dtype), 0.0)
-            scores.mul_((weights / total)[:, None])  # weight * softmax, then minus weight at the label
+            scores.mul_(
+                (weights / total)[:, None]
+            )  # weight * softmax, then minus weight at the label
             scores.scatter_add_(1, labels[:, None], -weights[:, None])
             # a backward pass belongs outside autocast, which would cast the head's own products
             with torch.autocast(self.rows.device.type, enabled=False):
-                found = torch.autograd.grad(logits, [*leaves, *self.parameters], scores.to(logits.dtype))
+                found = torch.autograd.grad(
+                    logits, [*leaves, *self.parameters], scores.to(logits.dtype)
+                )
             for rows, gradient in zip(self.row_gradients, found):
                 rows[flat] = gradient
-            for total_gradient, gradient in zip(self.gradients[len(leaves) :], found[len(leaves) :]):
+            for total_gradient, gradient in zip(
+                self.gradients[len(leaves) :], found[len(leaves) :]
+            ):
                 total_gradient += gradient
         return (right & counted).view(index.shape)
 
@@ -121,7 +133,9 @@ class _Walker:
         """Slot by slot, only blocks still alive."""
         alive, slot = self.valid[:, 0].nonzero()[:, 0], 0
         while slot < self.slots and len(alive):
-            width = min(max(1, min(FEWEST_ROWS, self.rows_per_chunk) // len(alive)), self.slots - slot)
+            width = min(
+                max(1, min(FEWEST_ROWS, self.rows_per_chunk) // len(alive)), self.slots - slot
+            )
             slots = torch.arange(slot, slot + width, device=alive.device)
             slot += width
             survivors = []
@@ -141,7 +155,8 @@ class _Walker:
 
 
 class _HeadLossFunction(torch.autograd.Function):
-    """Hands the gradients that a walk has formed to autograd: of hidden, low-rank rows and parameters."""
+    """Hands the gradients that a walk has formed to autograd: of hidden, low-rank rows and
+    parameters."""
 
     @staticmethod
     def forward(ctx, value, gradients, *trained):
@@ -160,13 +175,14 @@ def trainable(module: nn.Module | None) -> list[nn.Parameter]:
 
 
 def _unknown_weights(spec: LossSpec) -> ValueError:
-    """The refusal of a trainable head whose gradient would need weights that only the finished walk knows."""
+    """The refusal of a trainable head whose gradient would need weights that only the finished walk
+    knows."""
     found = "normalisation: per_block"
     if spec.objective.factor is not None:
         found = "an objective that weighs by probabilities"
     return ValueError(
-        f"{found} cannot be had for a trainable head: a block's weights are known only after its gradient. Use "
-        "normalisation: pooled and an objective without probabilities."
+        f"{found} cannot be had for a trainable head: a block's weights are known only after its"
+        " gradient. Use normalisation: pooled and an objective without probabilities."
     )
 
 
@@ -181,25 +197,30 @@ def head_loss(
     support: torch.Tensor | None = None,
     low_rank: tuple[torch.Tensor, nn.Module] | None = None,
 ) -> HeadLoss:
-    """Numerator and denominator of an objective, from the drafter's hidden rows and the target's frozen head.
+    """Numerator and denominator of an objective, from the drafter's hidden rows and the target's
+    frozen head.
 
     Args:
         hidden (`torch.Tensor` of shape `(B, N, P, H)`): of the slots that predict.
         head (`nn.Module`): `target.get_output_embeddings()`; frozen, also quantised.
-        labels, valid (`torch.Tensor` of shape `(B, N, P)`): `valid` bool, contiguous from the first slot.
+        labels, valid (`torch.Tensor` of shape `(B, N, P)`): `valid` bool, contiguous from the first
+        slot.
         spec (`LossSpec`): its objective is the one these logits are judged by.
-        every_prediction (`bool`, *optional*): also predict valid slots that do not count, for diagnostics.
-        support (`torch.BoolTensor` of shape `(B, N, P)`, *optional*): the valid slots that may count at all,
-            contiguous from the first slot; by default all.
-        low_rank (`tuple`, *optional*): trainable rows (B, N, P, E) and the module without biases that makes a
-            correction (..., V) of them, which is added to the logits (Domino's head, arXiv 2605.29707); rows and
-            the module's trained parameters receive their gradient.
+        every_prediction (`bool`, *optional*): also predict valid slots that do not count, for
+            diagnostics.
+        support (`torch.BoolTensor` of shape `(B, N, P)`, *optional*): the valid slots that may
+            count at all, contiguous from the first slot; by default all.
+        low_rank (`tuple`, *optional*): trainable rows (B, N, P, E) and the module without biases
+            that makes a correction (..., V) of them, which is added to the logits (Domino's head,
+            arXiv 2605.29707); rows and the module's trained parameters receive their gradient.
 
     Raises:
-        ValueError: `low_rank` with weights that are known only after the walk: the module's gradient needs them in it.
+        ValueError: `low_rank` with weights that are known only after the walk: the module's
+            gradient needs them in it.
     """
     objective, gamma, per_block = spec.objective, spec.gamma, spec.normalisation == "per_block"
-    # Slots are weighed while a block is walked. What depends on the whole block is multiplied in afterwards.
+    # Slots are weighed while a block is walked. What depends on the whole block is multiplied in
+    # afterwards.
     weighs_later = objective.factor is not None or (per_block and objective.until_fail)
     if low_rank is not None and weighs_later:
         raise _unknown_weights(spec)
@@ -207,12 +228,16 @@ def head_loss(
     tiny = torch.finfo(wide).tiny
     counting = valid if support is None else support
     # what each slot weighs if the walk reaches it, as far as that is known
-    if_reached = objective.without_factor().weights(torch.ones_like(valid), counting, gamma).to(wide)
+    if_reached = (
+        objective.without_factor().weights(torch.ones_like(valid), counting, gamma).to(wide)
+    )
     if per_block and not weighs_later:
         if_reached = if_reached / if_reached.sum(-1, keepdim=True).clamp(min=tiny)
     trained = [hidden] if low_rank is None else [hidden, low_rank[0], *trainable(low_rank[1])]
     want_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in trained)
-    walker = _Walker(hidden, head, labels, counting, if_reached, low_rank, want_gradient, spec.rows_per_chunk)
+    walker = _Walker(
+        hidden, head, labels, counting, if_reached, low_rank, want_gradient, spec.rows_per_chunk
+    )
     if objective.until_fail:
         walker.until_first_failure()
     else:

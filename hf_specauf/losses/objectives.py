@@ -4,7 +4,8 @@ Shape letters are those of `blocks.py`; P predictions of a block. The loss of an
 
     sum(weight * cross-entropy) / sum(weight)
 
-over everything an optimizer step sees. Weights carry no gradient. To add an objective, add one entry to `OBJECTIVES`.
+over everything an optimizer step sees. Weights carry no gradient. To add an objective, add one
+entry to `OBJECTIVES`.
 """
 
 from collections.abc import Callable
@@ -19,18 +20,19 @@ DECAY_GAMMA = {16: 7.0, 10: 5.0, 8: 4.0}
 
 @dataclass(frozen=True)
 class Objective:
-    """One entry of the table: how a drafter's logits are judged. A drafter with two branches of logits (Domino's
-    backbone, and the same corrected by a causal head) has an entry with a `base`; the entry itself then judges the
-    final logits, those that decoding uses.
+    """One entry of the table: how a drafter's logits are judged. A drafter with two branches of
+    logits (Domino's backbone, and the same corrected by a causal head) has an entry with a `base`;
+    the entry itself then judges the final logits, those that decoding uses.
 
     Attributes:
         title (`str`): what cards call it.
         says (`str`): what counts, in a few words, for `--help`.
-        until_fail (`bool`): only slots up to and *including* the first wrong one count (Accept-Until-Fail).
+        until_fail (`bool`): only slots up to and *including* the first wrong one count
+            (Accept-Until-Fail).
         decays (`bool`): slot k's weight is multiplied by exp(-(k-1) / gamma).
-        factor (`Callable`, *optional*): multiplies the weights by what the drafter predicted. Called with `right`
-            (bool), `log_p` (of the label; 0 where nothing was computed) and `support` (bool), each of shape
-            `(B, N, P)`; returns a tensor of that shape, 0 or more.
+        factor (`Callable`, *optional*): multiplies the weights by what the drafter predicted.
+            Called with `right` (bool), `log_p` (of the label; 0 where nothing was computed) and
+            `support` (bool), each of shape `(B, N, P)`; returns a tensor of that shape, 0 or more.
         base (`Objective`, *optional*): how the base branch's logits are judged.
         shared_support (`bool`): the final branch counts only slots that the base branch counts.
     """
@@ -50,12 +52,18 @@ class Objective:
 
     @property
     def supports_differ(self) -> bool:
-        """Whether the two branches may count different slots, so that the loss has two denominators."""
-        return self.base is not None and not self.shared_support and (self.until_fail or self.base.until_fail)
+        """Whether the two branches may count different slots, so that the loss has two
+        denominators."""
+        return (
+            self.base is not None
+            and not self.shared_support
+            and (self.until_fail or self.base.until_fail)
+        )
 
     @property
     def judges_every_slot(self) -> bool:
-        """Whether the loss needs a prediction of every valid slot. Otherwise the walk through a block stops early."""
+        """Whether the loss needs a prediction of every valid slot. Otherwise the walk through a
+        block stops early."""
         return not self.until_fail and not self.shared_support
 
     def without_factor(self) -> "Objective":
@@ -63,7 +71,8 @@ class Objective:
         return replace(self, factor=None)
 
     def support(self, right: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-        """The supported slots: those of the valid ones that count. Bool tensors of shape `(B, N, P)`."""
+        """The supported slots: those of the valid ones that count. Bool tensors of shape `(B, N,
+        P)`."""
         return first_failure_support(right, valid) if self.until_fail else valid
 
     @torch.no_grad()
@@ -77,11 +86,13 @@ class Objective:
         """Slot weights, without gradient.
 
         Args:
-            right (`torch.BoolTensor` of shape `(B, N, P)`): the drafter's first choice is the label.
-            valid (`torch.BoolTensor` of shape `(B, N, P)`): the slot is supervised; contiguous from the first slot.
+            right (`torch.BoolTensor` of shape `(B, N, P)`): the drafter's first choice is the
+                label.
+            valid (`torch.BoolTensor` of shape `(B, N, P)`): the slot is supervised; contiguous from
+                the first slot.
             gamma (`float`, *optional*): decay length in slots, where the objective decays.
-            log_p (`torch.Tensor` of shape `(B, N, P)`, *optional*): log-probability of the label, in nats; needed
-                where the objective has a `factor`.
+            log_p (`torch.Tensor` of shape `(B, N, P)`, *optional*): log-probability of the label,
+                in nats; needed where the objective has a `factor`.
 
         Returns:
             `torch.FloatTensor` of shape `(B, N, P)`, 0 outside the support.
@@ -98,18 +109,27 @@ class Objective:
 
 UNIFORM = Objective("equal weights", "all supervised slots")
 DECAY = Objective(
-    "decay weights", "all supervised slots, weighted exp(-(k-1)/gamma): the DFlash baseline", decays=True
+    "decay weights",
+    "all supervised slots, weighted exp(-(k-1)/gamma): the DFlash baseline",
+    decays=True,
 )
 AUF = Objective("Accept-Until-Fail", "up to and including the first wrong slot", until_fail=True)
 
 B_AUF = Objective(
-    "B-AUF (Accept-Until-Fail)", "base branch up to its first wrong slot, final branch everywhere", base=AUF
+    "B-AUF (Accept-Until-Fail)",
+    "base branch up to its first wrong slot, final branch everywhere",
+    base=AUF,
 )
 S_AUF = Objective(
     "S-AUF (Accept-Until-Fail)", "base branch up to its first wrong slot, final branch the same slots",
     base=AUF, shared_support=True,
 )  # fmt: skip
-F_AUF = Objective("F-AUF (Accept-Until-Fail)", "each branch up to its own first wrong slot", until_fail=True, base=AUF)
+F_AUF = Objective(
+    "F-AUF (Accept-Until-Fail)",
+    "each branch up to its own first wrong slot",
+    until_fail=True,
+    base=AUF,
+)
 
 
 def with_decay(objective: Objective) -> Objective:
@@ -126,7 +146,9 @@ OBJECTIVES: dict[str, Objective] = {
     "auf": AUF,
     "auf_decay": with_decay(AUF),
     # two branches: Domino (arXiv 2605.29707), Spec-AUF's section on Domino
-    "domino_decay": replace(DECAY, says="both branches everywhere, weighted exp(-(k-1)/gamma)", base=DECAY),
+    "domino_decay": replace(
+        DECAY, says="both branches everywhere, weighted exp(-(k-1)/gamma)", base=DECAY
+    ),
     "b_auf": B_AUF,
     "s_auf": S_AUF,
     "f_auf": F_AUF,
@@ -149,28 +171,32 @@ def find_objective(name: str) -> Objective:
     """
     if name not in OBJECTIVES:
         raise ValueError(
-            f"objective is {name!r}; it must be one of {', '.join(objectives_for(1))}, or for a Domino drafter one of "
-            f"{', '.join(objectives_for(2))}"
+            f"objective is {name!r}; it must be one of {', '.join(objectives_for(1))}, or for a"
+            f" Domino drafter one of {', '.join(objectives_for(2))}"
         )
     return OBJECTIVES[name]
 
 
 def resolve_gamma(name: str, block_size: int, gamma: float | None) -> float | None:
-    """`gamma` for an objective, checked: refused where it would be ignored, required where none is published.
+    """`gamma` for an objective, checked: refused where it would be ignored, required where none is
+    published.
 
     Raises:
-        ValueError: unknown objective; gamma with an objective that has no decay; no gamma for an unpublished K.
+        ValueError: unknown objective; gamma with an objective that has no decay; no gamma for an
+            unpublished K.
     """
     if not find_objective(name).decays:
         if gamma is not None:
             raise ValueError(
-                f"gamma is {gamma}, but objective {name!r} has no decay and would ignore it: remove gamma"
+                f"gamma is {gamma}, but objective {name!r} has no decay and would ignore it: remove"
+                " gamma"
             )
         return None
     if gamma is None and block_size not in DECAY_GAMMA:
         raise ValueError(
-            f"objective {name!r} needs gamma: published values exist for block sizes {sorted(DECAY_GAMMA)} only, and "
-            f"block_size is {block_size}. Give gamma (slots; about block_size / 2)."
+            f"objective {name!r} needs gamma: published values exist for block sizes"
+            f" {sorted(DECAY_GAMMA)} only, and block_size is {block_size}. Give gamma (slots; about"
+            " block_size / 2)."
         )
     gamma = DECAY_GAMMA[block_size] if gamma is None else float(gamma)
     if gamma <= 0:
@@ -185,8 +211,8 @@ class LossSpec:
     Attributes:
         objective (`Objective`): of the drafter, or of the one branch that is computed.
         gamma (`float`, *optional*): decay length in slots, where the objective decays.
-        normalisation (`str`): `pooled`: one division by all weights of an optimizer step. `per_block`: mean over
-            blocks of each block's own weighted mean.
+        normalisation (`str`): `pooled`: one division by all weights of an optimizer step.
+            `per_block`: mean over blocks of each block's own weighted mean.
         rows_per_chunk (`int`): slots whose logits (V each) are held at once.
     """
 
@@ -197,7 +223,10 @@ class LossSpec:
 
     def __post_init__(self):
         if self.normalisation not in NORMALISATIONS:
-            raise ValueError(f"normalisation is {self.normalisation!r}; it must be one of {', '.join(NORMALISATIONS)}")
+            raise ValueError(
+                f"normalisation is {self.normalisation!r}; it must be one of"
+                f" {', '.join(NORMALISATIONS)}"
+            )
 
     @classmethod
     def of(
@@ -214,11 +243,17 @@ class LossSpec:
         Raises:
             ValueError: as [`resolve_gamma`]; an unknown normalisation.
         """
-        return cls(find_objective(name), resolve_gamma(name, block_size, gamma), normalisation, rows_per_chunk)
+        return cls(
+            find_objective(name),
+            resolve_gamma(name, block_size, gamma),
+            normalisation,
+            rows_per_chunk,
+        )
 
     @property
     def supports_differ(self) -> bool:
-        """Whether the two branches have two denominators. `per_block` denominators count blocks: they are equal."""
+        """Whether the two branches have two denominators. `per_block` denominators count blocks:
+        they are equal."""
         return self.normalisation == "pooled" and self.objective.supports_differ
 
     def branch(self, objective: Objective) -> "LossSpec":
@@ -226,13 +261,17 @@ class LossSpec:
         return replace(self, objective=objective)
 
     def of_every_slot(self) -> "LossSpec":
-        """The same with every valid slot counted, in both branches: the most that a step can cost."""
+        """The same with every valid slot counted, in both branches: the most that a step can
+        cost."""
         base = None if self.objective.base is None else UNIFORM
-        return replace(self, objective=replace(UNIFORM, base=base), gamma=None, normalisation="pooled")
+        return replace(
+            self, objective=replace(UNIFORM, base=base), gamma=None, normalisation="pooled"
+        )
 
 
 def first_failure_support(right: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """AUF's support: valid slots up to and *including* the first wrong one (Spec-AUF, arXiv 2607.01893).
+    """AUF's support: valid slots up to and *including* the first wrong one (Spec-AUF, arXiv
+    2607.01893).
 
     Without the failing slot training collapses (arXiv 2608.30135: tau 3.11 against 5.75).
 
@@ -246,9 +285,14 @@ def first_failure_support(right: torch.Tensor, valid: torch.Tensor) -> torch.Ten
 
 @torch.no_grad()
 def slot_weights(
-    objective: str, logits: torch.Tensor, labels: torch.Tensor, valid: torch.Tensor, gamma: float | None = None
+    objective: str,
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    valid: torch.Tensor,
+    gamma: float | None = None,
 ) -> torch.Tensor:
-    """Slot weights of an objective, straight from a drafter's logits: the plain form of what `head_loss` walks.
+    """Slot weights of an objective, straight from a drafter's logits: the plain form of what
+    `head_loss` walks.
 
     Args:
         objective (`str`): a name in `OBJECTIVES`, of one branch.
@@ -258,8 +302,8 @@ def slot_weights(
         gamma (`float`, *optional*): decay length in slots, for objectives that decay.
 
     Returns:
-        `torch.FloatTensor` of shape `(B, N, K-1)`: 0 outside the support; for AUF (arXiv 2607.01893) 1 up to and
-        including the first slot where `argmax(logits) != labels`.
+        `torch.FloatTensor` of shape `(B, N, K-1)`: 0 outside the support; for AUF (arXiv
+        2607.01893) 1 up to and including the first slot where `argmax(logits) != labels`.
 
     Raises:
         ValueError: unknown objective, or gamma where it does not apply.
@@ -272,8 +316,8 @@ def slot_weights(
 def row_terms(
     losses: torch.Tensor, weights: torch.Tensor, normalisation: str = "pooled"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Numerator and denominator of the loss, row by row; they add up over rows, micro-batches and ranks before the
-    one division.
+    """Numerator and denominator of the loss, row by row; they add up over rows, micro-batches and
+    ranks before the one division.
 
     Args:
         losses (`torch.Tensor` of shape `(B, N, P)`): cross-entropy of each slot.
@@ -281,7 +325,8 @@ def row_terms(
         normalisation (`str`): as in [`LossSpec`].
 
     Returns:
-        Two tensors of shape `(B,)`. With nothing supervised both are 0 and the numerators still have their graph.
+        Two tensors of shape `(B,)`. With nothing supervised both are 0 and the numerators still
+        have their graph.
     """
     weights = weights.detach().to(losses.dtype)
     # where, not times: a slot of weight 0 may hold anything, even inf

@@ -1,1 +1,2 @@
-"""What goes to the Hub, and comes from it: the staged folder, the card, and a look at it as a stranger."""
+"""What goes to the Hub, and comes from it: the staged folder, the card, and a look at it as a
+stranger."""

@@ -1,4 +1,5 @@
-"""Plain and assisted decoding of the same prompts, compared: token by token, by tau, and by the clock."""
+"""Plain and assisted decoding of the same prompts, compared: token by token, by tau, and by the
+clock."""
 
 import time
 from pathlib import Path
@@ -19,14 +20,16 @@ NEAR_TIE = 1e-3  # fp32: a first difference is a tie of rounding if the target's
 
 
 def near_tie_bound(dtype: torch.dtype, logits: torch.Tensor) -> float:
-    """Largest gap between the target's two best logits at which rounding alone can flip the choice (vllm#54928)."""
+    """Largest gap between the target's two best logits at which rounding alone can flip the choice
+    (vllm#54928)."""
     if dtype in (torch.float32, torch.float64):
         return NEAR_TIE
     return 4 * torch.finfo(dtype).eps * logits.abs().max().item()
 
 
 def first_difference(target, plain: torch.Tensor, assisted: torch.Tensor) -> dict | None:
-    """`None` if two outputs (1, T) are equal, else where they part and the target's top-2 logit gap there."""
+    """`None` if two outputs (1, T) are equal, else where they part and the target's top-2 logit gap
+    there."""
     if torch.equal(plain, assisted):
         return None
     shorter = min(plain.shape[1], assisted.shape[1])
@@ -40,7 +43,8 @@ def first_difference(target, plain: torch.Tensor, assisted: torch.Tensor) -> dic
 
 
 def repetition(tokens: list[int], n: int = 4) -> float:
-    """Share of n-grams that occurred before in the same output; high tau on a loop is no achievement (SwiftLM#88)."""
+    """Share of n-grams that occurred before in the same output; high tau on a loop is no
+    achievement (SwiftLM#88)."""
     grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
@@ -48,23 +52,32 @@ def repetition(tokens: list[int], n: int = 4) -> float:
 def decoding_config(
     target: PreTrainedModel, max_new_tokens: int, pad_token_id: int | None, temperature: float = 0.0
 ) -> GenerationConfig:
-    """What a measurement is decoded with: every field transformers' default, so that none is the target's own (a
-    repetition penalty or top-p shipped with it); only its end-of-sequence tokens, past which nothing may be drafted.
+    """What a measurement is decoded with: every field transformers' default, so that none is the
+    target's own (a repetition penalty or top-p shipped with it); only its end-of-sequence tokens,
+    past which nothing may be drafted.
 
     Args:
         temperature (`float`, *optional*, defaults to 0): 0 is greedy.
     """
-    sampled = dict(do_sample=True, temperature=temperature, top_k=0) if temperature > 0 else dict(do_sample=False)
+    sampled = (
+        dict(do_sample=True, temperature=temperature, top_k=0)
+        if temperature > 0
+        else dict(do_sample=False)
+    )
     config = GenerationConfig(
         max_new_tokens=max_new_tokens, pad_token_id=pad_token_id, eos_token_id=target.generation_config.eos_token_id,
         **sampled,
     )  # fmt: skip
     defaults = GenerationConfig._get_default_generation_params()
-    config.update(**{key: value for key, value in defaults.items() if key != "max_length"}, defaults_only=True)
+    config.update(
+        **{key: value for key, value in defaults.items() if key != "max_length"}, defaults_only=True
+    )
     return config
 
 
-def prompt_row(prompt: torch.Tensor, plain: tuple, assisted: tuple, rounds: list[Round], difference) -> dict:
+def prompt_row(
+    prompt: torch.Tensor, plain: tuple, assisted: tuple, rounds: list[Round], difference
+) -> dict:
     """What is noted of one prompt (1, S) and its (output (1, T), seconds), plain and assisted."""
     return {
         "prompt_tokens": prompt.shape[1],
@@ -77,12 +90,18 @@ def prompt_row(prompt: torch.Tensor, plain: tuple, assisted: tuple, rounds: list
     }
 
 
-def timed(target, prompt: torch.Tensor, assistant, config: GenerationConfig, seed: int) -> tuple[torch.Tensor, float]:
-    """Generate after a prompt (1, S), plainly where `assistant` is `None` -> output (1, T) and seconds."""
+def timed(
+    target, prompt: torch.Tensor, assistant, config: GenerationConfig, seed: int
+) -> tuple[torch.Tensor, float]:
+    """Generate after a prompt (1, S), plainly where `assistant` is `None` -> output (1, T) and
+    seconds."""
     torch.manual_seed(seed)
     start = time.perf_counter()
     output = target.generate(
-        prompt, attention_mask=torch.ones_like(prompt), generation_config=config, assistant_model=assistant
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        generation_config=config,
+        assistant_model=assistant,
     )
     if output.is_cuda:
         torch.cuda.synchronize()
@@ -107,31 +126,54 @@ def compare(
         target, drafter: as for `attach`.
         prompts (`list[torch.LongTensor]` of shape `(1, S)`).
         max_new_tokens (`int`): tokens generated for each.
-        temperature (`float`, *optional*, defaults to 0): 0 is greedy, and outputs must be equal; above 0 they are
-            samples, and equality is not asked for.
+        temperature (`float`, *optional*, defaults to 0): 0 is greedy, and outputs must be equal;
+            above 0 they are samples, and equality is not asked for.
 
     Returns:
-        dict with `acceptance` (tau, alpha, ...), `plain_tokens_per_second`, `tokens_per_second`, `speedup`,
-        `lossless` (counts of identical, near_tie and different outputs), `repetition` and a list of `prompts`.
+        dict with `acceptance` (tau, alpha, ...), `plain_tokens_per_second`, `tokens_per_second`,
+        `speedup`, `lossless` (counts of identical, near_tie and different outputs), `repetition`
+        and a list of `prompts`.
     """
     model = innermost(target)
     config = decoding_config(model, max_new_tokens, pad_token_id, temperature)
     kinds = [("plain", None), ("assisted", drafter)]
-    tokens, rows, counts = {"plain": 0, "assisted": 0}, [], {"identical": 0, "near_tie": 0, "different": 0}
+    tokens, rows, counts = (
+        {"plain": 0, "assisted": 0},
+        [],
+        {"identical": 0, "near_tie": 0, "different": 0},
+    )
 
     with attach(target, drafter, max_draft_tokens=max_draft_tokens) as attachment, torch.no_grad():
         for _, assistant in kinds:  # warm up, not counted
             timed(target, prompts[0], assistant, config, seed)
         attachment.generations.clear()
-        for turn, prompt in enumerate(track(prompts, "decoding", disable=not show_progress, transient=True)):
+        for turn, prompt in enumerate(
+            track(prompts, "decoding", disable=not show_progress, transient=True)
+        ):
             order = kinds if turn % 2 else kinds[::-1]
-            found = {kind: timed(target, prompt, assistant, config, seed) for kind, assistant in order}
-            difference = first_difference(model, found["plain"][0], found["assisted"][0]) if temperature == 0 else None
-            verdict = "identical" if difference is None else "near_tie" if difference["near_tie"] else "different"
+            found = {
+                kind: timed(target, prompt, assistant, config, seed) for kind, assistant in order
+            }
+            difference = (
+                first_difference(model, found["plain"][0], found["assisted"][0])
+                if temperature == 0
+                else None
+            )
+            verdict = (
+                "identical"
+                if difference is None
+                else "near_tie"
+                if difference["near_tie"]
+                else "different"
+            )
             counts[verdict] += temperature == 0
             for kind, (output, _) in found.items():
                 tokens[kind] += output.shape[1] - prompt.shape[1]
-            rows.append(prompt_row(prompt, **found, rounds=attachment.generations[-1], difference=difference))
+            rows.append(
+                prompt_row(
+                    prompt, **found, rounds=attachment.generations[-1], difference=difference
+                )
+            )
         acceptance = attachment.acceptance()
     rate = {kind: tokens[kind] / sum(row[f"{kind}_seconds"] for row in rows) for kind in tokens}
     return {
@@ -159,7 +201,10 @@ def evaluation_record(results: dict, target, *, prompts: str, **conditions) -> d
     return {
         "tau_definition": TAU_DEFINITION,
         "target": Identity.of(target).record() | {"dtype": dtype},
-        "conditions": {"prompts": prompts, "batch_size": 1, "hardware": found["hardware"], "dtype": dtype} | given,
+        "conditions": (
+            {"prompts": prompts, "batch_size": 1, "hardware": found["hardware"], "dtype": dtype}
+            | given
+        ),
         "environment": found,
         **results,
     }
@@ -192,10 +237,17 @@ def show(results: dict, console: Console) -> None:
     """A table of one comparison, and the verdict in words."""
     acceptance = results["acceptance"]
     table = Table("", "plain", "with drafter")
-    table.add_row("tokens/s", f"{results['plain_tokens_per_second']:.1f}", f"{results['tokens_per_second']:.1f}")
+    table.add_row(
+        "tokens/s",
+        f"{results['plain_tokens_per_second']:.1f}",
+        f"{results['tokens_per_second']:.1f}",
+    )
     table.add_row("tau", "1.00", number(acceptance["tau"]))
     table.add_row("alpha_1, 2, 3", "", "  ".join(map(number, acceptance["alpha"][:3])))
     console.print(table)
     faster = results["speedup"]
-    console.print(f"{'faster' if faster > 1 else 'SLOWER than plain decoding'}: {faster:.2f}x. {TAU_DEFINITION}.")
+    console.print(
+        f"{'faster' if faster > 1 else 'SLOWER than plain decoding'}: {faster:.2f}x."
+        f" {TAU_DEFINITION}."
+    )
     console.print(f"outputs: {results['lossless']}; repeated 4-grams: {results['repetition']:.0%}")

@@ -1,4 +1,5 @@
-"""What a person meets while a drafter trains: Ctrl-C that loses nothing, and a progress bar that shows tau."""
+"""What a person meets while a drafter trains: Ctrl-C that loses nothing, and a progress bar that
+shows tau."""
 
 import signal
 
@@ -9,7 +10,9 @@ class InterruptCallback(TrainerCallback):
     """Ctrl-C finishes the step, saves a checkpoint and stops; a second Ctrl-C stops at once."""
 
     previous = None
-    agreed: bool | None = None  # of several processes: whether any was interrupted, as all of them know it
+    agreed: bool | None = (
+        None  # of several processes: whether any was interrupted, as all of them know it
+    )
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Take over SIGINT for the time of training."""
@@ -23,7 +26,10 @@ class InterruptCallback(TrainerCallback):
         if self.interrupted:
             raise KeyboardInterrupt
         self.interrupted = True
-        print("\ninterrupted: finishing this step and saving; press Ctrl-C again to stop at once", flush=True)
+        print(
+            "\ninterrupted: finishing this step and saving; press Ctrl-C again to stop at once",
+            flush=True,
+        )
 
     def on_step_end(self, args, state, control, **kwargs):
         """Ask for a checkpoint and the end."""
@@ -42,12 +48,18 @@ class InterruptCallback(TrainerCallback):
 
 
 class TauProgressCallback(ProgressCallback):
-    """Trainer's progress bar with loss and tau beside it, instead of a line of JSON for every log."""
+    """Trainer's progress bar with loss and tau beside it, instead of a line of JSON for every
+    log."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Show the newest figures."""
         if state.is_world_process_zero and self.training_bar is not None:
-            names = {"loss": "loss", "teacher_forced_tau": "tf_tau", "eval_tau": "tau", "active_ratio": "active"}
+            names = {
+                "loss": "loss",
+                "teacher_forced_tau": "tf_tau",
+                "eval_tau": "tau",
+                "active_ratio": "active",
+            }
             self.shown = getattr(self, "shown", {}) | {
                 short: f"{logs[name]:.3f}" for name, short in names.items() if name in (logs or {})
             }

@@ -12,8 +12,8 @@ SAVED_AT = "saved_at"  # seconds since 1970, which copying a folder does not cha
 
 
 def checkpoints_by_age(output_dir: str | Path) -> list[str]:
-    """Checkpoints, the oldest first: by when they were written, and not by their step, since an output folder may hold
-    those of an earlier, longer run."""
+    """Checkpoints, the oldest first: by when they were written, and not by their step, since an
+    output folder may hold those of an earlier, longer run."""
 
     def written(checkpoint: str) -> float:
         path = Path(checkpoint, SAVED_AT)
@@ -23,8 +23,9 @@ def checkpoints_by_age(output_dir: str | Path) -> list[str]:
 
 
 class CompleteCheckpoints:
-    """Mixed into a Trainer: it writes checkpoints in place and finds the last one by its name, so a kill in the middle
-    of a save would leave a folder that looks like a checkpoint and is not one."""
+    """Mixed into a Trainer: it writes checkpoints in place and finds the last one by its name, so a
+    kill in the middle of a save would leave a folder that looks like a checkpoint and is not
+    one."""
 
     _is_saving = False
 
@@ -40,10 +41,14 @@ class CompleteCheckpoints:
         return self._saving_folder if self._is_saving else super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model, trial) -> None:
-        """Trainer's own, written beside and renamed when every rank is done: whatever is called `checkpoint-*` is
-        complete, also after a kill in the middle of saving or of deleting an old one."""
+        """Trainer's own, written beside and renamed when every rank is done: whatever is called
+        `checkpoint-*` is complete, also after a kill in the middle of saving or of deleting an old
+        one."""
         kept = self.args.save_total_limit, self.args.push_to_hub
-        self.args.save_total_limit, self.args.push_to_hub = None, False  # done below, by its final name
+        self.args.save_total_limit, self.args.push_to_hub = (
+            None,
+            False,
+        )  # done below, by its final name
         self._is_saving = True
         try:
             super()._save_checkpoint(model, trial)
@@ -59,7 +64,9 @@ class CompleteCheckpoints:
                 self.state.best_model_checkpoint = best
         if self.args.should_save:
             written = os.path.join(self._saving_folder, name)
-            self.state.save_to_json(os.path.join(written, TRAINER_STATE_NAME))  # with the best checkpoint's final name
+            self.state.save_to_json(
+                os.path.join(written, TRAINER_STATE_NAME)
+            )  # with the best checkpoint's final name
             Path(written, SAVED_AT).write_text(str(time.time()))
             self._remove(newest)  # of an earlier run; this one is newer
             os.rename(written, newest)
@@ -76,9 +83,12 @@ class CompleteCheckpoints:
             shutil.rmtree(doomed)
 
     def _remove_old_checkpoints(self, newest: str) -> None:
-        """Keep `save_total_limit` checkpoints, the newest and the best among them; the oldest go first."""
+        """Keep `save_total_limit` checkpoints, the newest and the best among them; the oldest go
+        first."""
         checkpoints = checkpoints_by_age(self.args.output_dir)
-        others = [path for path in checkpoints if path not in (newest, self.state.best_model_checkpoint)]
+        others = [
+            path for path in checkpoints if path not in (newest, self.state.best_model_checkpoint)
+        ]
         excess = len(checkpoints) - (self.args.save_total_limit or len(checkpoints))
         for checkpoint in others[: max(excess, 0)]:
             self._remove(checkpoint)

@@ -9,7 +9,8 @@ from transformers.utils import is_torch_bf16_gpu_available
 from ..losses.branches import check_domino_keys
 from ..losses.objectives import NORMALISATIONS, OBJECTIVES, find_objective
 
-# Keys of TrainingArguments that would be accepted and ignored, or break the exact loss, and their harmless values.
+# Keys of TrainingArguments that would be accepted and ignored, or break the exact loss, and their
+# harmless values.
 INAPPLICABLE = {
     "label_smoothing_factor": 0.0, "neftune_noise_alpha": None, "use_liger_kernel": False, "batch_eval_metrics": False,
     "prediction_loss_only": False, "remove_unused_columns": False, "auto_find_batch_size": False,
@@ -28,86 +29,130 @@ class AUFConfig(TrainingArguments):
     objective: str = field(
         default="auf",
         metadata={
-            "help": "Which slots count. "
-            + "; ".join(f"{name}: {entry.says}" for name, entry in OBJECTIVES.items())
-            + ". Those with a base branch are for Domino drafters."
+            "help": (
+                "Which slots count. "
+                + "; ".join(f"{name}: {entry.says}" for name, entry in OBJECTIVES.items())
+                + ". Those with a base branch are for Domino drafters."
+            )
         },
     )
     gamma: float | None = field(
         default=None,
         metadata={
-            "help": "Decay length in slots, for decay and auf_decay; by default 7, 5, 4 for block size 16, 10, 8."
+            "help": (
+                "Decay length in slots, for decay and auf_decay; by default 7, 5, 4 for block size"
+                " 16, 10, 8."
+            )
         },
     )
     lambda_decay_ratio: float | None = field(
         default=None,
         metadata={
-            "help": "Share of training over which a Domino drafter's base loss gives way to the final one (default 1)."
+            "help": (
+                "Share of training over which a Domino drafter's base loss gives way to the final"
+                " one (default 1)."
+            )
         },
     )
     normalisation: str = field(
         default="pooled",
-        metadata={"help": "pooled: one division by all weights of an optimizer step. per_block: mean of block means."},
+        metadata={
+            "help": (
+                "pooled: one division by all weights of an optimizer step. per_block: mean of block"
+                " means."
+            )
+        },
     )
     anchors_per_row: int = field(
         default=512,
         metadata={
-            "help": "N, blocks drawn from each row at each step. A micro-batch holds per_device_train_batch_size "
-            "times as many; that product, at the longest row, is what is tried for memory at the start."
+            "help": (
+                "N, blocks drawn from each row at each step. A micro-batch holds"
+                " per_device_train_batch_size times as many; that product, at the longest row, is"
+                " what is tried for memory at the start."
+            )
         },
     )
-    max_length: int = field(default=3072, metadata={"help": "S, tokens of a row; longer conversations are truncated."})
+    max_length: int = field(
+        default=3072, metadata={"help": "S, tokens of a row; longer conversations are truncated."}
+    )
     head_rows_per_chunk: int = field(
-        default=256, metadata={"help": "Slots whose logits are held at once; lower it to save memory."}
+        default=256,
+        metadata={"help": "Slots whose logits are held at once; lower it to save memory."},
     )
     shard_target: bool = field(
         default=False,
-        metadata={"help": "Spread the target's decoder layers over all processes, where one GPU cannot hold it."},
+        metadata={
+            "help": (
+                "Spread the target's decoder layers over all processes, where one GPU cannot"
+                " hold it."
+            )
+        },
     )
     eval_prompts: int = field(
-        default=8, metadata={"help": "Held-out prompts decoded at each evaluation for eval_tau; 0 for none."}
+        default=8,
+        metadata={"help": "Held-out prompts decoded at each evaluation for eval_tau; 0 for none."},
     )
     eval_new_tokens: int = field(default=64, metadata={"help": "Tokens decoded for each of them."})
     per_device_eval_batch_size: int | None = field(
-        default=None, metadata={"help": "Held-out rows at once; by default per_device_train_batch_size."}
+        default=None,
+        metadata={"help": "Held-out rows at once; by default per_device_train_batch_size."},
     )
     learning_rate: float = field(default=6e-4, metadata={"help": "Peak learning rate."})
     muon_learning_rate: float | None = field(
         default=None,
         metadata={
-            "help": "Train the drafter's matrices by Muon at this rate (try 0.02), the rest, and those with embed in "
-            "their name (Domino's embed_proj), by AdamW at learning_rate; by default AdamW (or optim) trains all."
+            "help": (
+                "Train the drafter's matrices by Muon at this rate (try 0.02), the rest, and those"
+                " with embed in their name (Domino's embed_proj), by AdamW at learning_rate; by"
+                " default AdamW (or optim) trains all."
+            )
         },
     )
-    logging_steps: float = field(default=10, metadata={"help": "Log every this many steps (a share of them if < 1)."})
+    logging_steps: float = field(
+        default=10, metadata={"help": "Log every this many steps (a share of them if < 1)."}
+    )
     bf16: bool | None = field(
         default=None,
-        metadata={"help": "bf16 autocast over fp32 drafter weights; by default on where a GPU supports it."},
+        metadata={
+            "help": (
+                "bf16 autocast over fp32 drafter weights; by default on where a GPU supports it."
+            )
+        },
     )
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay false: rows carry more than ids."})
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Must stay false: rows carry more than ids."}
+    )
 
     def __post_init__(self):
         if self.per_device_eval_batch_size is None:
             self.per_device_eval_batch_size = self.per_device_train_batch_size
         if self.fp16:
-            raise ValueError("fp16: true would train a drafter that accepts nothing (vllm#55250): use bf16: true")
+            raise ValueError(
+                "fp16: true would train a drafter that accepts nothing (vllm#55250): use bf16: true"
+            )
         if self.bf16 is None:
-            self.bf16 = not self.use_cpu and torch.cuda.is_available() and is_torch_bf16_gpu_available()
+            self.bf16 = (
+                not self.use_cpu and torch.cuda.is_available() and is_torch_bf16_gpu_available()
+            )
         find_objective(self.objective)
         check_domino_keys(self.objective, self.normalisation, self.lambda_decay_ratio)
         if self.normalisation not in NORMALISATIONS:
-            raise ValueError(f"normalisation is {self.normalisation!r}; it must be one of {', '.join(NORMALISATIONS)}")
+            raise ValueError(
+                f"normalisation is {self.normalisation!r}; it must be one of"
+                f" {', '.join(NORMALISATIONS)}"
+            )
         if self.eval_prompts and self.eval_new_tokens < 2:
             raise ValueError(
-                f"eval_new_tokens is {self.eval_new_tokens}: the first token comes from the prefill, so tau needs 2 "
-                "or more; eval_prompts: 0 leaves decoding out"
+                f"eval_new_tokens is {self.eval_new_tokens}: the first token comes from the"
+                " prefill, so tau needs 2 or more; eval_prompts: 0 leaves decoding out"
             )
         defaults = {field.name: field.default for field in fields(self)}
         for key in ("optim", "adam_beta1", "adam_beta2", "adam_epsilon"):
             if self.muon_learning_rate is not None and getattr(self, key) != defaults[key]:
                 raise ValueError(
-                    f"{key} is {getattr(self, key)}, and muon_learning_rate brings an optimizer of its own that would "
-                    "ignore it: remove one of the two keys"
+                    f"{key} is {getattr(self, key)}, and muon_learning_rate brings an optimizer of"
+                    " its own that would ignore it: remove one of the two keys"
                 )
         for key in ("anchors_per_row", "head_rows_per_chunk"):
             if getattr(self, key) < 1:
@@ -120,17 +165,18 @@ class AUFConfig(TrainingArguments):
         use_fsdp2 = "use FSDP2 (recipes/accelerate/fsdp2.yaml)"
         if self.deepspeed_plugin is not None and self.gradient_accumulation_steps > 1:
             raise ValueError(
-                f"gradient_accumulation_steps is {self.gradient_accumulation_steps}, and DeepSpeed divides each micro-"
-                f"batch's loss before all are known: set it to 1, or {use_fsdp2}"
+                f"gradient_accumulation_steps is {self.gradient_accumulation_steps}, and DeepSpeed"
+                " divides each micro-batch's loss before all are known: set it to 1, or"
+                f" {use_fsdp2}"
             )
         if self.deepspeed_plugin is not None and self.deepspeed_plugin.zero_stage == 3:
             raise ValueError(
-                "zero_stage is 3, which shards the target too, and reading its hidden states and saving the drafter "
-                f"need whole weights: set it to 2, or {use_fsdp2}"
+                "zero_stage is 3, which shards the target too, and reading its hidden states and"
+                f" saving the drafter need whole weights: set it to 2, or {use_fsdp2}"
             )
         for key, harmless in INAPPLICABLE.items():
             if getattr(self, key) != harmless:
                 raise ValueError(
-                    f"{key}: {getattr(self, key)} does not apply to block drafters and would be ignored or do harm: "
-                    "remove the key"
+                    f"{key}: {getattr(self, key)} does not apply to block drafters and would be"
+                    " ignored or do harm: remove the key"
                 )

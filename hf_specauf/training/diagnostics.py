@@ -40,7 +40,8 @@ def count_rows(
 
     Args:
         numerators, denominators (`torch.Tensor` of shape `(B,)`): of the loss.
-        found, base (`HeadLoss`): of the logits that decoding uses, and of the base branch where there is one.
+        found, base (`HeadLoss`): of the logits that decoding uses, and of the base branch where
+        there is one.
         valid (`torch.BoolTensor` of shape `(B, N, P)`).
         drafted (`int`): slots of a block that decoding drafts, K - 1.
         slots (`int`): slots of a row's anchors, real or not.
@@ -69,8 +70,8 @@ def count_rows(
 
 
 def diagnostics(sums: torch.Tensor) -> dict[str, float]:
-    """The paper's diagnostics from summed counters (len(COUNTERS),). A Domino drafter's are of its final logits;
-    `base_active_ratio` is its base branch's."""
+    """The paper's diagnostics from summed counters (len(COUNTERS),). A Domino drafter's are of its
+    final logits; `base_active_ratio` is its base branch's."""
     total = named(sums)
 
     def ratio(a: str, b: str) -> float:
@@ -104,8 +105,9 @@ class StepTotals(NamedTuple):
 
 
 class StepSums:
-    """The loss of the optimizer step under way, summed over its micro-batches, and what else the processes must agree
-    on. One reduction carries all of it, so that every process draws the same conclusion."""
+    """The loss of the optimizer step under way, summed over its micro-batches, and what else the
+    processes must agree on. One reduction carries all of it, so that every process draws the same
+    conclusion."""
 
     def __init__(self, device: torch.device):
         self._terms = torch.zeros(2, dtype=torch.float64, device=device)

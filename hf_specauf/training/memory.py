@@ -1,5 +1,5 @@
-"""Run the largest possible micro-batch once before training, so that an out-of-memory error appears at once and not
-hours later."""
+"""Run the largest possible micro-batch once before training, so that an out-of-memory error appears
+at once and not hours later."""
 
 from contextlib import nullcontext
 from functools import partial
@@ -17,7 +17,8 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 def try_largest_batch(trainer, model) -> None:
     """Run the largest micro-batch that can come, forward and backward.
 
-    Where FSDP2 shards and memory runs out on some ranks alone, the others wait for them until `ddp_timeout`.
+    Where FSDP2 shards and memory runs out on some ranks alone, the others wait for them until
+    `ddp_timeout`.
 
     Args:
         trainer (`AUFTrainer`): its data, target and arguments say how large that is.
@@ -43,21 +44,31 @@ def try_largest_batch(trainer, model) -> None:
     trained = [local(p) for p in model.parameters() if p.requires_grad]
     adamw = args.muon_learning_rate is None and args.optim.startswith("adamw_torch")
     # without its reduction FSDP2 keeps the whole gradient where zero_grad does not reach it
-    no_sync = nullcontext if trainer.accelerator.is_fsdp2 else partial(trainer.accelerator.no_sync, model)
+    no_sync = (
+        nullcontext if trainer.accelerator.is_fsdp2 else partial(trainer.accelerator.no_sync, model)
+    )
     moments, anchors, fits = [], min(args.anchors_per_row, length), 0
     wanted = anchors
     with torch.random.fork_rng(devices=[args.device] if args.device.type == "cuda" else []):
         while anchors and not fits:
             failed = torch.tensor(0, device=args.device)
             # anchors at the end of a row see the most
-            inputs["supervised"] = (position >= length - anchors - trainer.block_size) & (document_ids == 0)
+            inputs["supervised"] = (position >= length - anchors - trainer.block_size) & (
+                document_ids == 0
+            )
             try:
-                if trainer.state.global_step == 0 and adamw:  # its moments, which the first step will allocate
-                    moments += [torch.empty(2, *p.shape, dtype=p.dtype, device=args.device) for p in trained]
+                if (
+                    trainer.state.global_step == 0 and adamw
+                ):  # its moments, which the first step will allocate
+                    moments += [
+                        torch.empty(2, *p.shape, dtype=p.dtype, device=args.device) for p in trained
+                    ]
                 with no_sync(), trainer.compute_loss_context_manager():
                     spec = trainer.loss_spec.of_every_slot()
                     _, found, base = trainer._run_blocks(model, inputs, 0, anchors, spec)
-                    trainer.accelerator.backward(found.numerator + (0 if base is None else base.numerator))
+                    trainer.accelerator.backward(
+                        found.numerator + (0 if base is None else base.numerator)
+                    )
             except RuntimeError as error:
                 if not should_reduce_batch_size(error):
                     raise
@@ -73,7 +84,8 @@ def try_largest_batch(trainer, model) -> None:
     if fits < wanted:
         advice = f"anchors_per_row: {fits} would fit" if fits else "not even one anchor fits"
         raise ValueError(
-            f"memory runs out on the largest micro-batch, {shape[0]} rows of {length} tokens with {wanted} "
-            f"anchors each: {advice}. Or lower per_device_train_batch_size (raising gradient_accumulation_steps), "
-            "max_length or head_rows_per_chunk, or set activation_checkpointing: true."
+            f"memory runs out on the largest micro-batch, {shape[0]} rows of {length} tokens with"
+            f" {wanted} anchors each: {advice}. Or lower per_device_train_batch_size (raising"
+            " gradient_accumulation_steps), max_length or head_rows_per_chunk, or set"
+            " activation_checkpointing: true."
         )

@@ -1,4 +1,5 @@
-"""Muon for a model's matrices, AdamW for the rest, as one optimizer for Trainer: far fewer steps to the same tau."""
+"""Muon for a model's matrices, AdamW for the rest, as one optimizer for Trainer: far fewer steps to
+the same tau."""
 
 from collections import defaultdict
 
@@ -7,10 +8,11 @@ from torch.optim.adamw import adamw
 
 
 def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """Push all singular values of each matrix towards 1 by the quintic Newton-Schulz iteration of Muon (Jordan 2024).
+    """Push all singular values of each matrix towards 1 by the quintic Newton-Schulz iteration of
+    Muon (Jordan 2024).
 
-    In the matrices' own dtype: torch's `optim.Muon` iterates in bf16, which is forty times slower on processors
-    without bf16 arithmetic.
+    In the matrices' own dtype: torch's `optim.Muon` iterates in bf16, which is forty times slower
+    on processors without bf16 arithmetic.
 
     Args:
         matrices (`torch.Tensor` of shape `(M, rows, columns)`).
@@ -20,15 +22,18 @@ def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(steps):
         gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+        x = torch.baddbmm(
+            x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445
+        )
     return x if wide else x.mT
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
-    """Muon (Jordan 2024) with Nesterov momentum for the matrices, AdamW (betas 0.9, 0.95) for embedding and norms.
+    """Muon (Jordan 2024) with Nesterov momentum for the matrices, AdamW (betas 0.9, 0.95) for
+    embedding and norms.
 
-    A matrix with `embed` in its name is AdamW's: so is Domino's `embed_proj`, which ends in a row for each token as a
-    head does, and heads are left to AdamW. Our Domino study ran so.
+    A matrix with `embed` in its name is AdamW's: so is Domino's `embed_proj`, which ends in a row
+    for each token as a head does, and heads are left to AdamW. Our Domino study ran so.
 
     Args:
         model (`nn.Module`): its trainable parameters are taken; either group may be empty.
@@ -38,12 +43,19 @@ class MuonWithAdamW(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, model: torch.nn.Module, learning_rate: float, adam_learning_rate: float, weight_decay: float = 0.0
+        self,
+        model: torch.nn.Module,
+        learning_rate: float,
+        adam_learning_rate: float,
+        weight_decay: float = 0.0,
     ):
         names = {name: p for name, p in model.named_parameters() if p.requires_grad}
         matrices = [p for name, p in names.items() if p.dim() == 2 and "embed" not in name]
         others = [p for name, p in names.items() if p.dim() != 2 or "embed" in name]
-        groups = [{"params": matrices, "lr": learning_rate}, {"params": others, "lr": adam_learning_rate}]
+        groups = [
+            {"params": matrices, "lr": learning_rate},
+            {"params": others, "lr": adam_learning_rate},
+        ]
         super().__init__(groups, {"weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -54,15 +66,21 @@ class MuonWithAdamW(torch.optim.Optimizer):
             if parameters:
                 update(parameters, group["lr"], group["weight_decay"])
 
-    def _muon(self, parameters: list, rate: float, weight_decay: float, momentum: float = 0.95) -> None:
+    def _muon(
+        self, parameters: list, rate: float, weight_decay: float, momentum: float = 0.95
+    ) -> None:
         by_shape = defaultdict(list)  # those of one shape are orthogonalised as one batch
         for p in parameters:
             buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
             buffer.lerp_(p.grad, 1 - momentum)
             by_shape[p.shape].append((p, p.grad.lerp(buffer, momentum)))
         for (rows, columns), pairs in by_shape.items():
-            for (p, _), update in zip(pairs, orthogonalize(torch.stack([direction for _, direction in pairs]))):
-                p.mul_(1 - rate * weight_decay).add_(update, alpha=-rate * max(1, rows / columns) ** 0.5)
+            for (p, _), update in zip(
+                pairs, orthogonalize(torch.stack([direction for _, direction in pairs]))
+            ):
+                p.mul_(1 - rate * weight_decay).add_(
+                    update, alpha=-rate * max(1, rows / columns) ** 0.5
+                )
 
     def _adamw(self, parameters: list, rate: float, weight_decay: float) -> None:
         for p in parameters:

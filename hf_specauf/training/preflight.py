@@ -1,5 +1,5 @@
-"""Checks made at the start of training: settings whose drafter would never have a token accepted, and what cannot be
-done or resumed. They only check."""
+"""Checks made at the start of training: settings whose drafter would never have a token accepted,
+and what cannot be done or resumed. They only check."""
 
 from pathlib import Path
 
@@ -22,54 +22,62 @@ def check_start(
     peft_config: PeftConfig | None,
     adapter_base: AdapterBase | None,
 ) -> None:
-    """Raise for what would train a drafter that silently accepts nothing, before anything heavy is done.
+    """Raise for what would train a drafter that silently accepts nothing, before anything heavy is
+    done.
 
     Raises:
         ValueError: what was found, and the key or command that mends it.
     """
     if args.n_gpu > 1:
         raise ValueError(
-            f"{args.n_gpu} GPUs are visible to one process, and Trainer would fall back to nn.DataParallel, which "
-            "breaks the exact loss. Start with `accelerate launch -m hf_specauf.train ...`, or set "
-            "CUDA_VISIBLE_DEVICES=0."
+            f"{args.n_gpu} GPUs are visible to one process, and Trainer would fall back to"
+            " nn.DataParallel, which breaks the exact loss. Start with `accelerate launch -m"
+            " hf_specauf.train ...`, or set CUDA_VISIBLE_DEVICES=0."
         )
     if args.device.type == "mps":
         raise ValueError(
-            "the device is mps, which has no float64, and the exact loss adds up its counters in it: set use_cpu: true"
+            "the device is mps, which has no float64, and the exact loss adds up its counters in"
+            " it: set use_cpu: true"
         )
     if drafter.dtype != torch.float32 and drafter.dtype != torch.float64:
         raise ValueError(
-            f"the drafter's weights are {drafter.dtype}: small updates vanish in it, RMSNorms freeze "
-            "(Model-Optimizer#2322). Load it with dtype=torch.float32; bf16: true trains under autocast."
+            f"the drafter's weights are {drafter.dtype}: small updates vanish in it, RMSNorms"
+            " freeze (Model-Optimizer#2322). Load it with dtype=torch.float32; bf16: true trains"
+            " under autocast."
         )
     borrows = adapter_base is not None and adapter_base.borrowed_layers is not None
     if borrows and args.shard_target and args.push_to_hub and args.hub_strategy != HubStrategy.END:
         raise ValueError(
-            f"hub_strategy is {args.hub_strategy.value}, and a checkpoint with borrowed layers is published by "
-            "reading the target's, which shard_target spreads over processes: set hub_strategy: end"
+            f"hub_strategy is {args.hub_strategy.value}, and a checkpoint with borrowed layers is"
+            " published by reading the target's, which shard_target spreads over processes: set"
+            " hub_strategy: end"
         )
     if args.shard_target and args.world_size == 1:
-        raise ValueError("shard_target: true spreads the target over processes, and there is one: remove the key")
+        raise ValueError(
+            "shard_target: true spreads the target over processes, and there is one: remove the key"
+        )
     if tokenizer is None:
         raise ValueError("processing_class is missing: give the target's tokenizer")
     config = drafter.config
     if config._attn_implementation == "flex_attention" and args.device.type == "cpu":
         raise ValueError(
-            "draft_attn_implementation: flex_attention trains on CUDA only (torch has no backward of it on CPU): "
-            "use sdpa"
+            "draft_attn_implementation: flex_attention trains on CUDA only (torch has no backward"
+            " of it on CPU): use sdpa"
         )
     if find_objective(args.objective).branches != config.branches:
         wanted = objectives_for(config.branches)
         raise ValueError(
-            f"objective {args.objective!r} is not for a {config.model_type} drafter: its objective is one of "
-            f"{', '.join(wanted)}. Change objective, or drafter ({', '.join(DRAFTERS)}) in the recipe."
+            f"objective {args.objective!r} is not for a {config.model_type} drafter: its objective"
+            f" is one of {', '.join(wanted)}. Change objective, or drafter ({', '.join(DRAFTERS)})"
+            " in the recipe."
         )
     if peft_config is not None:
         check_adapter_names(drafter, peft_config)
 
 
 def check_adapter_names(drafter, peft_config: PeftConfig) -> None:
-    """Raise for a name that matches no module: PEFT leaves it out in silence as long as another name matches.
+    """Raise for a name that matches no module: PEFT leaves it out in silence as long as another
+    name matches.
 
     Raises:
         ValueError: the key, the name and what there is.
@@ -80,13 +88,15 @@ def check_adapter_names(drafter, peft_config: PeftConfig) -> None:
         for name in [] if isinstance(names, str) else names:  # a string is a pattern, or all-linear
             if not any(name == module or module.endswith(dot + name) for module in modules):
                 raise ValueError(
-                    f"lora_{key} names {name!r}, which no module of the drafter ends in: it would be left out in "
-                    f"silence. The names are {', '.join(sorted({module.split('.')[-1] for module in modules}))}."
+                    f"lora_{key} names {name!r}, which no module of the drafter ends in: it would"
+                    " be left out in silence. The names are"
+                    f" {', '.join(sorted({module.split('.')[-1] for module in modules}))}."
                 )
 
 
 def check_sharding(trainer) -> None:
-    """Raise for what sharded training cannot do, whether the arguments, the launcher or the drafter shard.
+    """Raise for what sharded training cannot do, whether the arguments, the launcher or the drafter
+    shard.
 
     Args:
         trainer (`AUFTrainer`): after Trainer's own start, which sets up accelerate.
@@ -99,11 +109,14 @@ def check_sharding(trainer) -> None:
     sharded = any(isinstance(parameter, DTensor) for parameter in trainer.model.parameters())
     sharded = sharded or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     if trainer.args.muon_learning_rate is not None and sharded:
-        raise ValueError("muon_learning_rate needs whole matrices, and FSDP and DeepSpeed shard them: remove it")
+        raise ValueError(
+            "muon_learning_rate needs whole matrices, and FSDP and DeepSpeed shard them: remove it"
+        )
 
 
 def check_resumed_adapter(folder: str, own: PeftConfig, base: AdapterBase) -> None:
-    """Raise unless a checkpoint holds this run's adapter: on the same weights, with the same LoRA keys.
+    """Raise unless a checkpoint holds this run's adapter: on the same weights, with the same LoRA
+    keys.
 
     Args:
         folder (`str`): the checkpoint.
@@ -111,21 +124,22 @@ def check_resumed_adapter(folder: str, own: PeftConfig, base: AdapterBase) -> No
     """
     if not Path(folder, "adapter_config.json").is_file():
         raise ValueError(
-            f"{folder} holds a drafter trained in full, and this run trains an adapter: set use_peft: false"
+            f"{folder} holds a drafter trained in full, and this run trains an adapter: set"
+            " use_peft: false"
         )
     theirs = AdapterBase.read(folder)
     if theirs.fingerprint != base.fingerprint:
         raise ValueError(
-            f"{folder} adapts {theirs.name_or_path}, and this run starts from other weights ({base.name_or_path}): "
-            "resume with the drafter, target and layers of that run"
+            f"{folder} adapts {theirs.name_or_path}, and this run starts from other weights"
+            f" ({base.name_or_path}): resume with the drafter, target and layers of that run"
         )
     saved = PeftConfig.from_pretrained(folder)
     for key in ("r", "lora_alpha", "target_modules", "modules_to_save", "use_rslora", "use_dora"):
         was, given = (in_order(getattr(config, key, None)) for config in (saved, own))
         if was != given:
             raise ValueError(
-                f"{folder} was trained with {key} {was}, and this run has {given}: resume with the LoRA keys of that "
-                "run, or start afresh in another output_dir"
+                f"{folder} was trained with {key} {was}, and this run has {given}: resume with the"
+                " LoRA keys of that run, or start afresh in another output_dir"
             )
 
 

@@ -14,13 +14,17 @@ class Publishing:
     """Mixed into the trainer."""
 
     def push_to_hub(self, commit_message: str = "Upload drafter", **kwargs) -> CommitInfo | None:
-        """Publish `output_dir` by [`hub.push`]; Trainer would upload all of it, a pickle with the token among it."""
-        info = self._push(self.args.output_dir, commit_message, allow_unmeasured=not self.args.eval_prompts)
+        """Publish `output_dir` by [`hub.push`]; Trainer would upload all of it, a pickle with the
+        token among it."""
+        info = self._push(
+            self.args.output_dir, commit_message, allow_unmeasured=not self.args.eval_prompts
+        )
         self.accelerator.wait_for_everyone()
         return info
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # with hub_strategy every_save, checkpoint, all_checkpoints: the drafter of the checkpoint, as unmeasured
+        # with hub_strategy every_save, checkpoint, all_checkpoints: the drafter of the checkpoint,
+        # as unmeasured
         if self.args.hub_strategy != HubStrategy.END:
             message = f"Training in progress, step {self.state.global_step}"
             try:
@@ -43,5 +47,9 @@ class Publishing:
     def create_model_card(self, **kwargs) -> None:
         """Render our card into `output_dir`."""
         if self.is_world_process_zero():
-            repo = self.hub_model_id or self.args.hub_model_id or f"you/{Path(self.args.output_dir).name}"
+            repo = (
+                self.hub_model_id
+                or self.args.hub_model_id
+                or f"you/{Path(self.args.output_dir).name}"
+            )
             render(self.args.output_dir, repo).save(Path(self.args.output_dir, "README.md"))

@@ -1,4 +1,5 @@
-"""AUFTrainer: transformers' Trainer for block drafters. The drafter is the model; the target stands outside."""
+"""AUFTrainer: transformers' Trainer for block drafters. The drafter is the model; the target stands
+outside."""
 
 import copy
 import math
@@ -43,7 +44,8 @@ from .optimizer import MuonWithAdamW
 from .preflight import check_resumed_adapter, check_sharding, check_start
 from .publishing import Publishing
 
-# Private methods of Trainer that we override: one that is gone would no longer be called, and nothing would say so.
+# Private methods of Trainer that we override: one that is gone would no longer be called, and
+# nothing would say so.
 OVERRIDDEN = {
     "_get_output_dir": ("trial",),
     "_save_checkpoint": ("model", "trial"),
@@ -58,20 +60,20 @@ class AUFTrainer(CompleteCheckpoints, Publishing, Trainer):
 
     Args:
         model (`PreTrainedModel`): the drafter, fp32.
-        target_model (`PreTrainedModel` or `PeftModel`): the target; frozen, and moved to the drafter's device only
-            where it is neither quantised nor dispatched.
+        target_model (`PreTrainedModel` or `PeftModel`): the target; frozen, and moved to the
+            drafter's device only where it is neither quantised nor dispatched.
         args (`AUFConfig`).
-        train_dataset, eval_dataset (`Dataset`, *optional*): rows of `text`, `messages`, `conversations`, or token
-            rows with `input_ids` and `supervised`.
+        train_dataset, eval_dataset (`Dataset`, *optional*): rows of `text`, `messages`,
+            `conversations`, or token rows with `input_ids` and `supervised`.
         processing_class (`PreTrainedTokenizerBase`): the target's tokenizer.
         peft_config (`PeftConfig`, *optional*): trains an adapter on the drafter instead.
         callbacks (`list[TrainerCallback]`, *optional*).
-        adapter_base (`AdapterBase`, *optional*): what the adapter is trained on, noted in each checkpoint; by default
-            the drafter, under the name it was loaded by.
+        adapter_base (`AdapterBase`, *optional*): what the adapter is trained on, noted in each
+            checkpoint; by default the drafter, under the name it was loaded by.
 
     Raises:
-        ValueError: whatever would train a drafter that silently accepts nothing; see `FrozenTarget.check` and
-            `prepare_rows`.
+        ValueError: whatever would train a drafter that silently accepts nothing; see
+            `FrozenTarget.check` and `prepare_rows`.
     """
 
     # The division happens once per optimizer step, in training_step
@@ -113,9 +115,15 @@ class AUFTrainer(CompleteCheckpoints, Publishing, Trainer):
         with args.main_process_first(desc="tokenizing"):
             train_dataset, eval_dataset = self._prepare(train_dataset), self._prepare(eval_dataset)
             if train_dataset is not None:
-                step_rows = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+                step_rows = (
+                    args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+                )
                 train_dataset = fill_up(train_dataset, step_rows)
-        pad = next(i for i in (processing_class.pad_token_id, processing_class.eos_token_id, 0) if i is not None)
+        pad = next(
+            i
+            for i in (processing_class.pad_token_id, processing_class.eos_token_id, 0)
+            if i is not None
+        )
         super().__init__(
             model=model,
             args=args,
@@ -127,7 +135,8 @@ class AUFTrainer(CompleteCheckpoints, Publishing, Trainer):
         )
         check_sharding(self)
         if self.is_fsdp_enabled and args.bf16:
-            # accelerate's own sums gradients in bf16, and casts what forward returns, also Domino's losses
+            # accelerate's own sums gradients in bf16, and casts what forward returns, also Domino's
+            # losses
             policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = policy
         if self.pop_callback(ProgressCallback) is not None:  # absent with disable_tqdm
@@ -143,7 +152,8 @@ class AUFTrainer(CompleteCheckpoints, Publishing, Trainer):
         return self.accelerator.reduce(tensor, "sum")
 
     def _place_target(self, rows: Dataset) -> None:
-        """Move or shard the target, and check on real rows that it lends what the drafter is trained on."""
+        """Move or shard the target, and check on real rows that it lends what the drafter is
+        trained on."""
         device = self.args.device
         if self.args.shard_target:
             self.target.shard(device)
@@ -152,8 +162,12 @@ class AUFTrainer(CompleteCheckpoints, Publishing, Trainer):
         self.target.check(torch.tensor([rows[0]["input_ids"][:64]], device=device))
         if "document_ids" in rows.column_names:
             some = rows.select(np.linspace(0, len(rows) - 1, min(len(rows), 200)).astype(int))
-            fullest = max(some, key=lambda row: row["document_ids"][-1])  # a row of one document would tell nothing
-            packed = [torch.tensor([fullest[key]], device=device) for key in ("input_ids", "document_ids")]
+            fullest = max(
+                some, key=lambda row: row["document_ids"][-1]
+            )  # a row of one document would tell nothing
+            packed = [
+                torch.tensor([fullest[key]], device=device) for key in ("input_ids", "document_ids")
+            ]
             self.target.check_packing(*packed)
 
     def _prepare(self, rows):
@@ -169,15 +183,18 @@ class AUFTrainer(CompleteCheckpoints, Publishing, Trainer):
         )  # fmt: skip
 
     def train(self, *args, **kwargs):
-        """Trainer's own; whatever ends it, Ctrl-C is given back and the next call starts with clean sums."""
+        """Trainer's own; whatever ends it, Ctrl-C is given back and the next call starts with clean
+        sums."""
         self._step_sums.reset()
         self._log_sums.zero_()
         self._balance.reset()
-        # a CPU out of memory kills without an exception, and DeepSpeed would step on the trial's gradient
+        # a CPU out of memory kills without an exception, and DeepSpeed would step on the trial's
+        # gradient
         self._untried_memory = self.args.device.type != "cpu" and not self.is_deepspeed_enabled
         self._clear_unfinished()
-        # An evaluation before training leaves whole weights in FSDP2's modules, and the optimizer must get the sharded
-        # ones. Newer versions of Trainer do this themselves; twice is harmless.
+        # An evaluation before training leaves whole weights in FSDP2's modules, and the optimizer
+        # must get the sharded ones. Newer versions of Trainer do this themselves; twice is
+        # harmless.
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
@@ -190,35 +207,51 @@ class AUFTrainer(CompleteCheckpoints, Publishing, Trainer):
         """Trainer's own, for raw rows too.
 
         Raises:
-            ValueError: accelerate's FSDP2 has not sharded the drafter yet, which it does together with an optimizer.
+            ValueError: accelerate's FSDP2 has not sharded the drafter yet, which it does together
+                with an optimizer.
         """
         if self.is_fsdp_enabled and self.optimizer is None:
             raise ValueError(
-                "evaluate before train and accelerate's FSDP2 cannot go together: it shards a drafter when training "
-                "starts. Set eval_on_start: true, which evaluates before the first step."
+                "evaluate before train and accelerate's FSDP2 cannot go together: it shards a"
+                " drafter when training starts. Set eval_on_start: true, which evaluates before the"
+                " first step."
             )
         named = isinstance(eval_dataset, str)  # one of several sets
-        return super().evaluate(eval_dataset if named else self._prepare(eval_dataset), ignore_keys, metric_key_prefix)
+        return super().evaluate(
+            eval_dataset if named else self._prepare(eval_dataset), ignore_keys, metric_key_prefix
+        )
 
     def create_optimizer(self, model=None):
         """Trainer's own, or Muon for the matrices where `muon_learning_rate` is set."""
         if self.args.muon_learning_rate is None or self.optimizer is not None:
             return super().create_optimizer(model)
         rates = self.args.muon_learning_rate, self.args.learning_rate
-        self.optimizer = MuonWithAdamW(model or self.model, *rates, weight_decay=self.args.weight_decay)
+        self.optimizer = MuonWithAdamW(
+            model or self.model, *rates, weight_decay=self.args.weight_decay
+        )
         return self.optimizer
 
     # ---- the loss
 
     def _run_blocks(
-        self, model, inputs: dict, step: int, anchors_per_row: int, spec: LossSpec, every_prediction: bool = False
+        self,
+        model,
+        inputs: dict,
+        step: int,
+        anchors_per_row: int,
+        spec: LossSpec,
+        every_prediction: bool = False,
     ) -> tuple[Blocks, HeadLoss, HeadLoss | None]:
-        """Draw anchors and fill their blocks -> the blocks, the loss on the logits that decoding uses, and that of
-        Domino's base branch."""
+        """Draw anchors and fill their blocks -> the blocks, the loss on the logits that decoding
+        uses, and that of Domino's base branch."""
         ids, documents = inputs["input_ids"], inputs["document_ids"]
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        anchors, real = sample_anchors(inputs["supervised"], documents, anchors_per_row, inputs["row_ids"], seed, step)
-        count = max(int(real.sum(1).max()), 1)  # rows with fewer candidates than N cost no more than they have
+        anchors, real = sample_anchors(
+            inputs["supervised"], documents, anchors_per_row, inputs["row_ids"], seed, step
+        )
+        count = max(
+            int(real.sum(1).max()), 1
+        )  # rows with fewer candidates than N cost no more than they have
         anchors, real = anchors[:, :count], real[:, :count]
         mask_token_id = self.drafter_config.mask_token_id
         flex = self.drafter_config._attn_implementation == "flex_attention"
@@ -241,9 +274,12 @@ class AUFTrainer(CompleteCheckpoints, Publishing, Trainer):
         found, base = model(**given, reduce=reduce).reduced
         return blocks, found, base
 
-    def _counters(self, model, inputs: dict, step: int, every_prediction: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """The loss numerator with its graph, and detached counters per row (B, len(COUNTERS)). In evaluation a Domino
-        drafter's loss is its final branch's alone, so that it does not move with lambda."""
+    def _counters(
+        self, model, inputs: dict, step: int, every_prediction: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss numerator with its graph, and detached counters per row (B, len(COUNTERS)). In
+        evaluation a Domino drafter's loss is its final branch's alone, so that it does not move
+        with lambda."""
         spec, anchors = self.loss_spec, self.args.anchors_per_row
         blocks, found, base = self._run_blocks(model, inputs, step, anchors, spec, every_prediction)
         valid, numerator = blocks.valid, found.numerator
@@ -267,24 +303,35 @@ class AUFTrainer(CompleteCheckpoints, Publishing, Trainer):
 
     @property
     def _nominal(self) -> float:
-        # keeps gradients near their final size until the true denominator is known; a power of two, which divides
-        # without rounding, so that no gradient depends on the size of a micro-batch
-        slots = self.args.per_device_train_batch_size * self.args.anchors_per_row * (self.block_size - 1)
+        # keeps gradients near their final size until the true denominator is known; a power of two,
+        # which divides without rounding, so that no gradient depends on the size of a micro-batch
+        slots = (
+            self.args.per_device_train_batch_size
+            * self.args.anchors_per_row
+            * (self.block_size - 1)
+        )
         return 2.0 ** round(math.log2(slots))
 
     @property
     def _logs_this_step(self) -> bool:
-        # accuracy over all slots needs logits that AUF never computes, so it is measured on logging steps alone
+        # accuracy over all slots needs logits that AUF never computes, so it is measured on logging
+        # steps alone
         step, args = self.state.global_step + 1, self.args
         if args.logging_strategy == IntervalStrategy.EPOCH:
             return step % max(round(self.state.max_steps / self.state.num_train_epochs), 1) == 0
-        if args.logging_strategy == IntervalStrategy.STEPS and step % max(self.state.logging_steps, 1) == 0:
+        if (
+            args.logging_strategy == IntervalStrategy.STEPS
+            and step % max(self.state.logging_steps, 1) == 0
+        ):
             return True
         return step == 1 and args.logging_first_step
 
     def compute_loss(self, model, inputs, num_items_in_batch=None):
-        """Numerator over a fixed constant; `training_step` makes it exact once all micro-batches and ranks are in."""
-        numerator, counters = self._counters(model, inputs, self.state.global_step, self._logs_this_step)
+        """Numerator over a fixed constant; `training_step` makes it exact once all micro-batches
+        and ranks are in."""
+        numerator, counters = self._counters(
+            model, inputs, self.state.global_step, self._logs_this_step
+        )
         sums = counters.sum(0)
         self._step_sums.add(sums)
         self._log_sums += sums
@@ -298,15 +345,17 @@ class AUFTrainer(CompleteCheckpoints, Publishing, Trainer):
 
     def _not_finite(self, what: str) -> FloatingPointError:
         return FloatingPointError(
-            f"the {what} of step {self.state.global_step + 1} is not a finite number; the optimizer was not "
-            f"stepped. Lower learning_rate, and go on from the last checkpoint in {self.args.output_dir} with "
-            "--resume_from_checkpoint true."
+            f"the {what} of step {self.state.global_step + 1} is not a finite number; the optimizer"
+            " was not stepped. Lower learning_rate, and go on from the last checkpoint in"
+            f" {self.args.output_dir} with --resume_from_checkpoint true."
         )
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        """One micro-batch; on the last of a step, rescale gradients to the exact pooled loss and return that loss.
+        """One micro-batch; on the last of a step, rescale gradients to the exact pooled loss and
+        return that loss.
 
-        The denominator (supported slots) is known only after the forward passes, so Trainer's `num_items_in_batch`
+        The denominator (supported slots) is known only after the forward passes, so Trainer's
+        `num_items_in_batch`
         cannot carry it (Automodel#3797, verl#785).
         """
         if self._untried_memory:
@@ -317,11 +366,17 @@ class AUFTrainer(CompleteCheckpoints, Publishing, Trainer):
         super().training_step(model, inputs, num_items_in_batch)
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
-        gradients = [] if self.is_deepspeed_enabled else [p.grad for p in model.parameters() if p.grad is not None]
+        gradients = (
+            []
+            if self.is_deepspeed_enabled
+            else [p.grad for p in model.parameters() if p.grad is not None]
+        )
         norm = torch.nn.utils.get_total_norm([local(gradient) for gradient in gradients])
         # every rank sees the same totals, and so all stop at the same step
         step = self._step_sums.agree(
-            self._over_all_processes, unsound=not torch.isfinite(norm), told_to_stop=self._interrupt.interrupted
+            self._over_all_processes,
+            unsound=not torch.isfinite(norm),
+            told_to_stop=self._interrupt.interrupted,
         )
         self._balance.reset()
         if not math.isfinite(step.numerator):
@@ -337,23 +392,27 @@ class AUFTrainer(CompleteCheckpoints, Publishing, Trainer):
         return torch.tensor(step.numerator / max(step.denominator, 1.0), device=self.args.device)
 
     def base_weight(self, step: int) -> float:
-        """lambda: from 1 at step 0 linearly to 0 at `lambda_decay_ratio` of all steps (arXiv 2605.29707)."""
+        """lambda: from 1 at step 0 linearly to 0 at `lambda_decay_ratio` of all steps (arXiv
+        2605.29707)."""
         return max(0.0, 1.0 - step / ((self.args.lambda_decay_ratio or 1.0) * self.state.max_steps))
 
     def get_batch_samples(self, *args, **kwargs):
-        """Trainer's own. It keeps a step's micro-batches where the first backward pass needs the supports of all."""
+        """Trainer's own. It keeps a step's micro-batches where the first backward pass needs the
+        supports of all."""
         batches, items = super().get_batch_samples(*args, **kwargs)
         self._micro_batches = batches if self._balance.differs else []
         return batches, items
 
     @torch.no_grad()
     def _branch_denominators_of_step(self, model) -> torch.Tensor:
-        """Both branches' denominators over all micro-batches, (2,). It costs a forward pass of each. With dropout in
-        an adapter, this pass and the next one differ a little."""
+        """Both branches' denominators over all micro-batches, (2,). It costs a forward pass of
+        each. With dropout in an adapter, this pass and the next one differ a little."""
         anchors, step = self.args.anchors_per_row, self.state.global_step
         sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         for inputs in self._micro_batches:
-            _, final, base = self._run_blocks(model, self._prepare_inputs(inputs), step, anchors, self.loss_spec)
+            _, final, base = self._run_blocks(
+                model, self._prepare_inputs(inputs), step, anchors, self.loss_spec
+            )
             sums += branch_denominators(base, final)
         return sums
 
@@ -371,7 +430,9 @@ class AUFTrainer(CompleteCheckpoints, Publishing, Trainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Counters per row, so that the gathered sum is exact whatever the split."""
         with torch.no_grad():
-            _, counters = self._counters(model, self._prepare_inputs(inputs), EVALUATION_STEP, every_prediction=True)
+            _, counters = self._counters(
+                model, self._prepare_inputs(inputs), EVALUATION_STEP, every_prediction=True
+            )
         return None, counters, torch.zeros(len(counters), device=counters.device)
 
     @staticmethod
@@ -382,49 +443,68 @@ class AUFTrainer(CompleteCheckpoints, Publishing, Trainer):
 
     def evaluation_loop(self, dataloader, *args, metric_key_prefix="eval", **kwargs):
         """Trainer's loop, then tau by real decoding of a few held-out prompts."""
-        output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        output = super().evaluation_loop(
+            dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs
+        )
         if self.args.eval_prompts > 0:
             output.metrics[f"{metric_key_prefix}_tau"] = self.decoded_tau(dataloader.dataset)
         return output
 
     def whole_drafter(self):
-        """The drafter, or, where its weights are sharded, a copy on the CPU that each rank has by itself."""
+        """The drafter, or, where its weights are sharded, a copy on the CPU that each rank has by
+        itself."""
         drafter = self.accelerator.unwrap_model(self.model)
         state = drafter.state_dict()
         if not any(isinstance(value, DTensor) for value in state.values()):
             return drafter
         config = copy.copy(self.drafter_config)
-        for key in ("use_cache", "distributed_config"):  # Trainer's switch, and what says that it is sharded
+        for key in (
+            "use_cache",
+            "distributed_config",
+        ):  # Trainer's switch, and what says that it is sharded
             vars(config).pop(key, None)
         whole = AutoModel.from_config(config, dtype=torch.float32)
         if self._peft_config is not None:
             whole = get_peft_model(whole, self._peft_config)
         # each leaves the accelerator before the next is gathered
-        whole.load_state_dict({k: (v.full_tensor() if isinstance(v, DTensor) else v).cpu() for k, v in state.items()})
+        whole.load_state_dict(
+            {k: (v.full_tensor() if isinstance(v, DTensor) else v).cpu() for k, v in state.items()}
+        )
         return whole
 
     def eval_prompts(self, rows: Dataset | None = None) -> list[torch.Tensor]:
-        """Prompts (1, S) of `eval_prompts` held-out rows, evenly spread: the sources of a mixture stand in order."""
+        """Prompts (1, S) of `eval_prompts` held-out rows, evenly spread: the sources of a mixture
+        stand in order."""
         rows = self.eval_dataset if rows is None else rows
         rows = next(iter(rows.values())) if isinstance(rows, dict) else rows
         return [
-            torch.tensor([row["input_ids"][: prompt_length(row["supervised"])]], device=self.args.device)
-            for row in rows.select(np.linspace(0, len(rows) - 1, min(self.args.eval_prompts, len(rows))).astype(int))
+            torch.tensor(
+                [row["input_ids"][: prompt_length(row["supervised"])]], device=self.args.device
+            )
+            for row in rows.select(
+                np.linspace(0, len(rows) - 1, min(self.args.eval_prompts, len(rows))).astype(int)
+            )
         ]
 
     def decoded_tau(self, rows: Dataset) -> float:
         """tau over `eval_prompts` rows' prompts, decoded greedily, dealt to the ranks."""
-        drafter = self.whole_drafter().to(self.args.device)  # the ranks decode unequal numbers of passes
+        drafter = self.whole_drafter().to(
+            self.args.device
+        )  # the ranks decode unequal numbers of passes
         prompts = self.eval_prompts(rows)
         was_training = drafter.training
-        if not self.args.shard_target:  # a sharded target runs on all ranks or none, so all decode the same prompts
+        if (
+            not self.args.shard_target
+        ):  # a sharded target runs on all ranks or none, so all decode the same prompts
             prompts = prompts[self.args.process_index :: self.args.world_size]
         generation_config = decoding_config(
             self.target.model, self.args.eval_new_tokens, self.data_collator.pad_token_id
         )
         with attach(self.target.model, drafter) as attachment, torch.no_grad():
             for prompt in prompts:
-                self.target.model.generate(prompt, generation_config=generation_config, assistant_model=drafter)
+                self.target.model.generate(
+                    prompt, generation_config=generation_config, assistant_model=drafter
+                )
         drafter.train(was_training)
         rounds = attachment.rounds if self.args.shard_target else gather_object(attachment.rounds)
         return summarize(rounds, self.block_size).tau
@@ -432,8 +512,9 @@ class AUFTrainer(CompleteCheckpoints, Publishing, Trainer):
     # ---- saving
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Trainer's own; of a sharded drafter a whole copy is saved, so that every checkpoint loads anywhere: FSDP
-        also gives the drafter a class of its own, whose name and code would go into the folder."""
+        """Trainer's own; of a sharded drafter a whole copy is saved, so that every checkpoint loads
+        anywhere: FSDP also gives the drafter a class of its own, whose name and code would go into
+        the folder."""
         model, whole = self.model, self.whole_drafter()
         if whole is self.accelerator.unwrap_model(model):
             super().save_model(output_dir, _internal_call)
@@ -456,5 +537,7 @@ class AUFTrainer(CompleteCheckpoints, Publishing, Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if self._peft_config is not None:
-            check_resumed_adapter(resume_from_checkpoint, self.model.peft_config["default"], self.adapter_base)
+            check_resumed_adapter(
+                resume_from_checkpoint, self.model.peft_config["default"], self.adapter_base
+            )
         super()._load_from_checkpoint(resume_from_checkpoint, model)
