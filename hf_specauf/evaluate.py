@@ -162,8 +162,8 @@ class EvaluateArguments:
 def adapting(args: EvaluateArguments) -> str:
     """The command that adapts the drafter to the target, by LoRA."""
     keys = {
-        "drafter_name_or_path": args.drafter, "drafter_revision": args.drafter_revision,
-        "target_model_name_or_path": args.target, "target_revision": args.target_revision,
+        "drafter": args.drafter, "drafter_revision": args.drafter_revision,
+        "target": args.target, "target_revision": args.target_revision,
         "dataset_name": "YOUR_DATA", "use_peft": "true", "learning_rate": 2e-3, "output_dir": "adapted",
     }  # fmt: skip
     words = [

@@ -304,7 +304,7 @@ def train_drafter(target: Path, recipe: Path, out: Path, *overrides: str) -> dic
     argv = [
         "--config",
         str(recipe),
-        "--target_model_name_or_path",
+        "--target",
         str(target),
         "--output_dir",
         str(out),

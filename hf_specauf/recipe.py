@@ -13,6 +13,49 @@ from trl import ModelConfig, TrlParser, get_peft_config
 from .drafters import DRAFTERS
 from .training.config import AUFConfig
 
+# Keys that had another name in 0.1.0. Recipes and records written then are still read.
+RENAMED_KEYS = {"target_model_name_or_path": "target", "drafter_name_or_path": "drafter"}
+
+
+def under_new_names(recipe: dict) -> dict:
+    """A recipe with every key by the name it has now.
+
+    `drafter` meant the kind of drafter in 0.1.0. It means the drafter to start from now.
+    """
+    found = dict(recipe)
+    if found.get("drafter") in DRAFTERS:
+        found["drafter_type"] = found.pop("drafter")
+    for old, new in RENAMED_KEYS.items():
+        if old in found:
+            found[new] = found.pop(old)
+    return found
+
+
+class RecipeParser(TrlParser):
+    """trl's parser of `--config recipe.yaml` and flags. It reads 0.1.0's keys too, and names the
+    new ones."""
+
+    def parse_args_and_config(self, args: list[str], **options):
+        words = []
+        for word in args:
+            flag, equals, value = word.partition("=")
+            new = RENAMED_KEYS.get(flag.removeprefix("--")) if flag.startswith("--") else None
+            if new is not None:
+                print(f"{flag} is called --{new} now")
+            words.append(f"--{new}{equals}{value}" if new else word)
+        if "--drafter" in words[:-1] and words[words.index("--drafter") + 1] in DRAFTERS:
+            print("--drafter with a kind of drafter is called --drafter_type now")
+            words[words.index("--drafter")] = "--drafter_type"
+        return super().parse_args_and_config(words, **options)
+
+    def set_defaults_with_config(self, **recipe) -> list[str]:
+        found = under_new_names(recipe)
+        for old in recipe.keys() - found.keys():
+            print(f"the recipe's key {old} is called {RENAMED_KEYS.get(old, 'drafter_type')} now")
+        if recipe.get("drafter") in DRAFTERS and "drafter" in found:
+            print("the recipe's key drafter is called drafter_type now")
+        return super().set_defaults_with_config(**found)
+
 
 def json_mapping(key: str, value: str | dict | None) -> dict | None:
     """A mapping as YAML gives it, or as JSON text from the command line.
@@ -39,9 +82,7 @@ def json_mapping(key: str, value: str | dict | None) -> dict | None:
 class TargetArguments:
     """The frozen target."""
 
-    target_model_name_or_path: str = field(
-        metadata={"help": "Hub id or folder of the causal LM to draft for."}
-    )
+    target: str = field(metadata={"help": "Hub id or folder of the causal LM to draft for."})
     target_revision: str | None = field(
         default=None, metadata={"help": "Branch, tag or commit of the target."}
     )
@@ -113,10 +154,10 @@ class TargetArguments:
 
 @dataclass
 class DrafterArguments:
-    """The drafter. What is left out is `drafter_name_or_path`'s own, or else derived from the
+    """The drafter. What is left out is `drafter`'s own, or else derived from the
     target once, printed, and stored in its config.json."""
 
-    drafter: str | None = field(
+    drafter_type: str | None = field(
         default=None, metadata={"help": f"One of {', '.join(DRAFTERS)} (default dflash)."}
     )
     num_draft_layers: int | None = field(
@@ -153,7 +194,7 @@ class DrafterArguments:
         default="auto",
         metadata={"help": "Dtype of the final folder: auto (the target's), bfloat16 or float32."},
     )
-    drafter_name_or_path: str | None = field(
+    drafter: str | None = field(
         default=None,
         metadata={
             "help": "Start from this drafter (ours, z-lab or SpecForge layout), keeping its shape."
@@ -173,11 +214,7 @@ class DrafterArguments:
     )
     use_peft: bool = field(
         default=False,
-        metadata={
-            "help": (
-                "Train LoRA on drafter_name_or_path, or on the layers of init_from_target_layers."
-            )
-        },
+        metadata={"help": ("Train LoRA on drafter, or on the layers of init_from_target_layers.")},
     )
     lora_r: int = field(default=16, metadata={"help": "LoRA's rank."})
     lora_alpha: int = field(
@@ -213,16 +250,16 @@ class DrafterArguments:
                 f"draft_attn_implementation is {self.draft_attn_implementation!r}; it must be sdpa,"
                 " eager or flex_attention"
             )
-        if self.drafter not in (None, *DRAFTERS):
+        if self.drafter_type not in (None, *DRAFTERS):
             raise ValueError(
-                f"drafter is {self.drafter!r}; it must be one of {', '.join(DRAFTERS)}"
+                f"drafter_type is {self.drafter_type!r}; it must be one of {', '.join(DRAFTERS)}"
             )
         for kind, (config, _) in DRAFTERS.items():
             given = [key for key in config.own_keys if getattr(self, key, None) is not None]
-            if given and kind != self.drafter:
+            if given and kind != self.drafter_type:
                 raise ValueError(
                     f"{', '.join(given)}: of a {kind} drafter; a {self.kind} drafter has no such"
-                    f" thing and would ignore it. Set drafter: {kind}, or remove what is named"
+                    f" thing and would ignore it. Set drafter_type: {kind}, or remove what is named"
                 )
         if self.save_dtype not in ("auto", "bfloat16", "float32"):
             raise ValueError(
@@ -240,18 +277,14 @@ class DrafterArguments:
         self._check_start()
 
     def _check_start(self) -> None:
-        if self.drafter_name_or_path and self.init_from_target_layers:
-            raise ValueError(
-                "drafter_name_or_path and init_from_target_layers are two starts: give one of them"
-            )
-        if self.drafter_revision and not self.drafter_name_or_path:
-            raise ValueError(
-                "drafter_revision without drafter_name_or_path says nothing: add or remove one"
-            )
-        if self.use_peft and not (self.drafter_name_or_path or self.init_from_target_layers):
+        if self.drafter and self.init_from_target_layers:
+            raise ValueError("drafter and init_from_target_layers are two starts: give one of them")
+        if self.drafter_revision and not self.drafter:
+            raise ValueError("drafter_revision without drafter says nothing: add or remove one")
+        if self.use_peft and not (self.drafter or self.init_from_target_layers):
             raise ValueError(
                 "use_peft: true needs something to adapt, and random weights are not it: give"
-                " drafter_name_or_path (a released drafter) or init_from_target_layers (the"
+                " drafter (a released drafter) or init_from_target_layers (the"
                 " target's own layers)"
             )
         if not self.use_peft:
@@ -292,7 +325,7 @@ class DrafterArguments:
     @property
     def kind(self) -> str:
         """The drafter's name in the table `DRAFTERS`."""
-        return self.drafter or "dflash"
+        return self.drafter_type or "dflash"
 
     @property
     def own_keys(self) -> dict:
@@ -463,7 +496,7 @@ def parse(argv: list[str]) -> tuple[TargetArguments, DrafterArguments, DataArgum
     Raises:
         ValueError: a key no dataclass knows, or a value that is not allowed.
     """
-    parser = TrlParser(
+    parser = RecipeParser(
         (TargetArguments, drafter_arguments(), DataArguments, AUFConfig),
         prog="python -m hf_specauf.train",
     )

@@ -410,10 +410,7 @@ def on_policy_words(
     sources = data.sources()
     # an easy text scores as high as own words at temperature 1, and still is not what the target
     # would go on to write
-    unknown = [
-        not written_by(target.target_model_name_or_path, fingerprint, source["name"])
-        for source in sources
-    ]
+    unknown = [not written_by(target.target, fingerprint, source["name"]) for source in sources]
     if not foreign and not any(unknown):
         return text
     commands = []
@@ -424,7 +421,7 @@ def on_policy_words(
     )
     for source, name in zip(sources, names):
         keys = {
-            "target": target.target_model_name_or_path, "target_revision": target.target_revision,
+            "target": target.target, "target_revision": target.target_revision,
             "target_dtype": None if target.target_dtype == "auto" else target.target_dtype,
             "trust_remote_code": target.trust_remote_code or None, "dataset_name": source["name"],
             "dataset_config": source["config"], "dataset_revision": source["revision"],

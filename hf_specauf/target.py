@@ -50,7 +50,7 @@ def load(
 
 
 def load_target(
-    name_or_path: str, revision: str | None = None, key: str = "target_model_name_or_path", **kwargs
+    name_or_path: str, revision: str | None = None, key: str = "target", **kwargs
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal LM in its stored dtype, unless told otherwise, and its tokenizer."""
     code = {"trust_remote_code": kwargs.get("trust_remote_code", False)}

@@ -119,7 +119,7 @@ def resolved_recipe(trainer: AUFTrainer, *arguments) -> dict:
     }
     config = trainer.drafter_config
     return keys | {
-        "drafter": config.kind,
+        "drafter_type": config.kind,
         "num_draft_layers": config.num_hidden_layers,
         "block_size": config.block_size,
         "mask_token_id": config.mask_token_id,
@@ -178,9 +178,9 @@ def start_drafter(
     draft: DrafterArguments, target, tokenizer, identity: Identity, seed: int
 ) -> tuple[PreTrainedModel, AdapterBase | None]:
     """The drafter to train, fp32, and what it starts from: a released drafter
-    (`drafter_name_or_path`), the target's layers (`init_from_target_layers`), or `None` for random
+    (`drafter`), the target's layers (`init_from_target_layers`), or `None` for random
     weights, which depend on the seed alone."""
-    if draft.drafter_name_or_path is not None:
+    if draft.drafter is not None:
         return _released_drafter(draft, target, identity)
     layer_ids, layers, mask = (
         draft.init_from_target_layers,
@@ -216,13 +216,13 @@ def start_drafter(
 def _released_drafter(
     draft: DrafterArguments, target, identity: Identity
 ) -> tuple[PreTrainedModel, AdapterBase]:
-    name, key = draft.drafter_name_or_path, "drafter_name_or_path"
+    name, key = draft.drafter, "drafter"
     drafter = load_drafter(
         name, draft.drafter_revision, target=target, dtype=torch.float32, key=key
     )
     config = drafter.config
     shape = {
-        "drafter": config.kind, **{key: getattr(config, key) for key in config.own_keys},
+        "drafter_type": config.kind, **{key: getattr(config, key) for key in config.own_keys},
         "num_draft_layers": config.num_hidden_layers, "block_size": config.block_size,
         "target_layer_ids": config.target_layer_ids, "mask_token_id": config.mask_token_id,
         "draft_intermediate_size": config.intermediate_size,
@@ -248,20 +248,16 @@ def announce(trainer: AUFTrainer, target_args: TargetArguments, draft: DrafterAr
         trainer.args.objective,
         trainer.loss_spec.gamma,
     )
-    own = draft.drafter_name_or_path is None
+    own = draft.drafter is None
     origin = {"mask_token_id": draft.mask_token_id, "target_layer_ids": draft.target_layer_ids}
     for key, given in origin.items():
         source = (
-            "recipe"
-            if given is not None
-            else "derived from the target"
-            if own
-            else draft.drafter_name_or_path
+            "recipe" if given is not None else "derived from the target" if own else draft.drafter
         )
         print(f"{key}: {getattr(config, key)} ({source})")
     revision = config.target_revision
     print(
-        f"target: {target_args.target_model_name_or_path}{' at ' + revision if revision else ''},"
+        f"target: {target_args.target}{' at ' + revision if revision else ''},"
         f" {config.num_target_layers} layers; drafter: {config.num_hidden_layers} layers, block"
         f" size {config.block_size}, {trainer.get_num_trainable_parameters() / 1e6:.2f} M trained"
         f" parameters; objective: {objective}" + (f", gamma {gamma:g}" if gamma else "")
@@ -281,14 +277,10 @@ def look(
     main, tau_before = trainer.is_world_process_zero(), None
     if main:
         announce(trainer, target_args, draft)
-    if (
-        draft.drafter_name_or_path is not None
-        and trainer.eval_dataset is not None
-        and trainer.args.eval_prompts
-    ):
+    if draft.drafter is not None and trainer.eval_dataset is not None and trainer.args.eval_prompts:
         tau_before = trainer.decoded_tau(trainer.eval_dataset)
         if main:
-            print(f"tau of {draft.drafter_name_or_path} as it is: {tau_before:.2f}")
+            print(f"tau of {draft.drafter} as it is: {tau_before:.2f}")
     score = on_policy_score(trainer.target, trainer.train_dataset)
     if main:
         config = trainer.drafter_config
@@ -318,7 +310,7 @@ def train(
     train_rows, heldout = load_data(data)  # before the target, which may take minutes to load
     set_seed(args.seed)
     target, tokenizer = load_target(
-        target_args.target_model_name_or_path, target_args.target_revision, **target_args.loading()
+        target_args.target, target_args.target_revision, **target_args.loading()
     )
     identity = Identity.of(target, tokenizer, revision=target_args.target_revision)
     drafter, base = start_drafter(draft, target, tokenizer, identity, args.seed)

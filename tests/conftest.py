@@ -204,7 +204,7 @@ def command(files, tmp_path):
     """Words of a command line; keyword arguments override `base`."""
 
     def command(data="text", base=BASE, **overrides) -> list[str]:
-        keys = dict(target_model_name_or_path=files / "target", dataset_name=files / f"{data}.jsonl")
+        keys = dict(target=files / "target", dataset_name=files / f"{data}.jsonl")
         keys |= dict(output_dir=tmp_path / "out") | base | overrides
         return [word for key, value in keys.items() for word in (f"--{key}", *str(value).split())]
 

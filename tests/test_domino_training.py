@@ -241,14 +241,14 @@ def test_objectives_and_keys_that_do_not_fit_are_refused(build, pair, model, key
 
 def test_command_leaves_a_domino_drafter_that_serves(command, files, tmp_path, capsys):
     head = dict(gru_hidden_dim=8, emb_dim=4)
-    main(command(drafter="domino", objective="b_auf_decay", gamma=2, **head, shift_label="false"))
+    main(command(drafter_type="domino", objective="b_auf_decay", gamma=2, **head, shift_label="false"))
     printed = capsys.readouterr().out
     assert "objective: b_auf_decay, gamma 2" in printed
     drafter = AutoModel.from_pretrained(tmp_path / "out")
     assert isinstance(drafter, DominoDraftModel)
     assert (drafter.config.gru_hidden_dim, drafter.config.emb_dim, drafter.config.shift_label) == (8, 4, False)
     record = json.loads((tmp_path / "out" / "provenance.json").read_text())
-    assert record["recipe"]["drafter"] == "domino" and record["recipe"]["pure_draft_prefix_len"] == 1
+    assert record["recipe"]["drafter_type"] == "domino" and record["recipe"]["pure_draft_prefix_len"] == 1
     evaluation = json.loads((tmp_path / "out" / "eval.json").read_text())
     assert evaluation["lossless"]["different"] == 0
     assert (tmp_path / "out" / "custom_generate" / "generate.py").is_file()

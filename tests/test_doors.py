@@ -60,9 +60,9 @@ def toy(monkeypatch):
 
 
 def test_a_drafter_added_by_one_entry_is_trained_by_a_recipe_and_decodes(toy, command, files, tmp_path):
-    main(command(drafter="toy", gate=0.5, max_steps=3, output_dir=tmp_path / "out"))
+    main(command(drafter_type="toy", gate=0.5, max_steps=3, output_dir=tmp_path / "out"))
     recipe = json.loads((tmp_path / "out" / "provenance.json").read_text())["recipe"]
-    assert recipe["drafter"] == "toy" and recipe["gate"] == 0.5
+    assert recipe["drafter_type"] == "toy" and recipe["gate"] == 0.5
     drafter = AutoModel.from_pretrained(tmp_path / "out")
     assert type(drafter) is ToyDraftModel and drafter.config.gate == 0.5
     assert drafter.norm.gate.item() != 0.5  # it was trained
@@ -79,12 +79,14 @@ def test_a_drafter_added_by_one_entry_is_trained_by_a_recipe_and_decodes(toy, co
 
 
 def test_its_own_key_is_refused_for_other_drafters_and_by_them(toy):
-    words = ["--target_model_name_or_path", "a/b", "--dataset_name", "c/d", "--use_cpu", "true"]
-    with pytest.raises(ValueError, match="gate: of a toy drafter; a dflash drafter has no such thing.*drafter: toy"):
+    words = ["--target", "a/b", "--dataset_name", "c/d", "--use_cpu", "true"]
+    with pytest.raises(
+        ValueError, match="gate: of a toy drafter; a dflash drafter has no such thing.*drafter_type: toy"
+    ):
         parse([*words, "--gate", "2"])
     with pytest.raises(ValueError, match="emb_dim: of a domino drafter; a toy drafter has no such thing"):
-        parse([*words, "--drafter", "toy", "--emb_dim", "2"])
-    _, draft, _, _ = parse([*words, "--drafter", "toy", "--gate", "2"])
+        parse([*words, "--drafter_type", "toy", "--emb_dim", "2"])
+    _, draft, _, _ = parse([*words, "--drafter_type", "toy", "--gate", "2"])
     assert draft.own_keys == {"gate": 2.0}
 
 

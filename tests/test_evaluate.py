@@ -372,5 +372,5 @@ def test_the_suggested_command_is_one_line_that_parses_and_names_the_drafter_as_
     command = shlex.split(said[said.index("accelerate launch") :])
     assert command[:4] == ["accelerate", "launch", "-m", "hf_specauf.train"]
     target, draft, data, args = parse([*command[4:], "--use_cpu", "true"])
-    assert (draft.drafter_name_or_path, draft.use_peft, target.target_model_name_or_path) == (name, True, "target")
+    assert (draft.drafter, draft.use_peft, target.target) == (name, True, "target")
     assert (data.dataset_name, args.learning_rate, args.output_dir) == ("YOUR_DATA", 0.002, "adapted")

@@ -114,7 +114,7 @@ def run(hub, tmp_path_factory):
 def trained(files, hub, run, tmp_path_factory):
     """A drafter trained by the command with a token in its recipe, and its target on the Hub."""
     out = tmp_path_factory.mktemp("trained") / "out"
-    keys = dict(target_model_name_or_path=files / "target", dataset_name=files / "text.jsonl", output_dir=out) | BASE
+    keys = dict(target=files / "target", dataset_name=files / "text.jsonl", output_dir=out) | BASE
     keys |= dict(hub_token="hf_" + "PLANTED" * 6, hub_model_id="alice/elsewhere", eval_prompts=3)
     train([word for key, value in keys.items() for word in (f"--{key}", *str(value).split())])
     code, printed = run("-c", PUSH_TARGET.format(folder=str(files / "target")))
@@ -163,7 +163,7 @@ def test_published_folder_holds_what_a_stranger_needs_and_no_trace_of_its_maker(
             assert secret not in content, name
     record = json.loads(found["provenance.json"])
     assert record["recipe"]["dataset_name"] == "text.jsonl" and "output_dir" not in record["recipe"]
-    assert record["target"]["name_or_path"] == record["recipe"]["target_model_name_or_path"] == "alice/target"
+    assert record["target"]["name_or_path"] == record["recipe"]["target"] == "alice/target"
 
 
 def test_card_says_what_eval_json_says(published, tmp_path):
@@ -305,7 +305,7 @@ def test_errors_of_the_client_are_one_line_and_keep_the_folder(
 
 
 def test_recipe_pushes_checkpoints_and_the_finished_drafter(files, run, hub, trained):
-    keys = dict(target_model_name_or_path="alice/target", dataset_name=files / "text.jsonl") | BASE
+    keys = dict(target="alice/target", dataset_name=files / "text.jsonl") | BASE
     keys |= dict(output_dir=files / "pushed", push_to_hub="true", hub_model_id="alice/auto", hub_strategy="every_save")
     keys |= dict(save_steps=2, max_steps=3, eval_prompts=2)
     words = [word for key, value in keys.items() for word in (f"--{key}", *str(value).split())]
@@ -323,7 +323,7 @@ def test_recipe_pushes_checkpoints_and_the_finished_drafter(files, run, hub, tra
 
 
 def test_a_checkpoint_that_cannot_be_published_is_kept_and_training_goes_on(files, run, hub, trained):
-    keys = dict(target_model_name_or_path=files / "target", dataset_name=files / "text.jsonl") | BASE
+    keys = dict(target=files / "target", dataset_name=files / "text.jsonl") | BASE
     keys |= dict(output_dir=files / "unpushed", push_to_hub="true", hub_model_id="alice/local", save_steps=1)
     words = [word for key, value in keys.items() for word in (f"--{key}", *str(value).split())]
     code, printed = run("-m", "hf_specauf.train", *words, HF_DATASETS_CACHE=str(files / "cache"))
@@ -342,8 +342,10 @@ def test_domino_drafter_and_an_adapter_on_it_are_published_and_used_without_the_
     texts = target.generate(prompts, max_new_tokens=30, do_sample=False, eos_token_id=None, suppress_tokens=[2])
     rows = [json.dumps({"input_ids": text, "supervised": [0] * 9 + [1] * 30}) + "\n" for text in texts.tolist()]
     (files / "written.jsonl").write_text("".join(rows))
-    keys = dict(target_model_name_or_path=files / "target", dataset_name=files / "written.jsonl", output_dir=out)
-    keys |= BASE | dict(drafter="domino", objective="b_auf", gru_hidden_dim=12, emb_dim=8, eval_prompts=2, eval_rows=2)
+    keys = dict(target=files / "target", dataset_name=files / "written.jsonl", output_dir=out)
+    keys |= BASE | dict(
+        drafter_type="domino", objective="b_auf", gru_hidden_dim=12, emb_dim=8, eval_prompts=2, eval_rows=2
+    )
     keys |= dict(max_steps=150, learning_rate=5e-3, anchors_per_row=16, per_device_train_batch_size=4)
     keys |= dict(logging_steps=50)
     train([word for key, value in keys.items() for word in (f"--{key}", *str(value).split())])
@@ -354,7 +356,7 @@ def test_domino_drafter_and_an_adapter_on_it_are_published_and_used_without_the_
     assert set(found) == DOMINO_PUBLISHED
     card = found["README.md"].decode()
     assert 'custom_generate="alice/domino",\n    revision="v1"' in card and "speculation_type" not in card
-    assert "arxiv:2605.29707" in card and "B-AUF (Accept-Until-Fail)" in card and "drafter: domino" in card
+    assert "arxiv:2605.29707" in card and "B-AUF (Accept-Until-Fail)" in card and "drafter_type: domino" in card
     assert "| causal head | state 12, rank 8, 1 uncorrected, shift_label True |" in card
     run_snippets(run, card, 2)
     code, printed = run("-c", CUSTOM_GENERATE.format(prompt=prompts[:1].tolist()), user=None)
@@ -366,7 +368,7 @@ def test_domino_drafter_and_an_adapter_on_it_are_published_and_used_without_the_
     assert plain == assisted[0] == assisted[1] and len(plain) > 9
     assert "custom_generate=" in refused
     assert passes < 2 * (len(plain) - 9)  # drafts were accepted
-    adapted = lora("adapted-domino", drafter_name_or_path=out, objective="b_auf")
+    adapted = lora("adapted-domino", drafter=out, objective="b_auf")
     words = ["--drafter", str(adapted), "--repo", "alice/adapted-domino", "--target", "alice/target", "--small"]
     code, printed = run("-m", "hf_specauf.hub", "push", *words, "--base", "alice/domino", "--base-revision", "v1")
     assert code == 0, printed
@@ -426,7 +428,7 @@ def lora(files, trained, tmp_path_factory):
 
     def lora(name: str, **keys) -> Path:
         out = tmp_path_factory.mktemp(name) / "out"
-        fixed = dict(target_model_name_or_path=files / "target", dataset_name=files / "text.jsonl", output_dir=out)
+        fixed = dict(target=files / "target", dataset_name=files / "text.jsonl", output_dir=out)
         keys = fixed | BASE | dict(use_peft="true", lora_r=4, learning_rate=0.05) | keys
         keys = {key: value for key, value in keys.items() if value is not None}
         train([word for key, value in keys.items() for word in (f"--{key}", *str(value).split())])
@@ -459,7 +461,7 @@ def test_usage_lines_of_a_whole_drafter_run_as_printed(published, run):
 
 
 def test_adapter_is_published_alone_or_merged_and_pins_its_base(published, trained, lora, run, hub, tmp_path):
-    out = lora("adapted", drafter_name_or_path=trained)
+    out = lora("adapted", drafter=trained)
     push = ["-m", "hf_specauf.hub", "push", "--drafter", str(out), "--target", "alice/target", "--repo"]
     code, printed = run(*push, "alice/adapted", "--small")
     assert code == 1 and "was adapted from the local path" in printed and "--base OWNER/NAME" in printed
@@ -483,7 +485,7 @@ def test_adapter_is_published_alone_or_merged_and_pins_its_base(published, train
     assert "base_model: alice/drafter" in card and 'load_drafter("alice/adapted", revision="main")' in card
     assert f"| adapted from | `alice/drafter` at {published.commit}; LoRA, r 4, alpha 32; tau on the same" in card
     assert re.search(r"held-out prompts \d\.\d\d before, \d\.\d\d after", card)
-    assert "drafter_name_or_path: alice/drafter" in card and str(trained) not in card
+    assert "drafter: alice/drafter" in card and str(trained) not in card
     sums = [
         loads(run, PACKAGE + "load_drafter('alice/adapted').double()"),
         loads(run, PACKAGE + "load_drafter('alice/adapted-merged').double()"),
@@ -495,7 +497,7 @@ def test_adapter_is_published_alone_or_merged_and_pins_its_base(published, train
     with pytest.raises(SystemExit, match="holds an adapter alone.*README.md"):
         card_command(["render", str(tmp_path / "pulled"), "--repo", "alice/adapted"])
     # and another one on the same base, switched with the first between calls
-    out = lora("adapted-more", drafter_name_or_path=trained, seed=8)
+    out = lora("adapted-more", drafter=trained, seed=8)
     push[push.index("--drafter") + 1] = str(out)
     code, printed = run(*push, "alice/adapted-more", *SMALL)
     assert code == 0, printed
@@ -518,7 +520,7 @@ def test_an_adapter_on_a_z_lab_drafter_is_published_small_once_that_is_converted
         code, printed = run("-c", UPLOAD.format(repo="alice/z-lab", folder=str(folder)))
         assert code == 0, printed
     right, other, *_ = (commit["oid"] for commit in hub.repository("alice/z-lab").history("main"))
-    out = lora("adapted-z-lab", drafter_name_or_path=folder)
+    out = lora("adapted-z-lab", drafter=folder)
     push = ["-m", "hf_specauf.hub", "push", "--target", "alice/target", "--drafter"]
     small = [*push, str(out), "--repo", "alice/adapted-z-lab", "--small", "--base"]
     code, printed = run(*small, "alice/z-lab")
@@ -540,7 +542,7 @@ def test_an_adapter_on_a_z_lab_drafter_is_published_small_once_that_is_converted
 
 
 def test_a_drafter_trained_further_in_full_names_what_it_started_from(published, lora, online, tmp_path):
-    keys = dict(drafter_name_or_path="alice/drafter", drafter_revision="v1", use_peft=None, lora_r=None)
+    keys = dict(drafter="alice/drafter", drafter_revision="v1", use_peft=None, lora_r=None)
     out = lora("warm", **keys)
     text = render(out, "alice/warm").text
     assert f"| adapted from | `alice/drafter` at {published.commit}; trained in full; tau on the same held-out" in text
@@ -635,16 +637,14 @@ def test_what_was_measured_on_another_target_is_not_published(folder, online):
 def test_a_card_rendered_by_itself_names_no_folder_of_its_maker(trained, files, tmp_path):
     card_command(["render", str(trained), "--repo", "alice/drafter", "--out", str(tmp_path / "card.md")])
     text = (tmp_path / "card.md").read_text()
-    assert (
-        str(files) not in text and "dataset_name: text.jsonl" in text and "target_model_name_or_path: target" in text
-    )
+    assert str(files) not in text and "dataset_name: text.jsonl" in text and "target: target" in text
 
 
 def test_a_drafter_trained_anew_is_not_published_with_what_the_one_before_reached(files, trained, tmp_path):
     (tmp_path / "adapter").mkdir()
     for name in ("eval.json", "eval_mine.json", "alpha.png", "adapter/base.json"):
         (tmp_path / name).write_text("{}")
-    keys = dict(target_model_name_or_path=files / "target", dataset_name=files / "text.jsonl", output_dir=tmp_path)
+    keys = dict(target=files / "target", dataset_name=files / "text.jsonl", output_dir=tmp_path)
     keys |= BASE | dict(eval_prompts=0, max_steps=1)
     train([word for key, value in keys.items() for word in (f"--{key}", *str(value).split())])
     assert {path.name for path in tmp_path.iterdir()} >= {"config.json", "model.safetensors", "provenance.json"}

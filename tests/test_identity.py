@@ -148,7 +148,7 @@ def test_an_adapter_of_0_1_0_goes_on_its_base_and_names_its_own_target(command, 
     train(command(output_dir=tmp_path / "base"))
     keys = {key: value for key, value in BASE.items() if key not in ("num_draft_layers", "block_size")}
     keys.pop("target_layer_ids")
-    lora = dict(use_peft="true", drafter_name_or_path=tmp_path / "base", lora_r=2)
+    lora = dict(use_peft="true", drafter=tmp_path / "base", lora_r=2)
     train(command(base=keys, output_dir=tmp_path / "out", **lora))
     path = tmp_path / "out/adapter/base.json"
     record = json.loads(path.read_text())

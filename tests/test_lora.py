@@ -39,7 +39,7 @@ LORA = dict(use_peft="true", lora_r=4, learning_rate=0.05)
 def base(tmp_path_factory, files):
     """A drafter's folder as `train` leaves it."""
     out = tmp_path_factory.mktemp("base")
-    keys = dict(target_model_name_or_path=files / "target", dataset_name=files / "text.jsonl", output_dir=out) | BASE
+    keys = dict(target=files / "target", dataset_name=files / "text.jsonl", output_dir=out) | BASE
     main([word for key, value in keys.items() for word in (f"--{key}", *str(value).split())])
     return out
 
@@ -67,7 +67,7 @@ def adapter_on(drafter, folder, seed=0, **keys):
     ids=["lora", "dora", "rslora", "fc and norms in full"],
 )  # fmt: skip
 def test_adapt_trains_an_adapter_and_leaves_the_merged_drafter_beside_it(command, base, tmp_path, capsys, keys):
-    main(command(drafter_name_or_path=base, save_steps=2, **LORA, **keys))
+    main(command(drafter=base, save_steps=2, **LORA, **keys))
     printed = capsys.readouterr().out
     assert f"target_layer_ids: [0, 2] ({base})" not in printed  # the recipe named them, as the base does
     assert f"tau of {base} as it is: " in printed
@@ -96,7 +96,7 @@ def test_adapt_trains_an_adapter_and_leaves_the_merged_drafter_beside_it(command
 
 def test_a_z_lab_drafter_is_adapted_and_its_adapter_attaches_to_nothing_by_itself(command, base, tmp_path):
     folder, drafter = z_lab_folder(base, tmp_path), load_drafter(base)
-    main(command(drafter_name_or_path=folder, **LORA))
+    main(command(drafter=folder, **LORA))
     out = tmp_path / "out"
     config = json.loads((out / "config.json").read_text())
     assert config["model_type"] == "specauf_dflash" and config["target_model_name_or_path"].endswith("target")
@@ -123,8 +123,8 @@ def fine_tune(files, tmp_path):
 def test_an_adapter_knows_the_target_it_was_adapted_to_and_not_its_bases(
     command, base, files, fine_tune, tmp_path, recwarn
 ):
-    keys = dict(target_model_name_or_path=fine_tune, chat_template_kwargs='{"shout":true}', data="chat")
-    main(command(drafter_name_or_path=base, save_steps=3, **LORA, **keys))
+    keys = dict(target=fine_tune, chat_template_kwargs='{"shout":true}', data="chat")
+    main(command(drafter=base, save_steps=3, **LORA, **keys))
     targets = {folder: AutoModelForCausalLM.from_pretrained(folder) for folder in (files / "target", fine_tune)}
     whole = load_drafter(tmp_path / "out").config
     assert whole.target_fingerprint == target_fingerprint(targets[fine_tune])
@@ -205,11 +205,11 @@ def test_unmerged_and_merged_give_the_same_drafts(base, tmp_path):
 
 
 def test_adapter_resumes_and_refuses_another_base(command, base, tmp_path):
-    main(command(drafter_name_or_path=base, save_steps=1, **LORA))
+    main(command(drafter=base, save_steps=1, **LORA))
     whole = load_drafter(tmp_path / "out").state_dict()
     for gone in (2, 3):
         shutil.rmtree(tmp_path / f"out/checkpoint-{gone}")
-    main(command(drafter_name_or_path=base, save_steps=1, resume_from_checkpoint="true", **LORA))
+    main(command(drafter=base, save_steps=1, resume_from_checkpoint="true", **LORA))
     again = load_drafter(tmp_path / "out").state_dict()
     assert all(torch.equal(whole[name], again[name]) for name in whole)
     with pytest.raises(SystemExit, match="checkpoint-1 adapts .*, and this run starts from other weights"):
@@ -218,7 +218,7 @@ def test_adapter_resumes_and_refuses_another_base(command, base, tmp_path):
         drafter.fc.weight.data += 0.1
         drafter.save_pretrained(other)
         shutil.rmtree(tmp_path / "out/checkpoint-2"), shutil.rmtree(tmp_path / "out/checkpoint-3")
-        main(command(drafter_name_or_path=other, save_steps=1, resume_from_checkpoint="true", **LORA))
+        main(command(drafter=other, save_steps=1, resume_from_checkpoint="true", **LORA))
 
 
 @pytest.mark.parametrize("make", [make_drafter, make_domino])
@@ -380,7 +380,7 @@ def test_borrowed_layers_are_the_targets_and_only_the_rest_is_trained(command, f
 
 def test_a_domino_drafter_on_borrowed_layers_is_rebuilt_with_the_head_it_was_trained_with(command, files, tmp_path):
     keys = {key: value for key, value in BASE.items() if key != "num_draft_layers"}
-    keys |= dict(drafter="domino", objective="b_auf", gru_hidden_dim=12, emb_dim=8)
+    keys |= dict(drafter_type="domino", objective="b_auf", gru_hidden_dim=12, emb_dim=8)
     main(command(base=keys, init_from_target_layers="6", **LORA))
     merged = load_drafter(tmp_path / "out").state_dict()
     target = AutoModelForCausalLM.from_pretrained(files / "target")
@@ -389,7 +389,9 @@ def test_a_domino_drafter_on_borrowed_layers_is_rebuilt_with_the_head_it_was_tra
     for name, tensor in rebuilt.items():
         torch.testing.assert_close(tensor, merged[name])
     with pytest.raises(ValueError, match="lora_modules_to_save lacks prefix_gru, embed_proj"):
-        DrafterArguments(drafter="domino", use_peft=True, init_from_target_layers=[1], lora_modules_to_save=["fc"])
+        DrafterArguments(
+            drafter_type="domino", use_peft=True, init_from_target_layers=[1], lora_modules_to_save=["fc"]
+        )
     with pytest.raises(ValueError, match="lora_modules_to_save lacks fc"):
         DrafterArguments(use_peft=True, init_from_target_layers=[1], lora_modules_to_save=["norm"])
 
@@ -466,9 +468,9 @@ def test_layers_that_share_nothing_and_layers_that_are_not_there_are_refused():
         (dict(use_peft=True), "needs something to adapt"),
         (dict(lora_r=8), "lora_r would be ignored without use_peft"),
         (dict(use_dora=True), "use_dora would be ignored"),
-        (dict(drafter_revision="main"), "without drafter_name_or_path"),
-        (dict(drafter_name_or_path="a/b", init_from_target_layers=[1]), "two starts"),
-        (dict(drafter_name_or_path="a/b", emb_dim=8), "emb_dim: of a domino drafter"),
+        (dict(drafter_revision="main"), "without drafter"),
+        (dict(drafter="a/b", init_from_target_layers=[1]), "two starts"),
+        (dict(drafter="a/b", emb_dim=8), "emb_dim: of a domino drafter"),
     ],
 )
 def test_keys_that_say_nothing_are_refused(keys, said):
@@ -478,7 +480,7 @@ def test_keys_that_say_nothing_are_refused(keys, said):
 
 @pytest.mark.parametrize("names", [["q_proj"], ["q_proj", "fc"]], ids=str)
 def test_lora_is_put_on_the_modules_that_are_named(names):
-    keys = DrafterArguments(use_peft=True, drafter_name_or_path="a/b", lora_target_modules=names)
+    keys = DrafterArguments(use_peft=True, drafter="a/b", lora_target_modules=names)
     model = get_peft_model(make_drafter(make_target()), keys.peft_config())
     assert {name.split(".")[-1] for name, part in model.named_modules() if hasattr(part, "lora_A")} == set(names)
 
@@ -490,16 +492,16 @@ def test_lora_is_put_on_the_modules_that_are_named(names):
         (dict(num_draft_layers=5), "num_draft_layers is 5, and the drafter .* has 1"),
         (dict(target_layer_ids="0 3"), "target_layer_ids is"),
         (dict(mask_token_id=3), "mask_token_id is 3"),
-        (dict(drafter="domino"), "drafter is domino, and the drafter .* has dflash"),
+        (dict(drafter_type="domino"), "drafter_type is domino, and the drafter .* has dflash"),
     ],
 )
 def test_a_released_drafter_keeps_its_shape(command, base, keys, said):
     with pytest.raises(SystemExit, match=said):
-        main(command(drafter_name_or_path=base, **keys))
+        main(command(drafter=base, **keys))
 
 
 def test_warm_start_trains_the_released_drafter_in_full(command, base, tmp_path):
-    main(command(drafter_name_or_path=base, max_steps=1))
+    main(command(drafter=base, max_steps=1))
     record = json.loads((tmp_path / "out/provenance.json").read_text())
     assert record["base"]["name_or_path"] == str(base) and record["tau_before"] >= 1
     before, after = load_drafter(base).state_dict(), load_drafter(tmp_path / "out").state_dict()
@@ -512,18 +514,20 @@ def test_warm_start_trains_the_released_drafter_in_full(command, base, tmp_path)
 def test_the_recorded_recipe_parses_and_makes_the_same_drafter_again(command, tmp_path, kind):
     own = dict(num_draft_layers=2, block_size=6) | dict(learning_rate=0.05)
     if kind == "domino":
-        own |= dict(drafter="domino", gru_hidden_dim=12, emb_dim=8, objective="b_auf")
+        own |= dict(drafter_type="domino", gru_hidden_dim=12, emb_dim=8, objective="b_auf")
     main(command(output_dir=tmp_path / "base", **own))
     keys = {key: value for key, value in BASE.items() if key not in ("num_draft_layers", "block_size")}
     more = dict(objective="b_auf") if kind == "domino" else {}
-    main(command(base=keys, drafter_name_or_path=tmp_path / "base", **LORA, **more))
+    main(command(base=keys, drafter=tmp_path / "base", **LORA, **more))
     recipe = json.loads((tmp_path / "out/provenance.json").read_text())["recipe"]
-    assert (recipe["drafter"], recipe["num_draft_layers"], recipe["block_size"]) == (kind, 2, 6)
+    assert (recipe["drafter_type"], recipe["num_draft_layers"], recipe["block_size"]) == (kind, 2, 6)
     (tmp_path / "recipe.yaml").write_text(changed_recipe(recipe))
     main(
         ["--config", str(tmp_path / "recipe.yaml"), "--output_dir", str(tmp_path / "again"), "--disable_tqdm", "true"]
     )
     first, again = (load_drafter(tmp_path / name).state_dict() for name in ("out", "again"))
     assert all(torch.equal(first[name], again[name]) for name in first)
-    with pytest.raises(SystemExit, match="emb_dim is 4, and the drafter" if kind == "domino" else "drafter is domino"):
-        main(command(base=keys, drafter_name_or_path=tmp_path / "base", drafter="domino", emb_dim=4, **LORA, **more))
+    with pytest.raises(
+        SystemExit, match="emb_dim is 4, and the drafter" if kind == "domino" else "drafter_type is domino"
+    ):
+        main(command(base=keys, drafter=tmp_path / "base", drafter_type="domino", emb_dim=4, **LORA, **more))

@@ -145,8 +145,8 @@ def test_small_parts():
     assert slow_cases([dict(prompt_tokens=20, tau=2.0)]) == "not measured"
     recipe = {"num_draft_layers": 2, "block_size": 16, "objective": "decay", "output_dir": "x", "report_to": ["wandb"]}
     assert changed_recipe(public(recipe)) == "num_draft_layers: 2\nblock_size: 16\nobjective: decay"
-    own = changed_recipe(recipe | {"drafter": "domino", "emb_dim": 8, "shift_label": False}).splitlines()
-    assert {"drafter: domino", "emb_dim: 8", "shift_label: false"} <= set(own)
+    own = changed_recipe(recipe | {"drafter_type": "domino", "emb_dim": 8, "shift_label": False}).splitlines()
+    assert {"drafter_type: domino", "emb_dim: 8", "shift_label: false"} <= set(own)
 
 
 @pytest.mark.parametrize("path", CARDS, ids=lambda path: path.name)

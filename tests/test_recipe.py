@@ -17,7 +17,7 @@ from hf_specauf.recipe import parse
 ROOT = Path(__file__).parents[1]
 LAUNCHES = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
 RECIPES = sorted(set((ROOT / "recipes").glob("*/*.yaml")) - set(LAUNCHES))
-NAMED = dict(target_model_name_or_path="some/target", dataset_name="rows.jsonl", output_dir="out", use_cpu=True)
+NAMED = dict(target="some/target", dataset_name="rows.jsonl", output_dir="out", use_cpu=True)
 
 
 @pytest.fixture
@@ -68,13 +68,33 @@ def test_quickstart_recipes_differ_in_the_objective_alone():
         ("block_size", 8, "10", 10),
         ("target_layer_ids", [1, 2], "3", [3]),
         ("bf16", False, "false", False),
-        ("target_model_name_or_path", "in/yaml", "on/line", "on/line"),
+        ("target", "in/yaml", "on/line", "on/line"),
     ],
 )
 def test_command_line_beats_yaml(recipe, key, in_yaml, on_command_line, wins):
     from_yaml = float(in_yaml) if key == "learning_rate" else in_yaml
     assert recipe({key: in_yaml})[key] == from_yaml
     assert recipe({key: in_yaml}, f"--{key}", on_command_line)[key] == wins
+
+
+def test_a_recipe_of_0_1_0_is_read_and_the_new_keys_are_named(tmp_path, capsys):
+    old = dict(target_model_name_or_path="some/target", dataset_name="rows.jsonl", output_dir="out", use_cpu=True)
+    file = tmp_path / "old.yaml"
+    file.write_text(yaml.safe_dump(old | {"drafter": "domino", "emb_dim": 8}))
+    target, draft, _, _ = parse(["--config", str(file), "--objective", "b_auf"])
+    assert (target.target, draft.drafter_type, draft.drafter, draft.emb_dim) == ("some/target", "domino", None, 8)
+    said = capsys.readouterr().out
+    assert "key target_model_name_or_path is called target now" in said
+    assert "key drafter is called drafter_type now" in said
+    file.write_text(yaml.safe_dump(old | {"drafter_name_or_path": "a/b"}))
+    _, draft, _, _ = parse(["--config", str(file)])
+    assert (draft.drafter_type, draft.drafter) == (None, "a/b")
+    words = ["--target_model_name_or_path=t", "--drafter_name_or_path", "c/d", "--drafter_revision", "v1"]
+    target, draft, _, _ = parse(["--config", str(file), *words])
+    assert (target.target, draft.drafter, draft.drafter_revision) == ("t", "c/d", "v1")
+    assert "--drafter_name_or_path is called --drafter now" in capsys.readouterr().out
+    target, draft, _, _ = parse(["--config", str(file), "--drafter", "dflash"])
+    assert draft.drafter_type == "dflash"
 
 
 @pytest.mark.parametrize("key", ["objectve", "blocksize", "target_layers", "warmup_ratio", "Objective"])
@@ -96,8 +116,8 @@ def test_unknown_keys_fail_and_are_named(recipe, key):
         (dict(block_size=1), "block_size is 1"),
         (dict(num_draft_layers=0), "num_draft_layers is 0"),
         (dict(fp16=True), "use bf16: true"),
-        (dict(drafter="eagle"), "drafter is 'eagle'; it must be one of dflash, domino"),
-        (dict(emb_dim=64, shift_label=True), "emb_dim, shift_label: of a domino drafter.*Set drafter: domino"),
+        (dict(drafter_type="eagle"), "drafter_type is 'eagle'; it must be one of dflash, domino"),
+        (dict(emb_dim=64, shift_label=True), "emb_dim, shift_label: of a domino drafter.*Set drafter_type: domino"),
         (dict(lambda_decay_ratio=0.5), "has no base branch and would ignore it"),
         (dict(trust_remote_code=True), "trust_remote_code: true needs target_revision"),
     ],
@@ -120,10 +140,10 @@ def test_chat_template_kwargs_may_be_a_mapping(recipe):
 
 
 def test_required_keys_are_named(recipe, capsys):
-    keys = {key: value for key, value in NAMED.items() if key != "target_model_name_or_path"}
+    keys = {key: value for key, value in NAMED.items() if key != "target"}
     with pytest.raises(SystemExit):
         recipe(yaml.safe_dump(keys))
-    assert "the following arguments are required: --target_model_name_or_path" in capsys.readouterr().err
+    assert "the following arguments are required: --target" in capsys.readouterr().err
 
 
 def test_one_source_or_a_mixture_and_not_both(recipe):

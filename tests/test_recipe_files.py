@@ -49,15 +49,15 @@ def parsed(path: Path):
 @each_recipe
 def test_recipe_fits_the_published_config_of_its_target(path):
     keys, (target_args, draft, data, args) = yaml.safe_load(path.read_text()), parsed(path)
-    published = PUBLISHED[target_args.target_model_name_or_path]
+    published = PUBLISHED[target_args.target]
     layers = draft.init_from_target_layers
     shape = dict(
         num_hidden_layers=len(layers) if layers else draft.num_draft_layers, block_size=draft.block_size,
         mask_token_id=draft.mask_token_id, target_layer_ids=draft.target_layer_ids,
     )  # fmt: skip
-    if draft.drafter_name_or_path is not None:  # keeps its own
-        shape = copy.copy(PUBLISHED[draft.drafter_name_or_path])
-        assert shape.pop("note") and shape.pop("target") == target_args.target_model_name_or_path
+    if draft.drafter is not None:  # keeps its own
+        shape = copy.copy(PUBLISHED[draft.drafter])
+        assert shape.pop("note") and shape.pop("target") == target_args.target
     with torch.device("meta"):
         target = AutoModelForCausalLM.from_config(AutoConfig.for_model(published["model_type"], **published["config"]))
         shape |= dict(kind=draft.kind, own_keys=draft.own_keys, intermediate_size=draft.draft_intermediate_size)
@@ -120,25 +120,25 @@ def tiny_target(folder: Path, model_type: str, layers: int, hidden: int = 32):
 @each_recipe
 def test_recipe_trains_scaled_down_on_a_tiny_target_of_the_same_architecture(path, files, tmp_path):
     keys, (target_args, draft, *_) = yaml.safe_load(path.read_text()), parsed(path)
-    model_type = PUBLISHED[target_args.target_model_name_or_path]["model_type"]
+    model_type = PUBLISHED[target_args.target]["model_type"]
     hidden = 128 if target_args.target_quantization else 32  # what bitsandbytes packs
     tiny_target(tmp_path / "target", model_type, layers=8, hidden=hidden)
     small = copy.deepcopy(keys)
     small |= dict(
-        target_model_name_or_path=str(tmp_path / "target"), dataset_name=str(files / "chat.jsonl"), max_length=256,
+        target=str(tmp_path / "target"), dataset_name=str(files / "chat.jsonl"), max_length=256,
         mask_token_id=2, target_layer_ids=[1, 2, 4, 5, 6], anchors_per_row=16, output_dir=str(tmp_path / "out"),
         target_dtype="float32", save_dtype="float32", bf16=False, use_cpu=True, max_steps=2, eval_steps=2,
         save_steps=2, gradient_accumulation_steps=2, eval_rows=2, eval_prompts=1, eval_new_tokens=4, disable_tqdm=True,
     )  # fmt: skip
     if "init_from_target_layers" in keys:
         small["init_from_target_layers"] = [3, 6]
-    if "drafter_name_or_path" in keys:  # keeps its mask token and taps
+    if "drafter" in keys:  # keeps its mask token and taps
         target = AutoModelForCausalLM.from_pretrained(tmp_path / "target")
         shape = dict(mask_token_id=small.pop("mask_token_id"), target_layer_ids=small.pop("target_layer_ids"))
         DFlashDraftModel(drafter_config(target, num_hidden_layers=5, block_size=16, **shape)).save_pretrained(
             tmp_path / "base"
         )
-        small["drafter_name_or_path"] = str(tmp_path / "base")
+        small["drafter"] = str(tmp_path / "base")
     for key in ("target_device_map", "draft_intermediate_size"):  # for GPUs; for this target
         small.pop(key, None)
     recipe = tmp_path / "recipe.yaml"
@@ -230,5 +230,5 @@ def test_launch_lines_in_recipes_parse():
         for line in re.findall(r"python -m hf_specauf.regenerate (.*)", header):
             (args,) = TrlParser(RegenerateArguments).parse_args_and_config(shlex.split(line))
             keys = yaml.safe_load(path.read_text())
-            assert (args.target, args.out) == (keys["target_model_name_or_path"], keys["dataset_name"])
+            assert (args.target, args.out) == (keys["target"], keys["dataset_name"])
             assert args.chat_template_kwargs == keys.get("chat_template_kwargs")

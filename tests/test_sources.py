@@ -211,7 +211,7 @@ def test_a_dataset_that_needs_a_login_says_so_in_one_line(name, tmp_path):
     hub = dict(HF_ENDPOINT=f"http://127.0.0.1:{served.server_port}", HF_HOME=str(tmp_path), HF_HUB_OFFLINE="0")
     hub |= dict(HF_HUB_DISABLE_TELEMETRY="1", NO_PROXY="127.0.0.1")
     code = "import sys, hf_specauf.train; hf_specauf.train.main(sys.argv[1:])"
-    words = ["--dataset_name", name, "--target_model_name_or_path", "t", "--output_dir", str(tmp_path / "out")]
+    words = ["--dataset_name", name, "--target", "t", "--output_dir", str(tmp_path / "out")]
     done = subprocess.run(
         [sys.executable, "-c", code, *words, "--use_cpu", "true"], cwd=ROOT, env=os.environ | hub,
         capture_output=True, text=True,

@@ -181,7 +181,7 @@ def test_accelerate_launch_runs_a_recipe(command, files, tmp_path):
         (dict(resume_from_checkpoint="out/checkpoint-9"), "there is no folder 'out/checkpoint-9'"),
         (dict(gamma=7), "objective 'auf' has no decay and would ignore it"),
         (dict(objectve="auf"), "--objectve"),
-        (dict(target_model_name_or_path="nowhere"), "target_model_name_or_path: 'nowhere' cannot be loaded"),
+        (dict(target="nowhere"), "target: 'nowhere' cannot be loaded"),
         (dict(data="broken"), "broken.jsonl: line 2 is not whole JSON, cut off perhaps"),
         (dict(dataset_streaming="true"), "dataset_streaming: true needs max_train_rows"),
         (dict(dataset_mixture='{"name":"a","wieght":2}'), "give the training text as dataset_name"),

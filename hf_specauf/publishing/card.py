@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from ..drafters import config_class
 from ..drafters.transformers_internals import TESTED
 from ..losses.objectives import OBJECTIVES
-from ..recipe import DataArguments, TargetArguments, drafter_arguments
+from ..recipe import DataArguments, TargetArguments, drafter_arguments, under_new_names
 from ..records import HUB_ID, public
 from ..serving.acceptance import NOT_MEASURED, TAU_DEFINITION, number
 from ..training.config import AUFConfig
@@ -114,6 +114,7 @@ def eval_results(records: list[dict]) -> list[EvalResult]:
 
 def changed_recipe(recipe: dict) -> str:
     """The keys of a resolved recipe that differ from their defaults, as YAML."""
+    recipe = under_new_names(recipe)
     kept = {}
     for part in (TargetArguments, drafter_arguments(), DataArguments, AUFConfig):
         for field in fields(part):

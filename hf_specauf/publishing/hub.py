@@ -24,6 +24,7 @@ from ..drafters.transformers_internals import TESTED
 from ..identity import Identity, origin_of, weights_fingerprint
 from ..layouts.adapters import BASE_FILE, AdapterBase, finish_adapter
 from ..layouts.load import load_drafter
+from ..recipe import under_new_names
 from ..records import HUB_ID, public, write_record
 from ..target import load_target
 from . import stranger
@@ -280,9 +281,11 @@ def public_record(record: dict, config, base: AdapterBase | None) -> dict:
     if isinstance(record.get("target"), dict):
         record["target"]["name_or_path"] = config.target_model_name_or_path
         record["target"]["revision"] = config.target_revision
-    recipe = record.get("recipe", {})
-    if "target_model_name_or_path" in recipe:
-        recipe["target_model_name_or_path"] = config.target_model_name_or_path
+    recipe = under_new_names(record.get("recipe", {}))
+    if recipe:
+        record["recipe"] = recipe
+    if "target" in recipe:
+        recipe["target"] = config.target_model_name_or_path
         recipe["target_revision"] = config.target_revision
     if base is not None and record.get("base"):
         record["base"] |= {
@@ -291,7 +294,7 @@ def public_record(record: dict, config, base: AdapterBase | None) -> dict:
             "loadable": base.loadable,
         }
     if base is not None and base.borrowed_layers is None and recipe:
-        recipe |= {"drafter_name_or_path": base.name_or_path, "drafter_revision": base.revision}
+        recipe |= {"drafter": base.name_or_path, "drafter_revision": base.revision}
     return record
 
 

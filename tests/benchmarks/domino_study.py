@@ -32,7 +32,7 @@ from hf_specauf.records import environment
 from hf_specauf.serving.compare import compare
 
 # the published head has a state of H / 4 and rank H / 16; H is 192 here, so that both are kept from being tiny
-HEAD = ["--drafter", "domino", "--gru_hidden_dim", "96", "--emb_dim", "48"]
+HEAD = ["--drafter_type", "domino", "--gru_hidden_dim", "96", "--emb_dim", "48"]
 VARIANTS = {
     "DFlash decay": ["--objective", "decay"],
     "DFlash AUF": ["--objective", "auf"],

@@ -58,7 +58,7 @@ sys.exit(status)
 
 def variants(base: Path, last_layers: list[int]) -> dict[str, dict]:
     """What each run changes in the recipe; `None` removes a key."""
-    old = {"drafter_name_or_path": str(base)}
+    old = {"drafter": str(base)}
     borrowed = {"init_from_target_layers": last_layers, "num_draft_layers": None}
     ranks = {r: {"lora_r": r, "lora_alpha": 2 * r} for r in (4, 16, 64)}
     return {
@@ -110,7 +110,7 @@ def run(target: Path, rows: Path, folder: Path, changes: dict, steps: int, seed:
         SystemExit: training failed, or the folder holds a run of another recipe.
     """
     recipe = yaml.safe_load(RECIPE.read_text()) | {
-        "target_model_name_or_path": str(target), "dataset_name": str(rows), "output_dir": str(folder), "seed": seed,
+        "target": str(target), "dataset_name": str(rows), "output_dir": str(folder), "seed": seed,
         "eval_dataset_name": str(heldout_rows(target)), "max_steps": steps, "eval_strategy": "no",
         "save_strategy": "no", "eval_prompts": 0, "eval_rows": 8, "disable_tqdm": True,
     } | changes  # fmt: skip

@@ -114,7 +114,7 @@ def run(target: Path, rows: Path, folder: Path, seed: int, steps: int, prompts: 
     if kept.is_file():
         return json.loads(kept.read_text())
     words = dict(
-        config=recipes_folder() / "quickstart/dflash_auf.yaml", target_model_name_or_path=target, dataset_name=rows,
+        config=recipes_folder() / "quickstart/dflash_auf.yaml", target=target, dataset_name=rows,
         eval_dataset_name=heldout_rows(target), output_dir=folder, seed=seed, max_steps=steps, eval_strategy="no",
         save_strategy="no", eval_prompts=0, disable_tqdm="true",
     )  # fmt: skip
