@@ -110,9 +110,9 @@ def test_unknown_keys_fail_and_are_named(recipe, key):
     [
         (dict(objective="aufff"), "objective is 'aufff'; it must be one of uniform, decay, auf, auf_decay"),
         (dict(normalisation="mean"), "normalisation is 'mean'"),
-        (dict(target_dtype="fp16"), "target_dtype is 'fp16'; it must be auto, bfloat16 or float32"),
+        (dict(target_dtype="fp16"), "target_dtype is 'fp16'; it must be one of auto, bfloat16, float32"),
         (dict(target_dtype="float16"), "target_dtype is 'float16'"),
-        (dict(save_dtype="float16"), "save_dtype is 'float16'; it must be auto, bfloat16 or float32"),
+        (dict(save_dtype="float16"), "save_dtype is 'float16'; it must be one of auto, bfloat16, float32"),
         (dict(block_size=1), "block_size is 1"),
         (dict(num_draft_layers=0), "num_draft_layers is 0"),
         (dict(fp16=True), "use bf16: true"),

@@ -1,0 +1,183 @@
+"""DataArguments: a recipe's keys for the training text, checked before anything is read."""
+
+import json
+from dataclasses import dataclass, field
+from typing import TypedDict
+
+
+class Source(TypedDict):
+    """One source of training rows: an entry of `dataset_mixture`, with nothing left out."""
+
+    name: str
+    weight: float
+    config: str | None
+    split: str
+    revision: str | None
+
+
+# What an entry of `dataset_mixture` has where it says nothing else.
+SOURCE_DEFAULTS = {"weight": 1.0, "config": None, "split": "train", "revision": None}
+
+
+@dataclass
+class DataArguments:
+    """The training text: Hub datasets or local files with `messages`, ShareGPT `conversations`,
+    Alpaca's `instruction`, `input` and `output`, `prompt` and `completion`, `text`, or token
+    rows."""
+
+    dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Hub id, or a local .jsonl, .json, .parquet, .csv or .txt file."},
+    )
+    dataset_config: str | None = field(
+        default=None, metadata={"help": "Configuration of a Hub dataset."}
+    )
+    dataset_split: str = field(default="train", metadata={"help": "Split of a Hub dataset."})
+    dataset_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of a Hub dataset."}
+    )
+    # The entries arrive as mappings from YAML and as JSON text from the command line.
+    # `__post_init__` makes each of them a `Source`. argparse needs a type that it can parse.
+    dataset_mixture: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "Several sources instead of dataset_name: a list of {name, weight, config, split,"
+                " revision}. Rows stand in the ratio of the weights, none is taken twice."
+            )
+        },
+    )
+    dataset_streaming: bool = field(
+        default=False,
+        metadata={
+            "help": (
+                "Read only the first max_train_rows (and held-out) rows, without downloading the"
+                " rest."
+            )
+        },
+    )
+    dataset_num_proc: int | None = field(
+        default=None, metadata={"help": "Processes that tokenize; one by default."}
+    )
+    packing: bool = field(
+        default=False,
+        metadata={
+            "help": (
+                "Put short rows together into rows of up to max_length tokens; they do not see each"
+                " other."
+            )
+        },
+    )
+    eval_dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Held-out rows; by default the last eval_rows of the training rows."},
+    )
+    eval_dataset_config: str | None = field(
+        default=None, metadata={"help": "Configuration of the held-out dataset."}
+    )
+    eval_dataset_split: str = field(
+        default="train", metadata={"help": "Split of the held-out rows."}
+    )
+    eval_dataset_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of the held-out dataset."}
+    )
+    eval_rows: int = field(
+        default=64, metadata={"help": "At most this many held-out rows; 0 for none."}
+    )
+    max_train_rows: int | None = field(
+        default=None, metadata={"help": "Use only the first rows, for a trial run."}
+    )
+
+    def __post_init__(self):
+        self._check_counts()
+        self._check_sources()
+        self._check_heldout()
+        if self.dataset_mixture is not None:
+            self.dataset_mixture = [mixture_source(entry) for entry in self.dataset_mixture]
+
+    def _check_counts(self) -> None:
+        if self.eval_rows < 0:
+            raise ValueError(
+                f"eval_rows is {self.eval_rows}; it must be 0 (no held-out rows) or more"
+            )
+        for key in ("max_train_rows", "dataset_num_proc"):
+            count = getattr(self, key)
+            if count is not None and count < 1:
+                raise ValueError(f"{key} is {count}; it must be at least 1, or left out")
+        if self.dataset_streaming and not self.max_train_rows:
+            raise ValueError("dataset_streaming: true needs max_train_rows, how many rows to read")
+
+    def _check_sources(self) -> None:
+        # An empty mixture is none.
+        if bool(self.dataset_name) == bool(self.dataset_mixture):
+            raise ValueError(
+                "give the training text as dataset_name (one source) or as dataset_mixture"
+                " (several), and not both"
+            )
+        of_one_source = (self.dataset_config, self.dataset_split, self.dataset_revision)
+        if self.dataset_mixture and of_one_source != (None, "train", None):
+            raise ValueError(
+                "dataset_config, dataset_split and dataset_revision belong to dataset_name:"
+                " with dataset_mixture write config, split and revision into its entries"
+            )
+
+    def _check_heldout(self) -> None:
+        if self.eval_dataset_name is not None:
+            if not self.eval_rows:
+                raise ValueError("eval_rows: 0 would ignore eval_dataset_name: remove one of them")
+            return
+        for key in ("eval_dataset_config", "eval_dataset_split", "eval_dataset_revision"):
+            if getattr(self, key) not in (None, "train"):
+                raise ValueError(
+                    f"{key} belongs to eval_dataset_name, and would be ignored: give that too, or"
+                    " remove it"
+                )
+
+    def sources(self) -> list[Source]:
+        """The sources of the training rows: those of the mixture, or the only one."""
+        if self.dataset_mixture:
+            return self.dataset_mixture
+        return [
+            {
+                "name": self.dataset_name,
+                "weight": 1.0,
+                "config": self.dataset_config,
+                "split": self.dataset_split,
+                "revision": self.dataset_revision,
+            }
+        ]
+
+    @property
+    def source_names(self) -> str:
+        """The names of all sources of the training rows, as a record shows them."""
+        return " + ".join(source["name"] for source in self.sources())
+
+
+def mixture_source(entry: str | dict) -> Source:
+    """One entry of `dataset_mixture`, a mapping or its JSON text, with its defaults.
+
+    Raises:
+        ValueError: it is no mapping, has no name, an unknown key, or a weight that is not above 0.
+    """
+    given = entry
+    if isinstance(entry, str):
+        try:
+            given = json.loads(entry)
+        except json.JSONDecodeError:
+            given = None
+    is_source = (
+        isinstance(given, dict) and given.get("name") and given.keys() <= {"name", *SOURCE_DEFAULTS}
+    )
+    if not is_source:
+        raise ValueError(
+            f"dataset_mixture has the entry {entry!r}: it must be a mapping with name and, if need"
+            f" be, {', '.join(SOURCE_DEFAULTS)}"
+        )
+    found = {"name": given["name"]} | SOURCE_DEFAULTS | given
+    weight = found["weight"]
+    if not (isinstance(weight, int | float) and 0 < weight < float("inf")):
+        raise ValueError(
+            f"dataset_mixture: the weight of {found['name']} is {weight!r}; it must be a number"
+            " above 0"
+        )
+    return found
