@@ -11,9 +11,10 @@ import re
 import warnings
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from huggingface_hub import try_to_load_from_cache
 from peft import PeftModel
@@ -36,6 +37,8 @@ CONFIG_KEYS = {
     "num_target_layers": "num_layers",
     "vocab_size": "vocab_size",
 }
+# Those of them that a drafter's own weights depend on.
+SHAPE_KEYS = ("hidden_size", "num_target_layers", "vocab_size")
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class Identity:
         fingerprint (`str`, *optional*): of the weights, see [`target_fingerprint`].
         tokenizer_hash, chat_template_hash (`str`, *optional*): see [`tokenizer_hashes`].
         hidden_size, num_layers, vocab_size (`int`, *optional*): H, decoder layers, rows of the
-        input embedding.
+            input embedding.
     """
 
     name_or_path: str | None = None
@@ -72,19 +75,26 @@ class Identity:
         """Of a loaded target.
 
         Args:
-            target (`PreTrainedModel` or `PeftModel`).
+            target (`PreTrainedModel` or `PeftModel`): the target.
             tokenizer (`PreTrainedTokenizerBase`, *optional*): its tokenizer.
-            name_or_path, revision (`str`, *optional*): what it was asked for by; by default what it
-            says itself.
+            name_or_path (`str`, *optional*): what it was asked for by; by default what it says
+                itself.
+            revision (`str`, *optional*): what it was asked for by; where the commit is known, that
+                is taken.
         """
         target = innermost(target)
         text = target.config.get_text_config(decoder=True)
         origin = origin_of(target)
+        if origin is not None and origin.revision is not None:
+            revision = origin.revision
+        hashes = {}
+        if tokenizer is not None:
+            hashes = tokenizer_hashes(tokenizer)
         return cls(
             name_or_path=name_or_path or target.config._name_or_path or None,
-            revision=(origin and origin.revision) or revision,
+            revision=revision,
             fingerprint=target_fingerprint(target),
-            **({} if tokenizer is None else tokenizer_hashes(tokenizer)),
+            **hashes,
             hidden_size=text.hidden_size,
             num_layers=text.num_hidden_layers,
             vocab_size=embedding_rows(target),
@@ -96,46 +106,52 @@ class Identity:
         return cls(**{own: getattr(config, key) for key, own in CONFIG_KEYS.items()})
 
     @classmethod
-    def read(cls, record: dict | None) -> "Identity":
+    def read(cls, record: dict[str, Any] | None) -> "Identity":
         """From any record that this package wrote: the `target` of today's records, and the older
         forms (flat keys in `settings.json` and in `base.json`'s `trained_for`)."""
         record = record or {}
         target = record.get("target")
         if isinstance(target, dict):
             record = target
-        elif isinstance(target, str):  # settings.json up to 0.1.0
-            older = {"name_or_path": target, "revision": record.get("target_commit")}
-            record = record | older | {"fingerprint": record.get("target_fingerprint")}
-        named = {
-            own: record[key] for key, own in CONFIG_KEYS.items() if record.get(key) is not None
-        }
-        known = {field.name for field in fields(cls)}
-        return cls(**named | {key: value for key, value in record.items() if key in known})
+        elif isinstance(target, str):
+            # settings.json up to 0.1.0, whose `target_revision` may be a branch
+            record = record | {
+                "name_or_path": target,
+                "revision": record.get("target_commit"),
+                "fingerprint": record.get("target_fingerprint"),
+            }
+        found = {}
+        for key, own in CONFIG_KEYS.items():
+            if record.get(key) is not None:
+                found[own] = record[key]
+        # Last, because they are exact where both forms are there.
+        for own in CONFIG_KEYS.values():
+            if own in record:
+                found[own] = record[own]
+        return cls(**found)
 
-    def config_keys(self) -> dict:
+    def config_keys(self) -> dict[str, Any]:
         """The same as keys of a drafter's config."""
         return {key: getattr(self, own) for key, own in CONFIG_KEYS.items()}
 
-    def record(self) -> dict:
+    def record(self) -> dict[str, Any]:
         """What every record keeps under `target`."""
         return asdict(self)
 
     def write_into(self, config: DFlashConfig) -> None:
         """Make a drafter's config say that it is for this target. Its shape stays as it is."""
-        shape = ("hidden_size", "num_target_layers", "vocab_size")
         for key, value in self.config_keys().items():
-            if key not in shape:
+            if key not in SHAPE_KEYS:
                 setattr(config, key, value)
 
-    def differences(self, other: "Identity") -> dict[str, tuple]:
+    def differences(self, other: "Identity") -> dict[str, tuple[Any, Any]]:
         """Fields that both know and that differ -> (ours, theirs)."""
-        pairs = {
-            field.name: (getattr(self, field.name), getattr(other, field.name))
-            for field in fields(self)
-        }
-        return {
-            name: pair for name, pair in pairs.items() if None not in pair and pair[0] != pair[1]
-        }
+        found = {}
+        for field in fields(self):
+            ours, theirs = getattr(self, field.name), getattr(other, field.name)
+            if ours is not None and theirs is not None and ours != theirs:
+                found[field.name] = (ours, theirs)
+        return found
 
     def is_same_model(self, other: "Identity", *names: str | None) -> bool:
         """Whether both are one model: by the weights where both are known, else by the name, or one
@@ -149,15 +165,21 @@ class Identity:
 
 
 class Origin(NamedTuple):
-    """What a model was loaded from."""
+    """What a model was loaded from.
+
+    Attributes:
+        name_or_path (`str`): Hub id or folder.
+        revision (`str`, *optional*): commit on the Hub.
+        loadable (`bool`): whether AutoModel loads it by that name.
+    """
 
     name_or_path: str
-    revision: str | None  # commit on the Hub
-    loadable: bool = True  # whether AutoModel loads it by that name
+    revision: str | None
+    loadable: bool = True
 
 
 # transformers forgets the commit it loaded, and a model in another layout has no name that
-# AutoModel could load
+# AutoModel could load. The references are weak, so that a model can be freed.
 _ORIGINS: WeakKeyDictionary[nn.Module, Origin] = WeakKeyDictionary()
 
 
@@ -182,38 +204,39 @@ def embedding_rows(target: PreTrainedModel) -> int:
 
 
 def target_fingerprint(target: PreTrainedModel) -> str | None:
-    """Short SHA-256 of the first weights of every parameter, as bf16 so that the loading dtype does
-    not matter.
+    """Short SHA-256 of the first weights of every parameter.
 
-    transformers forgets the commit it loaded, and a folder has none; the weights themselves tell a
-    fine-tune or
-    another commit from the model a drafter was trained for (z-lab#152). `None` where they cannot be
-    read: quantised, offloaded or sharded.
+    The weights tell a fine-tune or another commit from the model that a drafter was trained for
+    (z-lab#152). `None` where they cannot be read: quantised, offloaded or sharded.
     """
     digest = hashlib.sha256()
     for name, parameter in innermost(target).named_parameters():
         if parameter.is_meta or not parameter.is_floating_point() or isinstance(parameter, DTensor):
             return None
         digest.update(name.encode())
-        digest.update(
-            parameter.detach().flatten()[:8].to("cpu", torch.bfloat16).view(torch.uint8).numpy()
-        )
+        # Training changes every parameter nearly everywhere, so a few weights of each will do.
+        digest.update(_bf16_bytes(parameter.detach().flatten()[:8]))
     return digest.hexdigest()[:16]
 
 
 def weights_fingerprint(tensors: dict[str, torch.Tensor]) -> str:
-    """SHA-256 of all of some named weights, as bf16 so that the loading dtype does not matter: what
-    an adapter is tied to. An adapter must lie on exactly these weights, so that, other than a
-    target's, every one of them counts.
+    """SHA-256 of some named weights, whole. An adapter is tied to it.
+
+    Other than in a target's fingerprint every weight counts, because an adapter must lie on exactly
+    the weights that it was trained on.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
-        whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        if isinstance(tensor, DTensor):
+            tensor = tensor.full_tensor()
         digest.update(name.encode())
-        digest.update(
-            whole.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy()
-        )
+        digest.update(_bf16_bytes(tensor.detach()))
     return digest.hexdigest()
+
+
+def _bf16_bytes(tensor: torch.Tensor) -> np.ndarray:
+    # As bf16, so that the dtype that a model is loaded in does not matter. numpy knows no bf16.
+    return tensor.to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy()
 
 
 def tokenizer_hashes(tokenizer: PreTrainedTokenizerBase) -> dict[str, str | None]:
@@ -223,9 +246,14 @@ def tokenizer_hashes(tokenizer: PreTrainedTokenizerBase) -> dict[str, str | None
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     template = tokenizer.chat_template
+    template_hash = None
+    if template is not None:
+        # A tokenizer may have several templates by name, so this need not be text.
+        template_hash = short(json.dumps(template))
+    vocabulary = sorted(tokenizer.get_vocab().items())
     return {
-        "tokenizer_hash": short(json.dumps(sorted(tokenizer.get_vocab().items()))),
-        "chat_template_hash": None if template is None else short(json.dumps(template)),
+        "tokenizer_hash": short(json.dumps(vocabulary)),
+        "chat_template_hash": template_hash,
     }
 
 
@@ -233,6 +261,7 @@ def cached_commit(name_or_path: str, revision: str | None = None) -> str | None:
     """The commit a branch or tag named when it was loaded (z-lab#152); `None` for a folder."""
     if Path(name_or_path).exists():
         return None
+    # The cache keeps each file under its commit.
     cached = try_to_load_from_cache(name_or_path, "config.json", revision=revision)
     found = re.search(r"snapshots/([0-9a-f]{40})/", str(cached))
     return found[1] if found else None
@@ -245,14 +274,15 @@ def check_pair(
     target: PreTrainedModel, config: DFlashConfig, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> None:
     """Raise unless the drafter can serve the target: layers, hidden size, vocabulary and, if a
-    tokenizer is given, its words agree. Warn where it is another model or commit, or another chat
-    template, than in training.
+    tokenizer is given, its words agree. Warn if the model, its commit or the chat template is not
+    the one of training.
 
     Raises:
         ValueError: what differs, and what to do.
     """
     target = innermost(target)
-    if wrong := shape_differences(target, config):
+    wrong = shape_differences(target, config)
+    if wrong:
         raise ValueError(
             f"this drafter does not belong to this target: its config says {', '.join(wrong)}. It"
             f" was trained for {config.target_model_name_or_path or 'an unnamed target'}; load that"
@@ -278,9 +308,8 @@ def check_pair(
 
 
 def _warn_of_another_target(found: Identity, meant: Identity) -> None:
-    """Warn where a target is not the one that a drafter was trained for: by the weights where both
-    are known, else by names and commits on the Hub. A folder's name says nothing."""
     own = meant.name_or_path or "an unnamed target"
+    # The weights decide, where both are known.
     if found.fingerprint and meant.fingerprint:
         if found.fingerprint != meant.fingerprint:
             at = f" at {meant.revision}" if meant.revision else ""
@@ -289,10 +318,10 @@ def _warn_of_another_target(found: Identity, meant: Identity) -> None:
                 " other weights"
             )
         return
-    if any(
-        name is None or Path(name).exists() for name in (found.name_or_path, meant.name_or_path)
-    ):
-        return
+    # Else names and commits on the Hub. A folder's name says nothing.
+    for name in (found.name_or_path, meant.name_or_path):
+        if name is None or Path(name).exists():
+            return
     if found.name_or_path != meant.name_or_path:
         warn(f"it was trained for {own}, and the target is {found.name_or_path}")
     elif "revision" in found.differences(meant):

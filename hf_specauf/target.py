@@ -1,5 +1,5 @@
-"""The frozen target: noise embeddings, tapped hidden states and head, lent to a drafter and never
-changed."""
+"""The frozen target: how it is loaded, the shape of a drafter that follows from it, and what it
+lends to a drafter (noise embeddings, tapped hidden states, head). It is never changed."""
 
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -28,6 +29,8 @@ from .identity import (
     note_origin,
 )
 from .losses.blocks import row_inputs
+
+# ---- loading
 
 
 def load(
@@ -52,10 +55,23 @@ def load(
 def load_target(
     name_or_path: str, revision: str | None = None, key: str = "target", **kwargs
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal LM in its stored dtype, unless told otherwise, and its tokenizer."""
-    code = {"trust_remote_code": kwargs.get("trust_remote_code", False)}
-    tokenizer = load(AutoTokenizer, key, name_or_path, revision, **code)
-    model = load(AutoModelForCausalLM, key, name_or_path, revision, **{"dtype": "auto"} | kwargs)
+    """A causal LM in its stored dtype, unless told otherwise, and its tokenizer.
+
+    Args:
+        name_or_path (`str`): Hub id or folder.
+        revision (`str`, *optional*): branch, tag or commit on the Hub.
+        key (`str`, *optional*, defaults to `"target"`): what errors call `name_or_path`.
+        kwargs: for the model's `from_pretrained`.
+
+    Raises:
+        OSError: nothing loadable is there.
+    """
+    trust_remote_code = kwargs.get("trust_remote_code", False)
+    tokenizer = load(
+        AutoTokenizer, key, name_or_path, revision, trust_remote_code=trust_remote_code
+    )
+    kwargs = {"dtype": "auto"} | kwargs
+    model = load(AutoModelForCausalLM, key, name_or_path, revision, **kwargs)
     note_origin(model, Origin(name_or_path, cached_commit(name_or_path, revision)))
     return model.eval(), tokenizer
 
@@ -63,12 +79,16 @@ def load_target(
 def decoder_layers(target: PreTrainedModel) -> nn.ModuleList:
     """The target's list of decoder layers."""
     depth = target.config.get_text_config(decoder=True).num_hidden_layers
+    # Architectures give the list different names. Its length is what they have in common.
     for module in target.base_model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == depth:
             return module
     raise ValueError(
         f"{type(target).__name__} has no list of {depth} decoder layers: taps cannot be checked"
     )
+
+
+# ---- a drafter's shape, derived from its target
 
 
 def default_target_layer_ids(num_target_layers: int, taps: int = 5) -> list[int]:
@@ -79,11 +99,10 @@ def default_target_layer_ids(num_target_layers: int, taps: int = 5) -> list[int]
         ValueError: the target is so shallow that the rule repeats a layer.
     """
     depth = num_target_layers
-    ids = (
-        [depth // 2]
-        if taps == 1
-        else [round(1 + i * (depth - 4) / (taps - 1)) for i in range(taps)]
-    )
+    if taps == 1:
+        ids = [depth // 2]
+    else:
+        ids = [round(1 + i * (depth - 4) / (taps - 1)) for i in range(taps)]
     if ids != sorted(set(ids)):
         raise ValueError(
             f"a target with {depth} layers is too shallow for {taps} evenly spread taps ({ids}"
@@ -101,9 +120,8 @@ def default_mask_token_id(target: PreTrainedModel, tokenizer: PreTrainedTokenize
     """
     if tokenizer.mask_token_id is not None:
         return tokenizer.mask_token_id
-    unused = (
-        max(tokenizer.get_vocab().values()) + 1
-    )  # ids may have holes: the length is not the last id
+    # The ids may have holes, so that the tokenizer's length may be an id in use.
+    unused = max(tokenizer.get_vocab().values()) + 1
     if unused < embedding_rows(target):
         return unused
     raise ValueError(
@@ -132,9 +150,8 @@ def drafter_config(
     Args:
         target (`PreTrainedModel`): the target.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): its tokenizer, whose hashes are noted.
-        num_hidden_layers, block_size, mask_token_id, target_layer_ids: as in [`DFlashConfig`]; taps
-        default to
-            `default_target_layer_ids`.
+        num_hidden_layers, block_size, mask_token_id (`int`): as in [`DFlashConfig`].
+        target_layer_ids (`list[int]`, *optional*): taps; by default `default_target_layer_ids`.
         intermediate_size (`int`, *optional*): defaults to the target's, or 4 H where it has none.
         kind (`str`, *optional*, defaults to `dflash`): a drafter of the table `DRAFTERS`.
         own_keys (`dict`, *optional*): values of that drafter's own keys, e.g. of Domino's causal
@@ -142,41 +159,51 @@ def drafter_config(
     """
     target = innermost(target)
     identity = Identity.of(target, tokenizer, revision=target_revision)
-    text = target.config.get_text_config(decoder=True)
-    heads = text.num_attention_heads
-    rope = getattr(text, "rope_parameters", None) or {}
-    rope = rope.get("full_attention", rope)  # Gemma-3 has one set per layer type
+    keys = identity.config_keys() | _widths(target.config.get_text_config(decoder=True))
+    if intermediate_size:
+        keys["intermediate_size"] = intermediate_size
+    if target_layer_ids is None:
+        target_layer_ids = default_target_layer_ids(identity.num_layers)
     config, _ = DRAFTERS[kind]
     return config(
-        **identity.config_keys(),
-        intermediate_size=intermediate_size
-        or getattr(text, "intermediate_size", None)
-        or 4 * text.hidden_size,
+        **keys,
         num_hidden_layers=num_hidden_layers,
-        num_attention_heads=heads,
-        num_key_value_heads=getattr(text, "num_key_value_heads", None) or heads,
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
-        initializer_range=text.hidden_size
-        ** -0.5,  # by fan-in: a fixed 0.02 starves attention in narrow drafters
-        rms_norm_eps=getattr(text, "rms_norm_eps", None) or 1e-6,
-        max_position_embeddings=text.max_position_embeddings,
-        rope_parameters={
-            "rope_type": "default",
-            "rope_theta": float(rope.get("rope_theta") or 10_000.0),
-        },
         block_size=block_size,
         mask_token_id=mask_token_id,
-        target_layer_ids=(
-            default_target_layer_ids(text.num_hidden_layers)
-            if target_layer_ids is None
-            else target_layer_ids
-        ),
+        target_layer_ids=target_layer_ids,
         chat_template_kwargs=chat_template_kwargs,
         bos_token_id=target.generation_config.bos_token_id,
         eos_token_id=target.generation_config.eos_token_id,
         pad_token_id=target.generation_config.pad_token_id,
         **(own_keys or {}),
     )
+
+
+def _widths(text: PreTrainedConfig) -> dict[str, Any]:
+    """What a drafter's layers take from the config of the target's text model.
+
+    Configs of other architectures lack some of these keys: GPT-2's has no `intermediate_size`,
+    `head_dim` or rope.
+    """
+    heads = text.num_attention_heads
+    rope = getattr(text, "rope_parameters", None) or {}
+    # Gemma-3 has one set per layer type. A drafter's layers all attend to everything.
+    rope = rope.get("full_attention", rope)
+    theta = float(rope.get("rope_theta") or 10_000.0)
+    return {
+        "intermediate_size": getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+        "num_attention_heads": heads,
+        "num_key_value_heads": getattr(text, "num_key_value_heads", None) or heads,
+        "head_dim": getattr(text, "head_dim", None) or text.hidden_size // heads,
+        # By fan-in, because a fixed 0.02 starves attention in narrow drafters.
+        "initializer_range": text.hidden_size**-0.5,
+        "rms_norm_eps": getattr(text, "rms_norm_eps", None) or 1e-6,
+        "max_position_embeddings": text.max_position_embeddings,
+        "rope_parameters": {"rope_type": "default", "rope_theta": theta},
+    }
+
+
+# ---- what a drafter borrows
 
 
 class FrozenTarget:
@@ -202,17 +229,16 @@ class FrozenTarget:
     @torch.no_grad()
     def noise_embeds(self, noise_ids: torch.Tensor) -> torch.Tensor:
         """Embeddings of anchors and masks. (B, Q) -> (B, Q, H)"""
-        return embed_noise(self.embedding, noise_ids.to(self.embedding.weight.device)).to(
-            noise_ids.device
-        )
+        # A dispatched target may keep its embedding on another device than the drafter's.
+        ids = noise_ids.to(self.embedding.weight.device)
+        return embed_noise(self.embedding, ids).to(noise_ids.device)
 
     @property
     def dispatched(self) -> bool:
         """Whether the target was placed by quantisation or a device map, and must not be moved."""
-        return (
-            getattr(self.model, "is_quantized", False)
-            or getattr(self.model, "hf_device_map", None) is not None
-        )
+        # from_pretrained sets both attributes only where it has something to say.
+        quantized = getattr(self.model, "is_quantized", False)
+        return quantized or getattr(self.model, "hf_device_map", None) is not None
 
     def shard(self, device: torch.device) -> None:
         """Spread the decoder layers' weights over all processes (FSDP2), gathered layer by layer
@@ -241,16 +267,21 @@ class FrozenTarget:
         """Tapped hidden states, concatenated. (B, S) -> (B, S, L * H). The backbone is called,
         never the head, and it keeps the taps alone. `attention_mask` or `position_ids` as from
         `blocks.row_inputs`."""
+        # Some backbones have no such argument (BLOOM). Only packed rows need it.
+        positions = {} if position_ids is None else {"position_ids": position_ids}
+        # State 0 is the embedding, so the output of layer i is state i + 1.
+        taps = [i + 1 for i in self.target_layer_ids]
         states = self.backbone(
             input_ids=input_ids.to(self.embedding.weight.device),
             attention_mask=attention_mask,
-            **({} if position_ids is None else {"position_ids": position_ids}),
+            **positions,
             use_cache=False,
-            output_hidden_states=[i + 1 for i in self.target_layer_ids],
+            # Only these are kept. `True` would keep the states of all layers in memory.
+            output_hidden_states=taps,
         ).hidden_states
-        return torch.cat(
-            [states[i + 1].to(input_ids.device) for i in self.target_layer_ids], dim=-1
-        )
+        # A dispatched target leaves each state on its layer's device.
+        tapped = [states[i].to(input_ids.device) for i in taps]  # L of (B, S, H)
+        return torch.cat(tapped, dim=-1)  # (B, S, L * H)
 
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """The target's head, in the target's dtype. (..., H) -> (..., V)"""
@@ -267,13 +298,12 @@ class FrozenTarget:
         """
         together = self.context(input_ids, **row_inputs(document_ids)).float()
         sizes = document_ids[0].unique_consecutive(return_counts=True)[1].tolist()
-        apart = torch.cat(
-            [self.context(part) for part in input_ids.split(sizes, dim=1)], dim=1
-        ).float()
+        parts = [self.context(part) for part in input_ids.split(sizes, dim=1)]
+        apart = torch.cat(parts, dim=1).float()
         difference = ((together - apart).norm(dim=-1) / apart.norm(dim=-1)).mean().item()
-        if (
-            not difference < 0.05
-        ):  # rounding of bf16 stays below, a leak changes every document but the first
+        # Rounding of bf16 stays below this. A leak changes every document but the first. Written
+        # with `not`, so that NaN is refused too.
+        if not difference < 0.05:
             raise ValueError(
                 f"packing: true does not work with {type(self.model).__name__}: its hidden states"
                 " of packed documents differ from those of the documents apart (by"
@@ -293,22 +323,7 @@ class FrozenTarget:
             probe_ids (`torch.LongTensor` of shape `(1, S)`).
         """
         check_target_layer_ids(self.target_layer_ids, len(decoder_layers(self.model)))
-        seen: dict[int, torch.Tensor] = {}
-
-        def keep(index):
-            def hook(module, args, output):
-                seen[index] = (output[0] if isinstance(output, tuple) else output).detach()
-
-            return hook
-
-        layers = decoder_layers(self.model)
-        handles = [layers[i].register_forward_hook(keep(i)) for i in self.target_layer_ids]
-        try:
-            context = self.context(probe_ids)
-        finally:
-            for handle in handles:
-                handle.remove()
-        hooked = torch.cat([seen[i].to(context.device) for i in self.target_layer_ids], dim=-1)
+        hooked, context = self._hooked_context(probe_ids)
         if not torch.equal(hooked.reshape(context.shape), context):
             raise ValueError(
                 f"the hidden states transformers returns for taps {self.target_layer_ids} are not"
@@ -319,9 +334,32 @@ class FrozenTarget:
         logits = self.model(input_ids=probe, use_cache=False).logits
         lent = self.logits(self.backbone(input_ids=probe, use_cache=False).last_hidden_state)
         agreement = (lent.argmax(-1) == logits.argmax(-1)).float().mean().item()
-        if agreement < 0.9:  # ties may flip in bf16; an untied head agrees almost nowhere
+        # Ties may flip in bf16. An untied head agrees almost nowhere.
+        if agreement < 0.9:
             raise ValueError(
                 "the target's output embedding reproduces its own predictions on only"
                 f" {agreement:.0%} of tokens: the head is not the trained one (a tied head that was"
                 " not tied?). Load the target with its own class."
             )
+
+    def _hooked_context(self, probe_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(what hooks on the tapped layers see, `context`) of one forward."""
+        outputs: dict[int, torch.Tensor] = {}
+
+        def keep(index):
+            def hook(module, args, output):
+                # Some architectures' layers return a tuple, whose first entry is the hidden states.
+                hidden_states = output[0] if isinstance(output, tuple) else output
+                outputs[index] = hidden_states.detach()
+
+            return hook
+
+        layers = decoder_layers(self.model)
+        handles = [layers[i].register_forward_hook(keep(i)) for i in self.target_layer_ids]
+        try:
+            context = self.context(probe_ids)
+        finally:
+            for handle in handles:
+                handle.remove()
+        hooked = [outputs[i].to(context.device) for i in self.target_layer_ids]
+        return torch.cat(hooked, dim=-1), context

@@ -12,7 +12,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils.constants import FSDP_STATE_DICT_TYPE
 
 from hf_specauf.drafters import modeling_dflash
-from hf_specauf.recipe import parse
+from hf_specauf.recipe import DrafterArguments, parse
 
 ROOT = Path(__file__).parents[1]
 LAUNCHES = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
@@ -97,7 +97,10 @@ def test_a_recipe_of_0_1_0_is_read_and_the_new_keys_are_named(tmp_path, capsys):
     assert draft.drafter_type == "dflash"
 
 
-@pytest.mark.parametrize("key", ["objectve", "blocksize", "target_layers", "warmup_ratio", "Objective"])
+# the last two are keys of trl's ModelConfig, whose LoRA keys a recipe has
+@pytest.mark.parametrize(
+    "key", ["objectve", "blocksize", "target_layers", "warmup_ratio", "Objective", "load_in_4bit", "lora_task_type"]
+)
 def test_unknown_keys_fail_and_are_named(recipe, key):
     with pytest.raises(ValueError, match=f"--{key}"):
         recipe({key: "auf"})
@@ -154,7 +157,8 @@ def test_one_source_or_a_mixture_and_not_both(recipe):
     assert parsed[1] == dict(name="b/c", weight=1.0, config=None, split="train_sft", revision="abc")
     on_line = ["--dataset_mixture", '{"name": "a.jsonl", "weight": 3}', '{"name": "b/c"}']
     assert [source["weight"] for source in recipe(yaml.safe_dump(alone), *on_line)["dataset_mixture"]] == [3, 1.0]
-    for text in (yaml.safe_dump(alone), yaml.safe_dump(NAMED) + sources):
+    nothing = yaml.safe_dump(alone) + "dataset_mixture: []\n"
+    for text in (yaml.safe_dump(alone), nothing, yaml.safe_dump(NAMED) + sources):
         with pytest.raises(
             ValueError, match="dataset_name .one source. or as dataset_mixture .several., and not both"
         ):
@@ -194,6 +198,15 @@ def test_a_mixture_says_which_entry_is_wrong(recipe, keys, message):
     alone = {key: value for key, value in NAMED.items() if key != "dataset_name"}
     with pytest.raises(ValueError, match=message):
         recipe(yaml.safe_dump(alone) + keys + "\n")
+
+
+def test_lora_keys_become_pefts_own_configuration():
+    assert DrafterArguments().peft_config() is None
+    keys = dict(lora_r=8, lora_alpha=24, lora_dropout=0.1, use_rslora=True, use_dora=True)
+    found = DrafterArguments(use_peft=True, drafter="a/b", lora_modules_to_save=["fc"], **keys).peft_config()
+    expected = dict(r=8, lora_alpha=24, lora_dropout=0.1, use_rslora=True, use_dora=True, modules_to_save=["fc"])
+    expected |= dict(target_modules="all-linear", bias="none", task_type=None)
+    assert expected.items() <= found.to_dict().items()
 
 
 def test_help_explains_the_objective():
