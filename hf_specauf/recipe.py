@@ -267,6 +267,7 @@ class DrafterArguments:
 
     def _check_lora(self) -> None:
         if not self.use_peft:
+            # use_peft is among them, and has its default here.
             lora_keys = [key for key in fields(self) if key.name.startswith(("lora_", "use_"))]
             given = [key.name for key in lora_keys if getattr(self, key.name) != key.default]
             if given:

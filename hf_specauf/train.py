@@ -84,6 +84,7 @@ def train(
     if step < last_step:
         print(f"stopped at step {step} of {last_step}; resume with --resume_from_checkpoint true")
         return trainer
+    # Trainer has evaluated the last step already where eval_steps divides it.
     evaluated = [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry]
     if heldout is not None and step not in evaluated:
         trainer.evaluate()
@@ -212,11 +213,11 @@ def token_rows(
     args: AUFConfig,
 ) -> tuple[Dataset, Dataset | None]:
     """Raw rows of `load_data` -> (training, held-out) token rows for a drafter of this config."""
-    named = [(source["name"], rows) for source, rows in zip(data.sources(), train)]
+    for source, rows in zip(data.sources(), train):
+        check_settings(source["name"], rows, tokenizer, config.chat_template_kwargs)
+    # Held-out rows that were taken from the sources are checked with them.
     if data.eval_dataset_name is not None:
-        named.append((data.eval_dataset_name, heldout[0]))
-    for name, rows in named:
-        check_settings(name, rows, tokenizer, config.chat_template_kwargs)
+        check_settings(data.eval_dataset_name, heldout[0], tokenizer, config.chat_template_kwargs)
     options = {
         "max_length": args.max_length,
         "block_size": config.block_size,
@@ -360,6 +361,7 @@ def measure_decoding(trainer: AUFTrainer, data: DataArguments) -> None:
     and `alpha.png`."""
     args, out = trainer.args, Path(trainer.args.output_dir)
     target = trainer.target.model
+    # Read back from the folder, so that what is measured is what others will load.
     drafter = AutoModel.from_pretrained(out, dtype="auto").to(args.device)
     results = compare(
         target,
@@ -389,8 +391,7 @@ def main(argv: list[str] | None = None) -> None:
     """Command line of `python -m hf_specauf.train`."""
     trainer = train(*parse(sys.argv[1:] if argv is None else argv))
     if trainer.args.world_size > 1 and trainer.args.device.type == "cpu":
-        # torch deadlocks where gloo's thread lets go of the last collective while its group is
-        # destroyed.
+        # torch deadlocks if gloo's thread lets go of the last collective as its group is destroyed.
         time.sleep(0.5)
     trainer.accelerator.end_training()
 

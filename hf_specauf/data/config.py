@@ -114,6 +114,7 @@ class DataArguments:
                 "give the training text as dataset_name (one source) or as dataset_mixture"
                 " (several), and not both"
             )
+        # The split has a default, so that "train" may not have been given.
         of_one_source = (self.dataset_config, self.dataset_split, self.dataset_revision)
         if self.dataset_mixture and of_one_source != (None, "train", None):
             raise ValueError(
@@ -165,16 +166,15 @@ def mixture_source(entry: str | dict) -> Source:
             given = json.loads(entry)
         except json.JSONDecodeError:
             given = None
-    is_source = (
-        isinstance(given, dict) and given.get("name") and given.keys() <= {"name", *SOURCE_DEFAULTS}
-    )
-    if not is_source:
+    known = {"name", *SOURCE_DEFAULTS}
+    if not isinstance(given, dict) or not given.get("name") or not given.keys() <= known:
         raise ValueError(
             f"dataset_mixture has the entry {entry!r}: it must be a mapping with name and, if need"
             f" be, {', '.join(SOURCE_DEFAULTS)}"
         )
     found = {"name": given["name"]} | SOURCE_DEFAULTS | given
     weight = found["weight"]
+    # The order of the comparison refuses NaN too, which YAML can write.
     if not (isinstance(weight, int | float) and 0 < weight < float("inf")):
         raise ValueError(
             f"dataset_mixture: the weight of {found['name']} is {weight!r}; it must be a number"

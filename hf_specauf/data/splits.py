@@ -20,12 +20,14 @@ def load_data(data: DataArguments) -> tuple[list[Dataset], list[Dataset] | None]
     whole, heldout = [], []
     for source, weight in zip(sources, weights):
         share = weight / sum(weights)
+        # Held-out rows without a dataset of their own are taken from every source by its share.
         held_out = 0
         if data.eval_dataset_name is None:
             held_out = ceil(share * data.eval_rows)
         rows = _load_source(source, share, held_out, data)
         if held_out:
-            # the last rows, at most a tenth
+            # The last rows, because max_train_rows takes the first. At most a tenth, because
+            # training needs most of a small source.
             size = min(held_out, max(len(rows) // 10, 1))
             heldout.append(rows.select(range(len(rows) - size, len(rows))))
             rows = rows.select(range(len(rows) - size))
@@ -42,6 +44,7 @@ def load_data(data: DataArguments) -> tuple[list[Dataset], list[Dataset] | None]
 
 def _load_source(source: Source, share: float, held_out: int, data: DataArguments) -> Dataset:
     """All rows of a source, or where they are streamed as many as its share asks for."""
+    # A stream is read from its start. Its last rows are then held out.
     stream_rows = None
     if data.dataset_streaming:
         stream_rows = ceil(share * data.max_train_rows) + held_out
