@@ -185,7 +185,7 @@ def test_accelerate_launch_runs_a_recipe(command, files, tmp_path):
         (dict(data="broken"), "broken.jsonl: line 2 is not whole JSON, cut off perhaps"),
         (dict(dataset_streaming="true"), "dataset_streaming: true needs max_train_rows"),
         (dict(dataset_mixture='{"name":"a","wieght":2}'), "give the training text as dataset_name"),
-        (dict(target_quantization="bnb-3bit"), "target_quantization is 'bnb-3bit'; it must be one of bnb-4bit, bnb-8bit"),
+        (dict(target_quantization="bnb-3bit"), "'bnb-3bit'; it must be one of bnb-4bit, bnb-8bit"),
         (dict(data="single"), "has 1 rows, too few to hold one out"),
         (dict(config="broken.yaml"), "while parsing"),
         (dict(config=""), "--config needs the path of a recipe"),
