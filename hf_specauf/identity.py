@@ -122,12 +122,11 @@ class Identity:
             }
         found = {}
         for key, own in CONFIG_KEYS.items():
-            if record.get(key) is not None:
-                found[own] = record[key]
-        # Last, because they are exact where both forms are there.
-        for own in CONFIG_KEYS.values():
+            # Our own name first, because settings.json has the exact commit under it.
             if own in record:
                 found[own] = record[own]
+            elif key in record:
+                found[own] = record[key]
         return cls(**found)
 
     def config_keys(self) -> dict[str, Any]:
