@@ -84,9 +84,9 @@ def _fits(trainer, model, inputs: dict[str, torch.Tensor], anchors: int) -> bool
 
 
 def _run(trainer, model, inputs: dict[str, torch.Tensor], anchors: int) -> None:
-    """Forward and backward beside what the first step will allocate. All of it is free on return."""
+    """Forward and backward, beside what the first step will allocate. On return all is free."""
     accelerator = trainer.accelerator
-    moments = _adamw_moments(trainer, model)  # noqa: F841  held until the end
+    moments = _adamw_moments(trainer, model)
     # Gradients need not be reduced. But without its reduction FSDP2 keeps the whole gradient where
     # zero_grad does not reach it.
     no_sync = nullcontext() if accelerator.is_fsdp2 else accelerator.no_sync(model)
@@ -97,6 +97,7 @@ def _run(trainer, model, inputs: dict[str, torch.Tensor], anchors: int) -> None:
         if losses.base is not None:
             loss = loss + losses.base.numerator
         accelerator.backward(loss)
+    del moments  # until here they took their memory
 
 
 def _adamw_moments(trainer, model) -> list[torch.Tensor]:

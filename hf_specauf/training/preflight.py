@@ -1,8 +1,8 @@
-"""Every check that a trainer makes: of settings whose drafter would never have a token accepted, and
-of what cannot be done or resumed. They only check.
+"""Every check that a trainer makes: of settings whose drafter would never have a token accepted,
+and of what cannot be done or resumed. They only check.
 
-`AUFConfig` checks its own keys when it is made, before there is a drafter. The others follow here, in
-the order they are made: `check_start` before anything heavy is done, `check_sharding` once accelerate
+`AUFConfig` checks its own keys when it is made, before there is a drafter. The others follow here,
+in the order of a run: `check_start` before anything heavy is done, `check_sharding` once accelerate
 is set up, `check_target` on the placed target, `check_evaluation` and `check_resumed_adapter` when
 somebody asks for that.
 """

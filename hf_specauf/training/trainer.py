@@ -4,8 +4,8 @@ outside.
 What happens in one optimizer step:
 
 1. `BlockForward` (forward.py), for each micro-batch of token rows: draw anchors, and make blocks at
-   them. Run the frozen target once over the rows; its hidden states are the blocks' context. Run the
-   drafter, which computes the head's loss inside its forward.
+   them. Run the frozen target once over the rows; its hidden states are the blocks' context. Run
+   the drafter, which computes the head's loss inside its forward.
 2. `_counters`: the loss numerator, with its graph, and what the batch counts, by name.
 3. `compute_loss`: the numerator over a constant goes into the backward pass. The denominator, the
    weights of all supported slots, is not known yet: other micro-batches and ranks are still out.
@@ -86,7 +86,7 @@ class AUFTrainer(DrafterCheckpoints, Publishing, Trainer):
             `preflight` and `prepare_rows`.
     """
 
-    # Trainer would divide each micro-batch's loss by their number. We divide once, in training_step.
+    # Trainer would divide each micro-batch's loss by their number; training_step divides once.
     loss_is_scaled_for_ga = True
     _untried_memory = False  # set by train, where a trial can tell something
 
