@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from ..drafters.configuration_dflash import DFlashConfig
-from ..losses.blocks import make_blocks, row_inputs, sample_anchors
+from ..losses.blocks import Blocks, make_blocks, row_inputs, sample_anchors
 from ..losses.branches import branch_losses
 from ..losses.head_loss import HeadLoss
 from ..losses.objectives import LossSpec
@@ -56,24 +56,8 @@ class BlockForward:
             spec (`LossSpec`): of the loss.
             every_prediction (`bool`, *optional*): also predict valid slots that are not supported.
         """
-        ids, supervised = inputs["input_ids"], inputs["supervised"]
-        documents = inputs["document_ids"]
-        anchors, real = sample_anchors(
-            supervised, documents, anchors_per_row, inputs["row_ids"], self.seed, step
-        )
-        # rows with fewer candidates than N cost no more than they have
-        most = max(int(real.sum(1).max()), 1)
-        blocks = make_blocks(
-            ids,
-            supervised,
-            documents,
-            anchors[:, :most],
-            real[:, :most],
-            self.config.block_size,
-            self.config.mask_token_id,
-            flex=self.config._attn_implementation == "flex_attention",
-            predictions=self.config.predictions,
-        )
+        blocks = self._draw_blocks(inputs, step, anchors_per_row)
+        ids, documents = inputs["input_ids"], inputs["document_ids"]
         previous = None
         if self.config.reads_previous_tokens:
             previous = self.target.noise_embeds(blocks.previous_ids)  # (B, N, P, H)
@@ -98,3 +82,23 @@ class BlockForward:
         )
         final, base = output.reduced
         return BatchLosses(blocks.valid, final, base)
+
+    def _draw_blocks(self, inputs: dict, step: int, anchors_per_row: int) -> Blocks:
+        """The blocks that this step has in these rows."""
+        supervised, documents = inputs["supervised"], inputs["document_ids"]
+        anchors, real = sample_anchors(
+            supervised, documents, anchors_per_row, inputs["row_ids"], self.seed, step
+        )
+        # rows with fewer candidates than N cost no more than they have
+        most = max(int(real.sum(1).max()), 1)
+        return make_blocks(
+            inputs["input_ids"],
+            supervised,
+            documents,
+            anchors[:, :most],
+            real[:, :most],
+            self.config.block_size,
+            self.config.mask_token_id,
+            flex=self.config._attn_implementation == "flex_attention",
+            predictions=self.config.predictions,
+        )

@@ -59,12 +59,7 @@ def check_start(
             "the device is mps, which has no float64, and the exact loss adds up its counters in"
             " it: set use_cpu: true"
         )
-    if drafter.dtype not in (torch.float32, torch.float64):
-        raise ValueError(
-            f"the drafter's weights are {drafter.dtype}: small updates vanish in it, RMSNorms"
-            " freeze (Model-Optimizer#2322). Load it with dtype=torch.float32; bf16: true trains"
-            " under autocast."
-        )
+    check_drafter(drafter, args)
     borrows = adapter_base is not None and adapter_base.borrowed_layers is not None
     pushes_checkpoints = args.push_to_hub and args.hub_strategy != HubStrategy.END
     if borrows and args.shard_target and pushes_checkpoints:
@@ -79,6 +74,20 @@ def check_start(
         )
     if tokenizer is None:
         raise ValueError("processing_class is missing: give the target's tokenizer")
+    if peft_config is not None:
+        # PEFT asks for a whole last name in target_modules, and for any ending in modules_to_save
+        check_adapter_names(drafter, "target_modules", peft_config.target_modules, whole=True)
+        check_adapter_names(drafter, "modules_to_save", peft_config.modules_to_save, whole=False)
+
+
+def check_drafter(drafter, args: AUFConfig) -> None:
+    """Raise for a drafter that these arguments cannot train."""
+    if drafter.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"the drafter's weights are {drafter.dtype}: small updates vanish in it, RMSNorms"
+            " freeze (Model-Optimizer#2322). Load it with dtype=torch.float32; bf16: true trains"
+            " under autocast."
+        )
     config = drafter.config
     if config._attn_implementation == "flex_attention" and args.device.type == "cpu":
         raise ValueError(
@@ -92,10 +101,6 @@ def check_start(
             f" is one of {', '.join(wanted)}. Change objective, or drafter ({', '.join(DRAFTERS)})"
             " in the recipe."
         )
-    if peft_config is not None:
-        # PEFT asks for a whole last name in target_modules, and for any ending in modules_to_save
-        check_adapter_names(drafter, "target_modules", peft_config.target_modules, whole=True)
-        check_adapter_names(drafter, "modules_to_save", peft_config.modules_to_save, whole=False)
 
 
 def check_adapter_names(drafter, key: str, names, *, whole: bool) -> None:
