@@ -79,8 +79,8 @@ def head_loss(
     2. Compute its logits, a chunk of rows at a time.
     3. Form the loss, the prediction and the gradient of the hidden rows; let the logits go.
     4. Leave behind every block whose slot was wrong; go on from 2 with the next slot of the others.
-    5. Weigh what only whole blocks decide, and divide nothing yet: the step's denominator is not
-       known before all micro-batches and ranks are in.
+    5. Multiply in the weights that only whole blocks decide. Divide nothing: the step's denominator
+       is not known before all micro-batches and ranks are in.
     6. Hand autograd the finished gradients, scaled by the gradient of the numerator.
 
     Objectives that support all valid slots take them all in 1, and leave out 4.
@@ -155,7 +155,7 @@ def _known_weights(within: torch.Tensor, spec: LossSpec, dtype: torch.dtype) -> 
 class _SlotLosses:
     """Losses, predictions and gradients of slots, filled in a chunk at a time.
 
-    Slots are numbered through: slot j of M = B * N blocks' block m has the number m * P + j.
+    Slots are numbered through all M = B * N blocks: slot j of block m has the number m * P + j.
     """
 
     def __init__(
@@ -205,8 +205,8 @@ class _SlotLosses:
         slot = 0
         alive = self.blocks_within[:, 0].nonzero()[:, 0]  # numbers of blocks
         while slot < slots_per_block and len(alive):
-            # with few blocks left, several slots of each fill a product: the later ones may turn
-            # out to lie after a failure, and are then thrown away
+            # With few blocks left, several slots of each fill a product. Later ones may turn out to
+            # lie after a failure, and are then thrown away.
             most = min(FEWEST_ROWS, self.spec.rows_per_chunk)
             width = max(1, most // len(alive))
             width = min(width, slots_per_block - slot)
@@ -231,8 +231,8 @@ class _SlotLosses:
         """
         flat = numbers.flatten()
         logits, leaves = self._logits(flat, with_graph=self.want_gradient)
-        # A plain head's fp32 logits are overwritten, which saves memory: a product's backward pass
-        # does not read its output. Other heads, and corrected logits, may need theirs.
+        # Logits are overwritten where their backward pass does not read them, which saves memory:
+        # after a plain product, and after adding a correction. Any other head may read its output.
         copy = type(self.head) is not nn.Linear and self.project is None
         wide = torch.promote_types(logits.dtype, torch.float32)
         scores = logits.detach().to(wide, copy=copy)  # (rows, V)

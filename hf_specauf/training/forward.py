@@ -57,7 +57,8 @@ class BlockForward:
             every_prediction (`bool`, *optional*): also predict valid slots that are not supported.
         """
         blocks = self._draw_blocks(inputs, step, anchors_per_row)
-        ids, documents = inputs["input_ids"], inputs["document_ids"]
+        packing = row_inputs(inputs["document_ids"])
+        context = self.target.context(inputs["input_ids"], **packing)  # (B, S, L * H)
         previous = None
         if self.config.reads_previous_tokens:
             previous = self.target.noise_embeds(blocks.previous_ids)  # (B, N, P, H)
@@ -72,9 +73,7 @@ class BlockForward:
         )
         output = model(
             noise_embeds=self.target.noise_embeds(blocks.noise_ids),  # (B, N * K, H)
-            context_hidden_states=self.target.context(
-                ids, **row_inputs(documents)
-            ),  # (B, S, L * H)
+            context_hidden_states=context,
             attention_mask=blocks.attention_mask,
             position_ids=blocks.position_ids,
             prev_embeds=previous,

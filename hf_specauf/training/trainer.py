@@ -116,12 +116,13 @@ class AUFTrainer(DrafterCheckpoints, Publishing, Trainer):
             self.adapter_base = adapter_base or AdapterBase.of_drafter(model)
             set_seed(args.seed)  # the adapter's first weights
             model = get_peft_model(model, peft_config)
+        # the other processes then read what the first has left in the cache
         with args.main_process_first(desc="tokenizing"):
             train_dataset, eval_dataset = self._prepare(train_dataset), self._prepare(eval_dataset)
             if train_dataset is not None:
                 rows = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
                 train_dataset = fill_up(train_dataset, rows)
-        self._interrupt = InterruptCallback()
+        self._interrupt = InterruptCallback()  # read in training_step, so that all ranks agree
         super().__init__(
             model=model,
             args=args,
@@ -194,15 +195,11 @@ class AUFTrainer(DrafterCheckpoints, Publishing, Trainer):
 
     def create_optimizer(self, model=None):
         """Trainer's own, or Muon for the matrices where `muon_learning_rate` is set."""
-        args = self.args
-        if args.muon_learning_rate is None or self.optimizer is not None:
+        muon, adam = self.args.muon_learning_rate, self.args.learning_rate
+        if muon is None or self.optimizer is not None:
             return super().create_optimizer(model)
-        self.optimizer = MuonWithAdamW(
-            model or self.model,
-            args.muon_learning_rate,
-            args.learning_rate,
-            weight_decay=args.weight_decay,
-        )
+        decay = self.args.weight_decay
+        self.optimizer = MuonWithAdamW(model or self.model, muon, adam, weight_decay=decay)
         return self.optimizer
 
     # ---- one optimizer step, from the outside in
@@ -229,9 +226,9 @@ class AUFTrainer(DrafterCheckpoints, Publishing, Trainer):
         super().training_step(model, inputs, num_items_in_batch)
         if not self.accelerator.sync_gradients:  # more micro-batches of this step will come
             return torch.zeros((), device=self.args.device)
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        if self.is_deepspeed_enabled:  # it has stepped already, by a loss that was exact
-            gradients = []
+        gradients = []
+        if not self.is_deepspeed_enabled:  # it has stepped already, by a loss that was exact
+            gradients = [p.grad for p in model.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([local(gradient) for gradient in gradients])
         # every rank sees the same totals, and so all stop at the same step
         step = self._step_sums.agree(
