@@ -12,10 +12,9 @@ from torch.nn.functional import cross_entropy
 
 from hf_specauf.losses.blocks import (
     EVALUATION_STEP,
+    AttentionRule,
     anchor_candidates,
     document_positions,
-    flex_mask,
-    group_masks,
     make_blocks,
     sample_anchors,
 )
@@ -239,9 +238,8 @@ def test_groups_change_nothing_and_hold_no_more_than_they_see(models, packed, mo
     blocks, context, noise = packed
     whole = fill(models[1], blocks, context, noise)
     monkeypatch.setattr("hf_specauf.losses.blocks.SMALLEST_GROUP", slots)
-    anchor_document = documents(DOCUMENTS).gather(1, blocks.anchors)
     real = torch.tensor([[True] * 5 + [False]])
-    masks = group_masks(blocks.anchors, anchor_document, real, documents(DOCUMENTS), K)
+    masks = AttentionRule(blocks.anchors, real, documents(DOCUMENTS), K).group_masks()
     per_group, seen = max(1, slots // K), [2, 3, 4, 8, 10, 0]
     parts = [seen[i : i + per_group] for i in range(0, 6, per_group)]
     assert [tuple(mask.shape[2:]) for mask in masks] == [(len(p) * K, max(p) + len(p) * K) for p in parts]
@@ -274,15 +272,15 @@ def packed_rows(device: str = "cpu"):
 
 def test_flex_mask_is_the_same_rule():
     ids, document_ids, anchors, real = packed_rows()
-    rule = anchors, document_ids.gather(1, anchors), real, document_ids, K
-    flex = create_mask(flex_mask(*rule).mask_mod, 2, None, 40 * K, 150 + 40 * K, "cpu")
+    rule = AttentionRule(anchors, real, document_ids, K)
+    flex = create_mask(rule.flex_mask().mask_mod, 2, None, 40 * K, 150 + 40 * K, "cpu")
     dense, start = torch.zeros_like(flex), 0
-    for mask in group_masks(*rule):
+    for mask in rule.group_masks():
         slots, seen = mask.shape[2], mask.shape[3] - mask.shape[2]
         dense[:, :, start : start + slots, :seen] = mask[..., :seen]
         dense[:, :, start : start + slots, 150 + start : 150 + start + slots] = mask[..., seen:]
         start += slots
-    assert len(group_masks(*rule)) == 2 and torch.equal(flex, dense)
+    assert len(rule.group_masks()) == 2 and torch.equal(flex, dense)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch has no backward of FlexAttention on CPU")

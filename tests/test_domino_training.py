@@ -81,12 +81,12 @@ def by_hand(trainer, drafter, rows, step: int, of_base: float):
             logits["final"] = logits["base"]
             if j >= config.pure_draft_prefix_len:
                 logits["final"] = logits["base"] + drafter.embed_proj(torch.cat([row, out[0, 0]]))
-            counts = {
+            supported = {
                 "base": kind == "domino" or alive["base"],
                 "final": {"domino": True, "b_auf": True, "s_auf": alive["base"], "f_auf": alive["final"]}[kind],
             }
-            for branch, counted in counts.items():
-                if counted:
+            for branch, is_supported in supported.items():
+                if is_supported:
                     weight = math.exp(-j / trainer.loss_spec.gamma) if decays else 1.0
                     sums[branch][0] += -weight * logits[branch].log_softmax(-1)[ids[b, a + j + 1]]
                     sums[branch][1] += weight
@@ -156,7 +156,7 @@ def test_losses_gradients_and_weights_do_not_depend_on_how_a_step_is_computed(
         assert_same(weights(split), weights(whole), rtol=1e-9)
 
 
-def test_at_lambda_1_the_causal_heads_gradient_is_exactly_zero_and_at_0_the_base_branch_counts_nothing(build, pair):
+def test_at_lambda_1_the_causal_heads_gradient_is_exactly_zero_and_at_0_the_base_branch_adds_nothing(build, pair):
     trainer = build(max_steps=4, lambda_decay_ratio=0.5, per_device_train_batch_size=12, **SGD)
     logs = train(trainer)
     assert [log["lambda"] for log in logs] == [1.0, 0.5, 0.0, 0.0]

@@ -1,4 +1,6 @@
-"""The progressive head gives the plain computation's loss and gradients, and computes no more rows than count."""
+"""`head_loss` gives the plain computation's loss and gradients, and computes no more rows than are supported."""
+
+import math
 
 import pytest
 import torch
@@ -8,8 +10,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from hf_specauf.losses import head_loss as module
-from hf_specauf.losses.head_loss import head_loss
-from hf_specauf.losses.objectives import NORMALISATIONS, OBJECTIVES, LossSpec, Objective, loss_terms, objectives_for
+from hf_specauf.losses.head_loss import CausalHead, head_loss, plain_head_loss
+from hf_specauf.losses.objectives import NORMALISATIONS, OBJECTIVES, LossSpec, Objective, objectives_for
 
 H, V, E = 8, 13, 3
 ONE_BRANCH = objectives_for(1)
@@ -22,15 +24,15 @@ def spec_of(name: str, normalisation: str = "pooled", rows_per_chunk: int = 256)
 
 
 def dpace(right, log_p, support):
-    """D-PACE's weights (arXiv 2605.18810): slot k counts sum over j >= k of the product of q_1 .. q_j, with
-    q = (1 + p) / 2; slots outside the support count nothing. It looks at every slot of a block at once."""
+    """D-PACE's weights (arXiv 2605.18810): slot k weighs sum over j >= k of the product of q_1 .. q_j, with
+    q = (1 + p) / 2; slots outside the support weigh nothing. It looks at every slot of a block at once."""
     q = torch.where(support, 0.5 + 0.5 * log_p.exp(), 1.0)
     reach = torch.where(support, q.cumprod(-1), 0.0)
     return reach.flip(-1).cumsum(-1).flip(-1)
 
 
 def confident(right, log_p, support):
-    """A weight for walks that stop: by the label's own probability."""
+    """A weight where the loss stops early: by the label's own probability."""
     return 2.0 - log_p.exp()
 
 
@@ -54,16 +56,39 @@ def problem(rows=2, count=3, slots=4, correct="some", spans="some", dtype=torch.
     return hidden, head, labels, torch.arange(slots) < ends[spans][..., None]
 
 
-def plain(hidden, head, labels, valid, spec, low_rank=None):
-    """The reference of `head_loss`'s docstring: all logits of all slots -> numerator, denominator, weights."""
-    logits = head(hidden)
-    if low_rank is not None:
-        logits = logits + low_rank[1](low_rank[0])
-    log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-    log_p = log_p.gather(-1, labels[..., None])[..., 0]
-    right = logits.argmax(-1) == labels
-    weights = spec.objective.weights(right, valid, spec.gamma, log_p).detach()
-    return *loss_terms(-log_p, weights, spec.normalisation), weights
+def by_hand(hidden, head, labels, valid, name: str, per_block: bool):
+    """Numerator and denominator written out, slot by slot, with nothing of ours but the names of four objectives."""
+    numerator, denominator = 0.0 * hidden.sum(), 0.0
+    for rows, row_labels, row_valid in zip(hidden.flatten(0, 1), labels.flatten(0, 1), valid.flatten(0, 1)):
+        total, weights = 0.0, 0.0
+        for k in range(len(row_labels)):
+            if not row_valid[k]:
+                break
+            logits = rows[k] @ head.weight.T
+            weight = math.exp(-k / 2.5) if name.endswith("decay") else 1.0
+            total = total + weight * (logits.exp().sum().log() - logits[row_labels[k]])
+            weights += weight
+            if name.startswith("auf") and logits.argmax() != row_labels[k]:
+                break
+        if weights > 0:
+            numerator = numerator + (total / weights if per_block else total)
+            denominator += 1.0 if per_block else weights
+    return numerator, denominator
+
+
+@pytest.mark.parametrize("per_block", [False, True], ids=["pooled", "per_block"])
+@pytest.mark.parametrize("name", ["uniform", "decay", "auf", "auf_decay"])
+def test_both_ways_equal_a_loop_over_slots_by_hand(name, per_block):
+    given = hidden, head, labels, valid = problem(3, 6, 5)
+    spec = spec_of(name, "per_block" if per_block else "pooled", rows_per_chunk=4)
+    numerator, denominator = by_hand(hidden, head, labels, valid, name, per_block)
+    (expected,) = torch.autograd.grad(numerator, hidden)
+    for way in (head_loss, plain_head_loss):
+        found = way(*given, spec)
+        (gradient,) = torch.autograd.grad(found.numerator, hidden)
+        torch.testing.assert_close(found.numerator, numerator, rtol=1e-6, atol=1e-12)  # weights are fp32
+        assert found.denominator.item() == pytest.approx(denominator, rel=1e-6)
+        torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=1e-12)
 
 
 shapes = st.fixed_dictionaries(
@@ -89,17 +114,17 @@ def test_equal_to_all_logits_in_float64(shape, objective, normalisation, chunk, 
     if low_rank:
         project = nn.Sequential(nn.Linear(E, E, bias=False), nn.Linear(E, V, bias=False)).double()
         project[0].requires_grad_(False)  # as part of an adapter may be
-        extra = torch.randn(*labels.shape, E, dtype=hidden.dtype, requires_grad=True), project
+        extra = CausalHead(torch.randn(*labels.shape, E, dtype=hidden.dtype, requires_grad=True), project)
         if spec.objective.factor or (spec.objective.until_fail and normalisation == "per_block"):
             with pytest.raises(ValueError, match="Use normalisation: pooled"):
-                head_loss(hidden, head, labels, valid, spec, low_rank=extra)
+                head_loss(hidden, head, labels, valid, spec, causal_head=extra)
             patch.undo()
             return
-    numerator, denominator, weights = plain(hidden, head, labels, valid, spec, low_rank=extra)
-    leaves = (hidden, *((extra[0], extra[1][1].weight) if extra else ()))
+    numerator, denominator, _, weights, _ = plain_head_loss(hidden, head, labels, valid, spec, extra)
+    leaves = (hidden, *((extra.rows, extra.project[1].weight) if extra else ()))
     expected = torch.autograd.grad(2.5 * numerator, leaves)
     patch.setattr(module, "FEWEST_ROWS", fewest)
-    found = head_loss(hidden, head, labels, valid, spec, low_rank=extra)
+    found = head_loss(hidden, head, labels, valid, spec, causal_head=extra)
     patch.undo()
     gradients = torch.autograd.grad(2.5 * found.numerator, leaves)
     torch.testing.assert_close(found.numerator, numerator, rtol=1e-12, atol=1e-12)
@@ -118,7 +143,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 def test_equal_in_fp32_to_1e_6(objective, device):
     hidden, head, labels, valid = (part.to(device) for part in problem(4, 16, 7, dtype=torch.float32))
     spec = spec_of(objective, rows_per_chunk=5)
-    numerator, _, _ = plain(hidden, head, labels, valid, spec)
+    numerator = plain_head_loss(hidden, head, labels, valid, spec).numerator
     (expected,) = torch.autograd.grad(numerator, hidden)
     found = head_loss(hidden, head, labels, valid, spec)
     (gradient,) = torch.autograd.grad(found.numerator, hidden)
@@ -131,7 +156,7 @@ def test_bf16_equals_given_the_same_argmax_and_few_first_failures_flip():
     logits = head(hidden)
     found = head_loss(hidden, head, labels, valid, spec_of("auf", rows_per_chunk=11))
     (gradient,) = torch.autograd.grad(found.numerator, hidden)
-    _, _, weights = plain(hidden, head, labels, valid, AUF)
+    weights = plain_head_loss(hidden, head, labels, valid, AUF).weights
     same = (found.weights == weights).all(-1)  # (B, N)
     assert (~same).sum().item() <= 5  # of 512 blocks
     losses = cross_entropy(logits.float().flatten(0, 2), labels.flatten(), reduction="none").view(labels.shape)

@@ -261,13 +261,13 @@ def test_unknown_normalisation_is_refused():
 # ---- the table
 
 
-def test_every_entry_of_two_branches_says_what_each_of_them_counts():
-    counted = {
+def test_every_entry_of_two_branches_says_what_each_of_them_supports():
+    supported = {
         name: (entry.base.until_fail, entry.until_fail, entry.shared_support)
         for name, entry in OBJECTIVES.items()
         if entry.branches == 2
     }
-    assert counted == {
+    assert supported == {
         "domino_decay": (False, False, False),
         "b_auf": (True, False, False), "b_auf_decay": (True, False, False),
         "s_auf": (True, False, True), "s_auf_decay": (True, False, True),
@@ -280,7 +280,7 @@ def test_every_entry_of_two_branches_says_what_each_of_them_counts():
     assert objectives_for(1) == ["uniform", "decay", "auf", "auf_decay"] and len(objectives_for(2)) == 7
 
 
-def test_two_denominators_are_at_work_where_the_branches_may_count_different_slots():
+def test_two_denominators_are_at_work_where_the_branches_may_support_different_slots():
     differ = {
         (name, normalisation)
         for name in OBJECTIVES
@@ -290,7 +290,7 @@ def test_two_denominators_are_at_work_where_the_branches_may_count_different_slo
     assert differ == {(name, "pooled") for name in ("b_auf", "b_auf_decay", "f_auf", "f_auf_decay")}
 
 
-def test_the_dearest_step_counts_every_slot_of_every_branch():
+def test_the_dearest_step_supports_every_slot_of_every_branch():
     for name in OBJECTIVES:
         most = LossSpec.of(name, 4, GAMMA[name], rows_per_chunk=9).of_every_slot()
         assert most.rows_per_chunk == 9 and most.objective.branches == OBJECTIVES[name].branches

@@ -63,7 +63,7 @@ def test_one_wrong_mask_would_show(rows, packed, tmp_path, tokenizer, monkeypatc
     """The comparison above fails where the target sees a whole row."""
     target = make_target("qwen3")
     loss, _ = gradients(target, rows, tmp_path, tokenizer, "decay")
-    leaks = "hf_specauf.training.trainer.row_inputs"
+    leaks = "hf_specauf.training.forward.row_inputs"
     monkeypatch.setattr(leaks, lambda documents: {"attention_mask": (documents >= 0).long()})
     leaky, _ = gradients(target, packed, tmp_path, tokenizer, "decay")
     assert leaky != pytest.approx(loss, rel=1e-4)

@@ -3,18 +3,23 @@
 Shape letters, used everywhere in this package:
     B rows in a batch      S tokens in a row       N anchors (blocks) in a row
     K block size (slots, anchor included)          L taps (target layers read)
-    H hidden size          V vocabulary
+    H hidden size          V vocabulary            P predictions of a block (K - 1, or K)
 
-Slot k = 0 holds the anchor, slots 1..K-1 a mask token; slot k stands at position anchor + k and
-predicts that position's token. The leak rules: a block sees context of its own document *strictly
-before* its anchor, all of
-itself, and nothing else (SpecForge#470, #473).
+Three words say what a loss is made of, also everywhere in this package:
+    a *supervised* token stands in a row: the drafter may learn to predict it;
+    a *valid* slot stands in a block: it and all slots before it have supervised tokens to predict;
+    a *supported* slot is a valid one that the objective keeps.
+
+Slot k = 0 holds the anchor, slots 1..K-1 a mask token. Slot k stands at position anchor + k and
+predicts that position's token. The leak rule: a block sees the context of its own document
+*strictly before* its anchor, all of itself, and nothing else (SpecForge#470, #473).
 """
 
 from dataclasses import dataclass
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.nn.functional import pad
 
 SMALLEST_GROUP = 128  # slots; smaller products are all overhead
 EVALUATION_STEP = -1  # anchors of evaluation are those of one fixed "step"
@@ -24,57 +29,68 @@ EVALUATION_STEP = -1  # anchors of evaluation are those of one fixed "step"
 class Blocks:
     """N blocks in each of B rows."""
 
-    anchors: torch.Tensor  # (B, N) long, index into the row
-    noise_ids: torch.Tensor  # (B, N * K) long, anchor and mask tokens
-    previous_ids: (
-        torch.Tensor
-    )  # (B, N, K-1) long, the token before each label: what a causal head is told
-    labels: (
-        torch.Tensor
-    )  # (B, N, K-1) long, token at anchor + k; K labels where slot k predicts the one after
-    valid: torch.Tensor  # (B, N, K-1) bool, contiguous from slot 1
-    position_ids: (
-        torch.Tensor
-    )  # (B, S + N * K) long, true positions in the document: context, then slots
-    attention_mask: (
-        tuple[torch.Tensor, ...] | BlockMask
-    )  # groups of blocks: (B, 1, G * K, C_g + G * K) bool each
+    # (B, N) long: an anchor's index into its row
+    anchors: torch.Tensor
+    # (B, N * K) long: the anchor's token and mask tokens
+    noise_ids: torch.Tensor
+    # (B, N, P) long: the token before each label, which is what a causal head is told
+    previous_ids: torch.Tensor
+    # (B, N, P) long: the tokens after the anchor
+    labels: torch.Tensor
+    # (B, N, P) bool: contiguous from the first slot that predicts
+    valid: torch.Tensor
+    # (B, S + N * K) long: true positions in the document, of the context and then of the slots
+    position_ids: torch.Tensor
+    # a mask (B, 1, G * K, C_g + G * K) bool for each group of G blocks, or one sparse mask
+    attention_mask: tuple[torch.Tensor, ...] | BlockMask
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:
-    # one round of an integer hash (wrapping int64 arithmetic, the same on every device)
+    # One round of an integer hash. int64 arithmetic wraps around the same way on every device,
+    # which a random number generator does not promise.
     x = (x ^ (x >> 30)) * -4658895280553007687
     x = (x ^ (x >> 27)) * -7723592293110705685
     return x ^ (x >> 31)
 
 
 def document_positions(document_ids: torch.Tensor) -> torch.Tensor:
-    """Position of each token in its own document, from ids that change where a document ends. (B,
-    S) -> (B, S)"""
+    """Position of each token in its own document, from ids that change where a document ends.
+    (B, S) -> (B, S)"""
     index = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(document_ids)
     starts = torch.ones_like(document_ids, dtype=torch.bool)
     starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    # the running maximum of all starts so far is where the token's own document starts
     return index - torch.where(starts, index, 0).cummax(dim=1).values
 
 
 def row_inputs(document_ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What the target needs beside token ids so that packed documents do not see each other, nor
-    anything padding: positions that start afresh in each (transformers' masks take that for a
-    boundary), or, where every row is one document, an attention mask. (B, S), -1 on padding -> one
-    (B, S) tensor by its name"""
-    if not bool((document_ids > 0).any()):
-        return {"attention_mask": (document_ids >= 0).long()}
-    return {"position_ids": document_positions(document_ids)}
+    """What the target needs beside token ids, so that nobody sees padding or another document.
+
+    Where every row is one document, that is an attention mask. For packed rows it is positions that
+    start afresh in each document, because transformers' masks take a fresh start for a boundary.
+
+    Args:
+        document_ids (`torch.LongTensor` of shape `(B, S)`): -1 on padding.
+
+    Returns:
+        One tensor of shape `(B, S)` by its name.
+    """
+    packed = bool((document_ids > 0).any())
+    if packed:
+        return {"position_ids": document_positions(document_ids)}
+    return {"attention_mask": (document_ids >= 0).long()}
 
 
 def anchor_candidates(supervised: torch.Tensor, document_ids: torch.Tensor) -> torch.Tensor:
-    """Positions that may be anchors: supervised, with a supervised token of the same document right
-    after (a label)
-    and at least one token of it before (context; decoding always has some). (B, S) bool -> (B, S)
-    bool"""
-    after = torch.zeros_like(supervised)
-    after[:, :-1] = supervised[:, 1:] & (document_ids[:, 1:] == document_ids[:, :-1])
-    return supervised & after & (document_positions(document_ids) > 0) & (document_ids >= 0)
+    """Positions that may be anchors. (B, S) bool -> (B, S) bool
+
+    The token itself is supervised. A supervised token of the same document follows, because a block
+    needs a label. A token of the same document stands before, because decoding always has context.
+    """
+    followed = torch.zeros_like(supervised)
+    followed[:, :-1] = supervised[:, 1:] & (document_ids[:, 1:] == document_ids[:, :-1])
+    has_context = document_positions(document_ids) > 0
+    return supervised & followed & has_context & (document_ids >= 0)
 
 
 def sample_anchors(
@@ -101,22 +117,23 @@ def sample_anchors(
         anchors (B, N) ascending, and real (B, N) bool; a row with fewer candidates is padded with
         anchors that are not real.
     """
-    position = torch.arange(supervised.shape[1], device=supervised.device)
+    length = supervised.shape[1]
+    position = torch.arange(length, device=supervised.device)
     start = torch.tensor([seed, step], device=supervised.device)
+    # a pseudo-random key for every token: the N largest keys of a row are its anchors
     key = _mix(_mix(start[0] + 7919) + start[1])
     key = _mix(_mix(key + row_ids.to(supervised.device)[:, None]) + position)  # (B, S)
     candidates = anchor_candidates(supervised, document_ids)
     # a candidate's key is positive, so that it wins over every other position
     key = torch.where(candidates, (key & (2**62 - 1)) + 1, 0)
-    count = min(anchors_per_row, supervised.shape[1])
-    top, anchors = key.topk(count, dim=1)
-    anchors = (
-        torch.where(top > 0, anchors, supervised.shape[1]).sort(dim=1).values
-    )  # padding goes last
-    real = anchors < supervised.shape[1]
-    if count < anchors_per_row:  # rows shorter than N
-        pad = (0, anchors_per_row - count)
-        anchors, real = torch.nn.functional.pad(anchors, pad), torch.nn.functional.pad(real, pad)
+    count = min(anchors_per_row, length)
+    top, anchors = key.topk(count, dim=1)  # (B, N)
+    # one past the row's end, so that sorting puts padding last
+    anchors = torch.where(top > 0, anchors, length).sort(dim=1).values
+    real = anchors < length
+    # topk gives no more than S keys, and a row may be shorter than N
+    missing = (0, anchors_per_row - count)
+    anchors, real = pad(anchors, missing), pad(real, missing)
     return torch.where(real, anchors, 0), real
 
 
@@ -135,7 +152,7 @@ def make_blocks(
 
     Args:
         input_ids, supervised, document_ids (`torch.Tensor` of shape `(B, S)`): document id -1 on
-        padding.
+            padding.
         anchors, real (`torch.Tensor` of shape `(B, N)`): blocks that are not real see only
             themselves and have no valid slot, so that their gradient is zero and finite.
         block_size (`int`): K.
@@ -144,119 +161,129 @@ def make_blocks(
         predictions (`int`, *optional*): P, labels of a block, the tokens after its anchor; K - 1 by
             default, K for a Domino drafter with `shift_label`.
     """
-    rows, length = input_ids.shape
-    count = anchors.shape[1]
-    device = input_ids.device
-    tokens = (
-        block_size if predictions is None else predictions + 1
-    )  # of a block, the anchor's among them
-    slots = anchors[:, :, None] + torch.arange(
-        tokens, device=device
-    )  # (B, N, tokens), index into the row
-    inside = slots < length
-    index = slots.clamp(max=length - 1).reshape(rows, -1)
-    anchor_document = document_ids.gather(1, anchors)  # (B, N)
+    if predictions is None:
+        predictions = block_size - 1
+    rule = AttentionRule(anchors, real, document_ids, block_size)
+    length = input_ids.shape[1]
+    # a block's tokens: its anchor's and its labels
+    index = anchors[:, :, None] + torch.arange(predictions + 1, device=anchors.device)
+    inside = index < length  # (B, N, P + 1)
+    index = index.clamp(max=length - 1)
 
-    def take(values: torch.Tensor) -> torch.Tensor:  # (B, S) -> (B, N, tokens)
-        return values.gather(1, index).view(rows, count, tokens)
+    def take(values: torch.Tensor) -> torch.Tensor:  # (B, S) -> (B, N, P + 1)
+        return values.gather(1, index.flatten(1)).view_as(index)
 
-    usable = (
-        inside
-        & take(supervised)
-        & (take(document_ids) == anchor_document[:, :, None])
-        & real[:, :, None]
-    )
-    valid = usable[:, :, 1:].long().cumprod(-1).bool()
-    noise_ids = torch.full((rows, count, block_size), mask_token_id, device=device)
-    noise_ids[:, :, 0] = input_ids.gather(1, anchors)
+    same_document = take(document_ids) == rule.anchor_documents[:, :, None]
+    has_label = inside & take(supervised) & same_document & real[:, :, None]
+    # after the first token that is no label, none is: decoding would not get past it either
+    valid = has_label[:, :, 1:].long().cumprod(-1).bool()  # (B, N, P)
 
-    positions = document_positions(document_ids)
-    slot_positions = positions.gather(1, anchors)[:, :, None] + torch.arange(
-        block_size, device=device
-    )
-    position_ids = torch.cat([positions, slot_positions.flatten(1)], dim=1)
-
-    block_ids = take(input_ids)
+    block_ids = take(input_ids)  # (B, N, P + 1)
+    noise_ids = torch.full((*anchors.shape, block_size), mask_token_id, device=anchors.device)
+    noise_ids[:, :, 0] = block_ids[:, :, 0]
     return Blocks(
         anchors=anchors,
         noise_ids=noise_ids.flatten(1),
         previous_ids=block_ids[:, :, :-1],
         labels=block_ids[:, :, 1:],
         valid=valid,
-        position_ids=position_ids,
-        attention_mask=(flex_mask if flex else group_masks)(
-            anchors, anchor_document, real, document_ids, block_size
-        ),
+        position_ids=_position_ids(anchors, document_ids, block_size),
+        attention_mask=rule.flex_mask() if flex else rule.group_masks(),
     )
 
 
-def group_masks(
-    anchors: torch.Tensor,
-    anchor_document: torch.Tensor,
-    real: torch.Tensor,
-    document_ids: torch.Tensor,
-    block_size: int,
-) -> tuple[torch.Tensor, ...]:
-    """The attention rule as one mask for each group of G neighbouring blocks, no larger than the
-    group can see: the context before its last anchor, and its own slots. One mask of all slots
-    would be mostly other blocks.
+def _position_ids(
+    anchors: torch.Tensor, document_ids: torch.Tensor, block_size: int
+) -> torch.Tensor:
+    """Positions in the document of all context and then of all slots, which count on from their
+    anchor. (B, N) and (B, S) -> (B, S + N * K)"""
+    context = document_positions(document_ids)
+    of_anchors = context.gather(1, anchors)
+    slots = of_anchors[:, :, None] + torch.arange(block_size, device=anchors.device)  # (B, N, K)
+    return torch.cat([context, slots.flatten(1)], dim=1)
 
-    Args:
-        anchors, anchor_document, real (`torch.Tensor` of shape `(B, N)`): anchors ascending.
+
+@dataclass(frozen=True)
+class AttentionRule:
+    """Who sees what: a block sees the context of its own document strictly before its anchor, all
+    of itself, and nothing else.
+
+    Attributes:
+        anchors, real (`torch.Tensor` of shape `(B, N)`): anchors ascending. A block that is not
+            real sees itself alone.
         document_ids (`torch.LongTensor` of shape `(B, S)`).
         block_size (`int`): K.
-
-    Returns:
-        Masks of shape (B, 1, G * K, C_g + G * K), bool: keys are context 0..C_g-1, then the group's
-        slots.
     """
-    rows, count = anchors.shape
-    device = anchors.device
-    per_group = max(1, max(SMALLEST_GROUP, document_ids.shape[1] // 4) // block_size)
-    ends = [
-        int(end) for end in torch.where(real, anchors, 0).amax(0).tolist()
-    ]  # one wait for the device
-    masks = []
-    for start in range(0, count, per_group):
-        group = slice(start, min(start + per_group, count))
-        size = group.stop - group.start
-        context = torch.arange(max(ends[group]), device=device)  # nobody in the group sees further
-        sees = (
-            (context < anchors[:, group, None])
-            & (document_ids[:, None, : len(context)] == anchor_document[:, group, None])
-            & real[:, group, None]
-        )  # (B, G, C_g)
-        own = torch.eye(size, dtype=torch.bool, device=device).repeat_interleave(
-            block_size, dim=1
-        )  # (G, G * K)
-        mask = torch.cat([sees, own.expand(rows, -1, -1)], dim=2)
-        masks.append(mask.repeat_interleave(block_size, dim=1)[:, None])
-    return tuple(masks)
 
+    anchors: torch.Tensor
+    real: torch.Tensor
+    document_ids: torch.Tensor
+    block_size: int
 
-def flex_mask(
-    anchors: torch.Tensor,
-    anchor_document: torch.Tensor,
-    real: torch.Tensor,
-    document_ids: torch.Tensor,
-    block_size: int,
-) -> BlockMask:
-    """The attention rule for FlexAttention over all slots: keys are S context positions, then N * K
-    slots."""
-    (rows, count), length = anchors.shape, document_ids.shape[1]
-    ends = torch.where(real, anchors, 0)  # a block that is not real sees no context
+    @property
+    def anchor_documents(self) -> torch.Tensor:
+        """The document each block lies in, (B, N)."""
+        return self.document_ids.gather(1, self.anchors)
 
-    def sees(row, head, slot, key):
-        """Whether a slot sees a key: earlier context of its document, or its own block."""
-        block = slot // block_size
-        position = key.clamp(max=length - 1)
-        context = (key < ends[row, block]) & (
-            document_ids[row, position] == anchor_document[row, block]
+    def group_masks(self) -> tuple[torch.Tensor, ...]:
+        """The rule as one mask for each group of G neighbouring blocks, no larger than the group
+        can see: the context before its last anchor, and its own slots. One mask of all slots would
+        be mostly other blocks.
+
+        Returns:
+            Masks of shape (B, 1, G * K, C_g + G * K), bool: keys are context 0..C_g-1, then the
+            group's slots.
+        """
+        count, length = self.anchors.shape[1], self.document_ids.shape[1]
+        per_group = max(1, max(SMALLEST_GROUP, length // 4) // self.block_size)
+        # the sizes of all groups at once, because each wait for the device costs
+        ends = torch.where(self.real, self.anchors, 0).amax(0).tolist()
+        masks = []
+        for start in range(0, count, per_group):
+            stop = min(start + per_group, count)
+            # anchors ascend in a row, so nobody in the group sees past the largest of its anchors
+            masks.append(self._group_mask(slice(start, stop), max(ends[start:stop])))
+        return tuple(masks)
+
+    def _group_mask(self, group: slice, context_length: int) -> torch.Tensor:
+        """The mask of G blocks over the first C_g context positions and their own slots."""
+        rows, size = self.anchors.shape[0], group.stop - group.start
+        device = self.anchors.device
+        context = torch.arange(context_length, device=device)
+        before = context < self.anchors[:, group, None]
+        same_document = (
+            self.document_ids[:, None, :context_length] == self.anchor_documents[:, group, None]
         )
-        return context | ((key >= length) & ((key - length) // block_size == block))
+        sees = before & same_document & self.real[:, group, None]  # (B, G, C_g)
+        own = torch.eye(size, dtype=torch.bool, device=device)
+        own = own.repeat_interleave(self.block_size, dim=1)  # (G, G * K)
+        mask = torch.cat([sees, own.expand(rows, -1, -1)], dim=2)  # (B, G, C_g + G * K)
+        # all slots of a block see the same
+        return mask.repeat_interleave(self.block_size, dim=1)[:, None]
 
-    slots = count * block_size
-    compiled = anchors.device.type != "cpu"  # otherwise the dense mask is made on the way
-    return create_block_mask(
-        sees, rows, None, slots, length + slots, anchors.device, _compile=compiled
-    )
+    def flex_mask(self) -> BlockMask:
+        """The rule for FlexAttention over all slots: keys are S context positions, then N * K
+        slots."""
+        (rows, count), length = self.anchors.shape, self.document_ids.shape[1]
+        block_size, document_ids = self.block_size, self.document_ids
+        anchor_documents = self.anchor_documents
+        # a block that is not real sees no context
+        ends = torch.where(self.real, self.anchors, 0)
+
+        def sees(row, head, slot, key):
+            """Whether a slot sees a key: earlier context of its document, or its own block."""
+            block = slot // block_size
+            # FlexAttention evaluates the context's half for slots too, where it must not run over
+            position = key.clamp(max=length - 1)
+            same_document = document_ids[row, position] == anchor_documents[row, block]
+            context = (key < ends[row, block]) & same_document
+            own = (key >= length) & ((key - length) // block_size == block)
+            return context | own
+
+        slots = count * block_size
+        # Uncompiled, create_block_mask makes the dense mask on the way. On CPUs, which cannot train
+        # with FlexAttention, only tests come here.
+        compiled = self.anchors.device.type != "cpu"
+        return create_block_mask(
+            sees, rows, None, slots, length + slots, self.anchors.device, _compile=compiled
+        )

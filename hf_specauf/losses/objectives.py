@@ -1,6 +1,8 @@
-"""Objectives of masked block drafters, as a table: which slots of a block count, and how much.
+"""Objectives of masked block drafters, as a table: which slots of a block are supported, and what
+each of them weighs.
 
-Shape letters are those of `blocks.py`; P predictions of a block. The loss of any objective is
+Shape letters, and the words *supervised*, *valid* and *supported*, are those of `blocks.py`. The
+loss of any objective is
 
     sum(weight * cross-entropy) / sum(weight)
 
@@ -20,21 +22,23 @@ DECAY_GAMMA = {16: 7.0, 10: 5.0, 8: 4.0}
 
 @dataclass(frozen=True)
 class Objective:
-    """One entry of the table: how a drafter's logits are judged. A drafter with two branches of
-    logits (Domino's backbone, and the same corrected by a causal head) has an entry with a `base`;
-    the entry itself then judges the final logits, those that decoding uses.
+    """One entry of the table: what a drafter's logits are trained for.
+
+    A drafter with two branches of logits (Domino: the backbone's, and the same corrected by a
+    causal head) has an entry with a `base`. The entry itself is then the objective of the final
+    logits, those that decoding uses.
 
     Attributes:
         title (`str`): what cards call it.
-        says (`str`): what counts, in a few words, for `--help`.
-        until_fail (`bool`): only slots up to and *including* the first wrong one count
-            (Accept-Until-Fail).
+        says (`str`): which slots it supports, in a few words, for `--help`.
+        until_fail (`bool`): supports slots up to and *including* the first wrong one
+            (Accept-Until-Fail); otherwise all valid slots.
         decays (`bool`): slot k's weight is multiplied by exp(-(k-1) / gamma).
         factor (`Callable`, *optional*): multiplies the weights by what the drafter predicted.
             Called with `right` (bool), `log_p` (of the label; 0 where nothing was computed) and
             `support` (bool), each of shape `(B, N, P)`; returns a tensor of that shape, 0 or more.
-        base (`Objective`, *optional*): how the base branch's logits are judged.
-        shared_support (`bool`): the final branch counts only slots that the base branch counts.
+        base (`Objective`, *optional*): the objective of the base branch's logits.
+        shared_support (`bool`): the final branch supports only slots that the base branch supports.
     """
 
     title: str
@@ -52,18 +56,16 @@ class Objective:
 
     @property
     def supports_differ(self) -> bool:
-        """Whether the two branches may count different slots, so that the loss has two
+        """Whether the two branches may support different slots. The loss then has two
         denominators."""
-        return (
-            self.base is not None
-            and not self.shared_support
-            and (self.until_fail or self.base.until_fail)
-        )
+        if self.base is None or self.shared_support:
+            return False
+        return self.until_fail or self.base.until_fail
 
     @property
-    def judges_every_slot(self) -> bool:
-        """Whether the loss needs a prediction of every valid slot. Otherwise the walk through a
-        block stops early."""
+    def predicts_every_slot(self) -> bool:
+        """Whether the loss needs a prediction of every valid slot. Otherwise it stops early in a
+        block, and nobody knows what the drafter would have predicted in the rest."""
         return not self.until_fail and not self.shared_support
 
     def without_factor(self) -> "Objective":
@@ -71,8 +73,7 @@ class Objective:
         return replace(self, factor=None)
 
     def support(self, right: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-        """The supported slots: those of the valid ones that count. Bool tensors of shape `(B, N,
-        P)`."""
+        """The supported ones of the valid slots. Bool tensors of shape `(B, N, P)`."""
         return first_failure_support(right, valid) if self.until_fail else valid
 
     @torch.no_grad()
@@ -88,8 +89,7 @@ class Objective:
         Args:
             right (`torch.BoolTensor` of shape `(B, N, P)`): the drafter's first choice is the
                 label.
-            valid (`torch.BoolTensor` of shape `(B, N, P)`): the slot is supervised; contiguous from
-                the first slot.
+            valid (`torch.BoolTensor` of shape `(B, N, P)`): contiguous from the first slot.
             gamma (`float`, *optional*): decay length in slots, where the objective decays.
             log_p (`torch.Tensor` of shape `(B, N, P)`, *optional*): log-probability of the label,
                 in nats; needed where the objective has a `factor`.
@@ -100,6 +100,7 @@ class Objective:
         support = self.support(right, valid)
         weights = support.float()
         if self.decays:
+            # arange starts at 0, and the formula's k at 1
             slots = torch.arange(right.shape[-1], device=right.device)
             weights = weights * torch.exp(-slots / gamma)
         if self.factor is not None:
@@ -107,48 +108,67 @@ class Objective:
         return weights
 
 
-UNIFORM = Objective("equal weights", "all supervised slots")
+def with_decay(objective: Objective) -> Objective:
+    """The same, with every branch's slots weighted exp(-(k-1)/gamma) as well."""
+    return replace(
+        objective,
+        title=f"{objective.title} and decay",
+        says=f"{objective.says}, weighted exp(-(k-1)/gamma)",
+        decays=True,
+        base=None if objective.base is None else with_decay(objective.base),
+    )
+
+
+# One branch of logits: DFlash (arXiv 2602.06036) and Spec-AUF (arXiv 2607.01893).
+UNIFORM = Objective(
+    title="equal weights",
+    says="all supervised slots",
+)
+# A slot is accepted only after all slots before it, so an early one is worth more.
 DECAY = Objective(
-    "decay weights",
-    "all supervised slots, weighted exp(-(k-1)/gamma): the DFlash baseline",
+    title="decay weights",
+    says="all supervised slots, weighted exp(-(k-1)/gamma): the DFlash baseline",
     decays=True,
 )
-AUF = Objective("Accept-Until-Fail", "up to and including the first wrong slot", until_fail=True)
+# Decoding throws away whatever follows the first wrong slot, so training leaves it out too.
+AUF = Objective(
+    title="Accept-Until-Fail",
+    says="up to and including the first wrong slot",
+    until_fail=True,
+)
 
+# Two branches: Domino (arXiv 2605.29707) with the supports of Spec-AUF's section on Domino. The
+# entry is the final branch's; `base` is the base branch's.
+DOMINO_DECAY = replace(
+    DECAY,
+    says="both branches everywhere, weighted exp(-(k-1)/gamma)",
+    base=DECAY,
+)
 B_AUF = Objective(
-    "B-AUF (Accept-Until-Fail)",
-    "base branch up to its first wrong slot, final branch everywhere",
+    title="B-AUF (Accept-Until-Fail)",
+    says="base branch up to its first wrong slot, final branch everywhere",
     base=AUF,
 )
 S_AUF = Objective(
-    "S-AUF (Accept-Until-Fail)", "base branch up to its first wrong slot, final branch the same slots",
-    base=AUF, shared_support=True,
-)  # fmt: skip
-F_AUF = Objective(
-    "F-AUF (Accept-Until-Fail)",
-    "each branch up to its own first wrong slot",
-    until_fail=True,
+    title="S-AUF (Accept-Until-Fail)",
+    says="base branch up to its first wrong slot, final branch the same slots",
     base=AUF,
+    shared_support=True,
+)
+F_AUF = Objective(
+    title="F-AUF (Accept-Until-Fail)",
+    says="each branch up to its own first wrong slot",
+    base=AUF,
+    until_fail=True,
 )
 
-
-def with_decay(objective: Objective) -> Objective:
-    """The same, with every branch's slots weighted exp(-(k-1)/gamma) as well."""
-    base = None if objective.base is None else with_decay(objective.base)
-    title, says = objective.title + " and decay", objective.says + ", weighted exp(-(k-1)/gamma)"
-    return replace(objective, title=title, says=says, decays=True, base=base)
-
-
+# By the names that recipes use. `--help` lists them in this order.
 OBJECTIVES: dict[str, Objective] = {
-    # one branch: DFlash (arXiv 2602.06036), Spec-AUF (arXiv 2607.01893)
     "uniform": UNIFORM,
     "decay": DECAY,
     "auf": AUF,
     "auf_decay": with_decay(AUF),
-    # two branches: Domino (arXiv 2605.29707), Spec-AUF's section on Domino
-    "domino_decay": replace(
-        DECAY, says="both branches everywhere, weighted exp(-(k-1)/gamma)", base=DECAY
-    ),
+    "domino_decay": DOMINO_DECAY,
     "b_auf": B_AUF,
     "s_auf": S_AUF,
     "f_auf": F_AUF,
@@ -178,19 +198,19 @@ def find_objective(name: str) -> Objective:
 
 
 def resolve_gamma(name: str, block_size: int, gamma: float | None) -> float | None:
-    """`gamma` for an objective, checked: refused where it would be ignored, required where none is
-    published.
+    """`gamma` for an objective; where none is given, the published one for this block size.
 
     Raises:
         ValueError: unknown objective; gamma with an objective that has no decay; no gamma for an
             unpublished K.
     """
-    if not find_objective(name).decays:
-        if gamma is not None:
-            raise ValueError(
-                f"gamma is {gamma}, but objective {name!r} has no decay and would ignore it: remove"
-                " gamma"
-            )
+    decays = find_objective(name).decays
+    if not decays and gamma is not None:
+        raise ValueError(
+            f"gamma is {gamma}, but objective {name!r} has no decay and would ignore it: remove"
+            " gamma"
+        )
+    if not decays:
         return None
     if gamma is None and block_size not in DECAY_GAMMA:
         raise ValueError(
@@ -204,12 +224,20 @@ def resolve_gamma(name: str, block_size: int, gamma: float | None) -> float | No
     return gamma
 
 
+def check_normalisation(name: str) -> None:
+    """Raise for a name that is none of `NORMALISATIONS`."""
+    if name not in NORMALISATIONS:
+        raise ValueError(
+            f"normalisation is {name!r}; it must be one of {', '.join(NORMALISATIONS)}"
+        )
+
+
 @dataclass(frozen=True)
 class LossSpec:
     """Everything that decides a loss. The trainer makes it once, and hands it down whole.
 
     Attributes:
-        objective (`Objective`): of the drafter, or of the one branch that is computed.
+        objective (`Objective`): of the drafter, or of the one branch whose loss is computed.
         gamma (`float`, *optional*): decay length in slots, where the objective decays.
         normalisation (`str`): `pooled`: one division by all weights of an optimizer step.
             `per_block`: mean over blocks of each block's own weighted mean.
@@ -222,11 +250,7 @@ class LossSpec:
     rows_per_chunk: int = 256
 
     def __post_init__(self):
-        if self.normalisation not in NORMALISATIONS:
-            raise ValueError(
-                f"normalisation is {self.normalisation!r}; it must be one of"
-                f" {', '.join(NORMALISATIONS)}"
-            )
+        check_normalisation(self.normalisation)
 
     @classmethod
     def of(
@@ -261,7 +285,7 @@ class LossSpec:
         return replace(self, objective=objective)
 
     def of_every_slot(self) -> "LossSpec":
-        """The same with every valid slot counted, in both branches: the most that a step can
+        """The same with every valid slot supported, in both branches: the most that a step can
         cost."""
         base = None if self.objective.base is None else UNIFORM
         return replace(
@@ -279,6 +303,7 @@ def first_failure_support(right: torch.Tensor, valid: torch.Tensor) -> torch.Ten
         right, valid (`torch.BoolTensor` of shape `(B, N, P)`).
     """
     wrong = (~right & valid).long()
+    # less itself, so that the failing slot is kept
     wrong_before = wrong.cumsum(-1) - wrong
     return valid & (wrong_before == 0)
 
@@ -291,8 +316,8 @@ def slot_weights(
     valid: torch.Tensor,
     gamma: float | None = None,
 ) -> torch.Tensor:
-    """Slot weights of an objective, straight from a drafter's logits: the plain form of what
-    `head_loss` walks.
+    """Slot weights of an objective, straight from a drafter's logits. `head_loss` finds the same
+    without all logits.
 
     Args:
         objective (`str`): a name in `OBJECTIVES`, of one branch.
@@ -325,14 +350,15 @@ def row_terms(
         normalisation (`str`): as in [`LossSpec`].
 
     Returns:
-        Two tensors of shape `(B,)`. With nothing supervised both are 0 and the numerators still
-        have their graph.
+        Two tensors of shape `(B,)`. Without a valid slot both are 0, and the numerators still have
+        their graph.
     """
     weights = weights.detach().to(losses.dtype)
     # where, not times: a slot of weight 0 may hold anything, even inf
     weighted = torch.where(weights > 0, losses, 0.0) * weights
     numerators, denominators = weighted.sum(-1), weights.sum(-1)  # (B, N)
     if normalisation == "per_block":
+        # a block without a supported slot is 0 / tiny here, and no block in the denominator
         numerators = numerators / denominators.clamp(min=torch.finfo(losses.dtype).tiny)
         denominators = (denominators > 0).to(losses.dtype)
     return numerators.sum(-1), denominators.sum(-1)

@@ -7,16 +7,26 @@ from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
 from ..losses.branches import check_domino_keys
-from ..losses.objectives import NORMALISATIONS, OBJECTIVES, find_objective
+from ..losses.objectives import OBJECTIVES, LossSpec, check_normalisation, find_objective
 
 # Keys of TrainingArguments that would be accepted and ignored, or break the exact loss, and their
 # harmless values.
 INAPPLICABLE = {
-    "label_smoothing_factor": 0.0, "neftune_noise_alpha": None, "use_liger_kernel": False, "batch_eval_metrics": False,
-    "prediction_loss_only": False, "remove_unused_columns": False, "auto_find_batch_size": False,
-    "bf16_full_eval": False, "fp16_full_eval": False, "eval_do_concat_batches": True,
+    "label_smoothing_factor": 0.0,
+    "neftune_noise_alpha": None,
+    "use_liger_kernel": False,
+    "batch_eval_metrics": False,
+    "prediction_loss_only": False,
+    "remove_unused_columns": False,
+    "auto_find_batch_size": False,
+    "bf16_full_eval": False,
+    "fp16_full_eval": False,
+    "eval_do_concat_batches": True,
     "include_num_input_tokens_seen": "no",
-}  # fmt: skip
+}
+# Keys of other optimizers, which the one of `muon_learning_rate` would ignore.
+OPTIMIZER_KEYS = ("optim", "adam_beta1", "adam_beta2", "adam_epsilon")
+USE_FSDP2 = "use FSDP2 (recipes/accelerate/fsdp2.yaml)"
 
 
 @dataclass
@@ -125,58 +135,85 @@ class AUFConfig(TrainingArguments):
     )
 
     def __post_init__(self):
-        if self.per_device_eval_batch_size is None:
-            self.per_device_eval_batch_size = self.per_device_train_batch_size
-        if self.fp16:
-            raise ValueError(
-                "fp16: true would train a drafter that accepts nothing (vllm#55250): use bf16: true"
-            )
-        if self.bf16 is None:
-            self.bf16 = (
-                not self.use_cpu and torch.cuda.is_available() and is_torch_bf16_gpu_available()
-            )
-        find_objective(self.objective)
-        check_domino_keys(self.objective, self.normalisation, self.lambda_decay_ratio)
-        if self.normalisation not in NORMALISATIONS:
-            raise ValueError(
-                f"normalisation is {self.normalisation!r}; it must be one of"
-                f" {', '.join(NORMALISATIONS)}"
-            )
-        if self.eval_prompts and self.eval_new_tokens < 2:
-            raise ValueError(
-                f"eval_new_tokens is {self.eval_new_tokens}: the first token comes from the"
-                " prefill, so tau needs 2 or more; eval_prompts: 0 leaves decoding out"
-            )
-        defaults = {field.name: field.default for field in fields(self)}
-        for key in ("optim", "adam_beta1", "adam_beta2", "adam_epsilon"):
-            if self.muon_learning_rate is not None and getattr(self, key) != defaults[key]:
-                raise ValueError(
-                    f"{key} is {getattr(self, key)}, and muon_learning_rate brings an optimizer of"
-                    " its own that would ignore it: remove one of the two keys"
-                )
-        for key in ("anchors_per_row", "head_rows_per_chunk"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"{key} is {getattr(self, key)}; it must be at least 1")
-        if self.ddp_find_unused_parameters is None:
-            self.ddp_find_unused_parameters = False  # every parameter is used in every forward
-        if self.label_names is None:
-            self.label_names = []  # PeftModel hides forward's argument names (peft#1881)
+        self._check_own_keys()
+        self._fill_in_defaults()
         super().__post_init__()
-        use_fsdp2 = "use FSDP2 (recipes/accelerate/fsdp2.yaml)"
-        if self.deepspeed_plugin is not None and self.gradient_accumulation_steps > 1:
-            raise ValueError(
-                f"gradient_accumulation_steps is {self.gradient_accumulation_steps}, and DeepSpeed"
-                " divides each micro-batch's loss before all are known: set it to 1, or"
-                f" {use_fsdp2}"
-            )
-        if self.deepspeed_plugin is not None and self.deepspeed_plugin.zero_stage == 3:
-            raise ValueError(
-                "zero_stage is 3, which shards the target too, and reading its hidden states and"
-                f" saving the drafter need whole weights: set it to 2, or {use_fsdp2}"
-            )
+        # known only now: Trainer's own arguments have read the launcher's settings
+        self._check_deepspeed()
         for key, harmless in INAPPLICABLE.items():
             if getattr(self, key) != harmless:
                 raise ValueError(
                     f"{key}: {getattr(self, key)} does not apply to block drafters and would be"
                     " ignored or do harm: remove the key"
                 )
+
+    def loss_spec(self, block_size: int) -> LossSpec:
+        """The loss of a drafter with blocks of `block_size` slots.
+
+        Raises:
+            ValueError: `gamma` is missing, or would be ignored; see `resolve_gamma`.
+        """
+        return LossSpec.of(
+            self.objective,
+            block_size,
+            self.gamma,
+            normalisation=self.normalisation,
+            rows_per_chunk=self.head_rows_per_chunk,
+        )
+
+    def _fill_in_defaults(self) -> None:
+        """Values that depend on other keys or on the machine."""
+        if self.per_device_eval_batch_size is None:
+            self.per_device_eval_batch_size = self.per_device_train_batch_size
+        if self.bf16 is None:
+            on_gpu = not self.use_cpu and torch.cuda.is_available()
+            self.bf16 = on_gpu and is_torch_bf16_gpu_available()
+        if self.ddp_find_unused_parameters is None:
+            # every parameter is used in every forward, and DDP would search for nothing
+            self.ddp_find_unused_parameters = False
+        if self.label_names is None:
+            # PeftModel hides forward's argument names, from which Trainer reads them (peft#1881)
+            self.label_names = []
+
+    def _check_own_keys(self) -> None:
+        if self.fp16:
+            raise ValueError(
+                "fp16: true would train a drafter that accepts nothing (vllm#55250): use bf16: true"
+            )
+        find_objective(self.objective)
+        check_domino_keys(self.objective, self.normalisation, self.lambda_decay_ratio)
+        check_normalisation(self.normalisation)
+        if self.eval_prompts and self.eval_new_tokens < 2:
+            raise ValueError(
+                f"eval_new_tokens is {self.eval_new_tokens}: the first token comes from the"
+                " prefill, so tau needs 2 or more; eval_prompts: 0 leaves decoding out"
+            )
+        if self.muon_learning_rate is not None:
+            self._check_nothing_is_ignored_by_muon()
+        for key in ("anchors_per_row", "head_rows_per_chunk"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key} is {getattr(self, key)}; it must be at least 1")
+
+    def _check_nothing_is_ignored_by_muon(self) -> None:
+        defaults = {field.name: field.default for field in fields(self)}
+        for key in OPTIMIZER_KEYS:
+            if getattr(self, key) != defaults[key]:
+                raise ValueError(
+                    f"{key} is {getattr(self, key)}, and muon_learning_rate brings an optimizer of"
+                    " its own that would ignore it: remove one of the two keys"
+                )
+
+    def _check_deepspeed(self) -> None:
+        if self.deepspeed_plugin is None:
+            return
+        if self.gradient_accumulation_steps > 1:
+            raise ValueError(
+                f"gradient_accumulation_steps is {self.gradient_accumulation_steps}, and DeepSpeed"
+                " divides each micro-batch's loss before all are known: set it to 1, or"
+                f" {USE_FSDP2}"
+            )
+        if self.deepspeed_plugin.zero_stage == 3:
+            raise ValueError(
+                "zero_stage is 3, which shards the target too, and reading its hidden states and"
+                f" saving the drafter need whole weights: set it to 2, or {USE_FSDP2}"
+            )

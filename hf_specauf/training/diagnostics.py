@@ -1,72 +1,95 @@
-"""What is counted of each batch, by name, and the paper's figures made of it (arXiv 2607.01893)."""
+"""What is counted of each batch, by name, and the paper's figures made of it (arXiv 2607.01893).
+
+The words *supervised*, *valid* and *supported* are those of `losses/blocks.py`.
+"""
 
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from transformers import EvalPrediction, TrainerState
+from transformers.trainer_utils import IntervalStrategy
 
-from ..losses.head_loss import HeadLoss
+from ..losses.branches import LossTerms
+from ..losses.objectives import LossSpec
 from ..serving.acceptance import accepted_prefix
+from .config import AUFConfig
+from .forward import BatchLosses
 
 # Sums over the slots or blocks of a row; the columns of every counter tensor, in this order.
 COUNTERS = (
     "numerator",  # of the loss
     "denominator",
-    "supported",  # slots that count in the loss
+    "supported",  # slots
     "supported_correct",
-    "valid",  # supervised slots
-    "judged",  # valid slots whose prediction is known
-    "judged_correct",
+    "valid",  # slots
+    "predicted",  # valid slots, if all of them were predicted, else 0
+    "predicted_correct",
     "slots",  # all slots of all anchors asked for
-    "blocks",  # blocks with a valid slot whose prefix is known
-    "prefix",  # correct slots before the first wrong one
-    "base_supported",  # as supported, in the base branch
+    "blocks",  # with a valid slot, where it is known how far their correct prefix goes
+    "prefix",  # correct slots of these blocks before the first wrong one
+    "base_supported",  # slots that the base branch supports
 )
 
 
 def count_rows(
-    numerators: torch.Tensor,
-    denominators: torch.Tensor,
-    found: HeadLoss,
-    base: HeadLoss | None,
-    valid: torch.Tensor,
+    terms: LossTerms,
+    losses: BatchLosses,
+    spec: LossSpec,
     *,
-    drafted: int,
-    slots: int,
-    judges_all: bool,
-    hides_prefix: bool,
+    block_size: int,
+    anchors_per_row: int,
+    every_prediction: bool,
 ) -> torch.Tensor:
     """Counters of each row, (B, len(COUNTERS)) in float64.
 
     Args:
-        numerators, denominators (`torch.Tensor` of shape `(B,)`): of the loss.
-        found, base (`HeadLoss`): of the logits that decoding uses, and of the base branch where
-        there is one.
-        valid (`torch.BoolTensor` of shape `(B, N, P)`).
-        drafted (`int`): slots of a block that decoding drafts, K - 1.
-        slots (`int`): slots of a row's anchors, real or not.
-        judges_all (`bool`): every valid slot was predicted, not the supported ones alone.
-        hides_prefix (`bool`): the support says nothing of how far the correct prefix goes.
+        terms (`LossTerms`): of the loss.
+        losses (`BatchLosses`), spec (`LossSpec`): what they were made of.
+        block_size (`int`): K.
+        anchors_per_row (`int`): N, real or not.
+        every_prediction (`bool`): valid slots that are not supported were predicted too.
     """
-    supported, correct = found.weights > 0, found.correct
-    nothing = torch.zeros_like(valid)
-    judged = valid if judges_all else nothing
-    walked = (nothing if hides_prefix else valid)[:, :, :drafted]
-    of_base = nothing if base is None else base.weights > 0
-    counted = {
-        "numerator": numerators,
-        "denominator": denominators,
+    valid, final, base = losses
+    supported, correct = final.weights > 0, final.correct
+    base_supported = torch.zeros_like(valid)
+    if base is not None:
+        base_supported = base.weights > 0
+    predicted = torch.zeros_like(valid)
+    if every_prediction or spec.objective.predicts_every_slot:
+        predicted = valid
+    # The first wrong slot ends a prefix, and a loss that stops there has seen it. A support that
+    # the base branch cut hides it.
+    seen = valid
+    if spec.objective.shared_support and not every_prediction:
+        seen = torch.zeros_like(valid)
+    # decoding drafts K - 1 slots, and a drafter with shift_label predicts one more in training
+    seen, drafted_correct = seen[:, :, : block_size - 1], correct[:, :, : block_size - 1]
+    counters = {
+        "numerator": terms.numerators,
+        "denominator": terms.denominators,
         "supported": supported.sum((1, 2)),
         "supported_correct": (supported & correct).sum((1, 2)),
         "valid": valid.sum((1, 2)),
-        "judged": judged.sum((1, 2)),
-        "judged_correct": (judged & correct).sum((1, 2)),
-        "slots": torch.full_like(numerators, slots),
-        "blocks": walked.any(-1).sum(1),
-        "prefix": accepted_prefix(correct[:, :, :drafted], walked).sum(1),
-        "base_supported": of_base.sum((1, 2)),
+        "predicted": predicted.sum((1, 2)),
+        "predicted_correct": (predicted & correct).sum((1, 2)),
+        "slots": torch.full_like(terms.numerators, anchors_per_row * valid.shape[2]),
+        "blocks": seen.any(-1).sum(1),
+        "prefix": accepted_prefix(drafted_correct, seen).sum(1),
+        "base_supported": base_supported.sum((1, 2)),
     }
-    return torch.stack([counted[name].double() for name in COUNTERS], dim=1)
+    return torch.stack([counters[name].double() for name in COUNTERS], dim=1)
+
+
+def named(sums: torch.Tensor) -> dict[str, float]:
+    """Summed counters (len(COUNTERS),) by their names."""
+    return dict(zip(COUNTERS, sums.tolist(), strict=True))
+
+
+def loss_terms_of(sums: torch.Tensor) -> torch.Tensor:
+    """Numerator and denominator (2,) of summed counters (len(COUNTERS),). They stay on the device,
+    because reading them would wait for it."""
+    return torch.stack([sums[COUNTERS.index(name)] for name in ("numerator", "denominator")])
 
 
 def diagnostics(sums: torch.Tensor) -> dict[str, float]:
@@ -81,18 +104,35 @@ def diagnostics(sums: torch.Tensor) -> dict[str, float]:
         "active_ratio": ratio("supported", "valid"),
         "active_ratio_all_slots": ratio("supported", "slots"),
         "support_accuracy": ratio("supported_correct", "supported"),
+        # what decoding would commit a pass if the labels were the target's choice; 1 is the bonus
         "teacher_forced_tau": 1 + ratio("prefix", "blocks"),
     }
-    if total["judged"]:
-        found["common_accuracy"] = ratio("judged_correct", "judged")
+    if total["predicted"]:
+        found["common_accuracy"] = ratio("predicted_correct", "predicted")
     if total["base_supported"]:
         found["base_active_ratio"] = ratio("base_supported", "valid")
     return found
 
 
-def named(sums: torch.Tensor) -> dict[str, float]:
-    """Summed counters (len(COUNTERS),) by their names."""
-    return dict(zip(COUNTERS, sums.tolist()))
+def evaluation_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """Loss and diagnostics of an evaluation, from the counters of all its rows."""
+    sums = prediction.predictions.sum(0)
+    total = named(sums)
+    return {"loss": total["numerator"] / max(total["denominator"], 1.0)} | diagnostics(sums)
+
+
+def will_log(args: AUFConfig, state: TrainerState) -> bool:
+    """Whether Trainer will log the step under way. Accuracy over all valid slots needs logits that
+    AUF never computes, so it is measured on these steps alone."""
+    step = state.global_step + 1
+    if args.logging_strategy == IntervalStrategy.EPOCH:
+        steps_per_epoch = round(state.max_steps / state.num_train_epochs)
+        return step % max(steps_per_epoch, 1) == 0
+    if step == 1 and args.logging_first_step:
+        return True
+    # 0 where a share of all steps was asked for, and that is less than one
+    every = max(state.logging_steps, 1)
+    return args.logging_strategy == IntervalStrategy.STEPS and step % every == 0
 
 
 class StepTotals(NamedTuple):
@@ -112,9 +152,9 @@ class StepSums:
     def __init__(self, device: torch.device):
         self._terms = torch.zeros(2, dtype=torch.float64, device=device)
 
-    def add(self, counters: torch.Tensor) -> None:
+    def add(self, sums: torch.Tensor) -> None:
         """Add a micro-batch's summed counters (len(COUNTERS),)."""
-        self._terms += counters[:2]
+        self._terms += loss_terms_of(sums)
 
     def reset(self) -> None:
         """Forget the step, whatever ended it."""
@@ -129,6 +169,7 @@ class StepSums:
             add_up (`Callable`): sums a tensor over all processes.
             unsound, told_to_stop (`bool`): of this process, see [`StepTotals`].
         """
+        # a sum above 0 says that at least one process is in that state
         signs = self._terms.new_tensor([unsound, told_to_stop])
         numerator, denominator, bad, stop = add_up(torch.cat([self._terms, signs])).tolist()
         self.reset()

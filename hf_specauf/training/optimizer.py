@@ -6,6 +6,11 @@ from collections import defaultdict
 import torch
 from torch.optim.adamw import adamw
 
+# Jordan 2024: a, b, c of x <- a x + (b x x^T + c (x x^T)^2) x. They are chosen to lift small
+# singular values fast, and to leave all of them near 1.
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+MOMENTUM = 0.95
+
 
 def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
     """Push all singular values of each matrix towards 1 by the quintic Newton-Schulz iteration of
@@ -17,14 +22,16 @@ def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
     Args:
         matrices (`torch.Tensor` of shape `(M, rows, columns)`).
     """
+    a, b, c = NEWTON_SCHULZ
+    # x @ x.mT is smaller where rows are the shorter side
     wide = matrices.shape[1] <= matrices.shape[2]
     x = matrices if wide else matrices.mT
+    # the iteration needs singular values of at most 1, and none exceeds this norm
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(steps):
         gram = x @ x.mT
-        x = torch.baddbmm(
-            x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445
-        )
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
     return x if wide else x.mT
 
 
@@ -49,9 +56,14 @@ class MuonWithAdamW(torch.optim.Optimizer):
         adam_learning_rate: float,
         weight_decay: float = 0.0,
     ):
-        names = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        matrices = [p for name, p in names.items() if p.dim() == 2 and "embed" not in name]
-        others = [p for name, p in names.items() if p.dim() != 2 or "embed" in name]
+        matrices, others = [], []
+        for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            if parameter.dim() == 2 and "embed" not in name:
+                matrices.append(parameter)
+            else:
+                others.append(parameter)
         groups = [
             {"params": matrices, "lr": learning_rate},
             {"params": others, "lr": adam_learning_rate},
@@ -61,35 +73,58 @@ class MuonWithAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         """One step; `closure` is not supported."""
-        for group, update in zip(self.param_groups, (self._muon, self._adamw)):
-            parameters = [p for p in group["params"] if p.grad is not None]
-            if parameters:
-                update(parameters, group["lr"], group["weight_decay"])
+        matrices, others = self.param_groups
+        self._muon(matrices)
+        self._adamw(others)
 
-    def _muon(
-        self, parameters: list, rate: float, weight_decay: float, momentum: float = 0.95
-    ) -> None:
-        by_shape = defaultdict(list)  # those of one shape are orthogonalised as one batch
-        for p in parameters:
-            buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
-            buffer.lerp_(p.grad, 1 - momentum)
-            by_shape[p.shape].append((p, p.grad.lerp(buffer, momentum)))
-        for (rows, columns), pairs in by_shape.items():
-            for (p, _), update in zip(
-                pairs, orthogonalize(torch.stack([direction for _, direction in pairs]))
-            ):
-                p.mul_(1 - rate * weight_decay).add_(
-                    update, alpha=-rate * max(1, rows / columns) ** 0.5
-                )
+    def _muon(self, group: dict) -> None:
+        rate, shrink = group["lr"], 1 - group["lr"] * group["weight_decay"]
+        # those of one shape are orthogonalised as one batch
+        by_shape = defaultdict(list)
+        for parameter in _with_gradient(group):
+            by_shape[parameter.shape].append(parameter)
+        for (rows, columns), parameters in by_shape.items():
+            directions = torch.stack([self._nesterov(parameter) for parameter in parameters])
+            # an orthogonal update of a tall matrix spreads over more outputs, so each moves less
+            scale = max(1, rows / columns) ** 0.5
+            for parameter, update in zip(parameters, orthogonalize(directions), strict=True):
+                parameter.mul_(shrink).add_(update, alpha=-rate * scale)
 
-    def _adamw(self, parameters: list, rate: float, weight_decay: float) -> None:
-        for p in parameters:
-            if not self.state[p]:
-                zeros = torch.zeros_like(p)
-                self.state[p] |= {"mean": zeros, "square": zeros.clone(), "step": torch.tensor(0.0)}
-        states = [self.state[p] for p in parameters]
+    def _nesterov(self, parameter: torch.nn.Parameter) -> torch.Tensor:
+        """Step the momentum, and look one step of it ahead."""
+        state, gradient = self.state[parameter], parameter.grad
+        if "momentum" not in state:
+            state["momentum"] = torch.zeros_like(parameter)
+        state["momentum"].lerp_(gradient, 1 - MOMENTUM)
+        return gradient.lerp(state["momentum"], MOMENTUM)
+
+    def _adamw(self, group: dict) -> None:
+        parameters = _with_gradient(group)
+        if not parameters:  # an adapter of matrices alone has none
+            return
+        for parameter in parameters:
+            state = self.state[parameter]
+            if not state:
+                state["mean"] = torch.zeros_like(parameter)
+                state["square"] = torch.zeros_like(parameter)
+                state["step"] = torch.tensor(0.0)
+        states = [self.state[parameter] for parameter in parameters]
         adamw(
-            parameters, [p.grad for p in parameters], [state["mean"] for state in states],
-            [state["square"] for state in states], [], [state["step"] for state in states], amsgrad=False, beta1=0.9,
-            beta2=0.95, lr=rate, weight_decay=weight_decay, eps=1e-8, maximize=False,
-        )  # fmt: skip
+            params=parameters,
+            grads=[parameter.grad for parameter in parameters],
+            exp_avgs=[state["mean"] for state in states],
+            exp_avg_sqs=[state["square"] for state in states],
+            max_exp_avg_sqs=[],
+            state_steps=[state["step"] for state in states],
+            amsgrad=False,
+            beta1=0.9,
+            beta2=0.95,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=1e-8,
+            maximize=False,
+        )
+
+
+def _with_gradient(group: dict) -> list[torch.nn.Parameter]:
+    return [parameter for parameter in group["params"] if parameter.grad is not None]

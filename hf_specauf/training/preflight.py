@@ -1,9 +1,16 @@
-"""Checks made at the start of training: settings whose drafter would never have a token accepted,
-and what cannot be done or resumed. They only check."""
+"""Every check that a trainer makes: of settings whose drafter would never have a token accepted,
+and of what cannot be done or resumed. They only check.
+
+`AUFConfig` checks its own keys when it is made, before there is a drafter. The others follow here,
+in the order of a run: `check_start` before anything heavy is done, `check_sharding` once accelerate
+is set up, `check_target` on the placed target, `check_evaluation` and `check_resumed_adapter` when
+somebody asks for that.
+"""
 
 from pathlib import Path
 
 import torch
+from datasets import Dataset
 from peft import PeftConfig
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
@@ -12,7 +19,20 @@ from transformers.trainer_utils import HubStrategy
 from ..drafters import DRAFTERS
 from ..layouts.adapters import AdapterBase
 from ..losses.objectives import find_objective, objectives_for
+from ..target import FrozenTarget
 from .config import AUFConfig
+from .evaluation import evenly_spread
+
+# Keys of an adapter that a resumed run cannot change: its weights would not fit, or mean another
+# thing.
+RESUMED_LORA_KEYS = (
+    "r",
+    "lora_alpha",
+    "target_modules",
+    "modules_to_save",
+    "use_rslora",
+    "use_dora",
+)
 
 
 def check_start(
@@ -39,14 +59,10 @@ def check_start(
             "the device is mps, which has no float64, and the exact loss adds up its counters in"
             " it: set use_cpu: true"
         )
-    if drafter.dtype != torch.float32 and drafter.dtype != torch.float64:
-        raise ValueError(
-            f"the drafter's weights are {drafter.dtype}: small updates vanish in it, RMSNorms"
-            " freeze (Model-Optimizer#2322). Load it with dtype=torch.float32; bf16: true trains"
-            " under autocast."
-        )
+    check_drafter(drafter, args)
     borrows = adapter_base is not None and adapter_base.borrowed_layers is not None
-    if borrows and args.shard_target and args.push_to_hub and args.hub_strategy != HubStrategy.END:
+    pushes_checkpoints = args.push_to_hub and args.hub_strategy != HubStrategy.END
+    if borrows and args.shard_target and pushes_checkpoints:
         raise ValueError(
             f"hub_strategy is {args.hub_strategy.value}, and a checkpoint with borrowed layers is"
             " published by reading the target's, which shard_target spreads over processes: set"
@@ -58,6 +74,20 @@ def check_start(
         )
     if tokenizer is None:
         raise ValueError("processing_class is missing: give the target's tokenizer")
+    if peft_config is not None:
+        # PEFT asks for a whole last name in target_modules, and for any ending in modules_to_save
+        check_adapter_names(drafter, "target_modules", peft_config.target_modules, whole=True)
+        check_adapter_names(drafter, "modules_to_save", peft_config.modules_to_save, whole=False)
+
+
+def check_drafter(drafter, args: AUFConfig) -> None:
+    """Raise for a drafter that these arguments cannot train."""
+    if drafter.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"the drafter's weights are {drafter.dtype}: small updates vanish in it, RMSNorms"
+            " freeze (Model-Optimizer#2322). Load it with dtype=torch.float32; bf16: true trains"
+            " under autocast."
+        )
     config = drafter.config
     if config._attn_implementation == "flex_attention" and args.device.type == "cpu":
         raise ValueError(
@@ -71,27 +101,34 @@ def check_start(
             f" is one of {', '.join(wanted)}. Change objective, or drafter ({', '.join(DRAFTERS)})"
             " in the recipe."
         )
-    if peft_config is not None:
-        check_adapter_names(drafter, peft_config)
 
 
-def check_adapter_names(drafter, peft_config: PeftConfig) -> None:
+def check_adapter_names(drafter, key: str, names, *, whole: bool) -> None:
     """Raise for a name that matches no module: PEFT leaves it out in silence as long as another
     name matches.
+
+    Args:
+        drafter (`PreTrainedModel`).
+        key (`str`): of LoRA's configuration.
+        names (`list[str]`, `set[str]` or `str`, *optional*): a string is a pattern, or all-linear,
+            and is not checked.
+        whole (`bool`): whether a name must be all of a module's last names, or only end it.
 
     Raises:
         ValueError: the key, the name and what there is.
     """
-    modules = [name for name, _ in drafter.named_modules() if name]
-    for key, dot in (("target_modules", "."), ("modules_to_save", "")):  # as PEFT compares them
-        names = getattr(peft_config, key) or []
-        for name in [] if isinstance(names, str) else names:  # a string is a pattern, or all-linear
-            if not any(name == module or module.endswith(dot + name) for module in modules):
-                raise ValueError(
-                    f"lora_{key} names {name!r}, which no module of the drafter ends in: it would"
-                    " be left out in silence. The names are"
-                    f" {', '.join(sorted({module.split('.')[-1] for module in modules}))}."
-                )
+    if names is None or isinstance(names, str):
+        return
+    modules = [module for module, _ in drafter.named_modules() if module]
+    for name in names:
+        ending = f".{name}" if whole else name
+        if any(module == name or module.endswith(ending) for module in modules):
+            continue
+        there_are = sorted({module.split(".")[-1] for module in modules})
+        raise ValueError(
+            f"lora_{key} names {name!r}, which no module of the drafter ends in: it would be left"
+            f" out in silence. The names are {', '.join(there_are)}."
+        )
 
 
 def check_sharding(trainer) -> None:
@@ -111,6 +148,39 @@ def check_sharding(trainer) -> None:
     if trainer.args.muon_learning_rate is not None and sharded:
         raise ValueError(
             "muon_learning_rate needs whole matrices, and FSDP and DeepSpeed shard them: remove it"
+        )
+
+
+def check_target(target: FrozenTarget, rows: Dataset, device: torch.device) -> None:
+    """Raise unless the target, on real rows, lends what the drafter is trained on.
+
+    Args:
+        target (`FrozenTarget`): placed on its device.
+        rows (`Dataset`): token rows, packed or not.
+        device (`torch.device`): of the rows.
+    """
+    target.check(torch.tensor([rows[0]["input_ids"][:64]], device=device))
+    if "document_ids" not in rows.column_names:
+        return
+    # a row of one document would tell nothing, so the fullest of some is taken
+    fullest = max(evenly_spread(rows, 200), key=lambda row: row["document_ids"][-1])
+    input_ids = torch.tensor([fullest["input_ids"]], device=device)
+    document_ids = torch.tensor([fullest["document_ids"]], device=device)
+    target.check_packing(input_ids, document_ids)
+
+
+def check_evaluation(trainer) -> None:
+    """Raise where accelerate's FSDP2 has not sharded the drafter yet, which it does together with
+    an optimizer.
+
+    Args:
+        trainer (`AUFTrainer`): asked to evaluate.
+    """
+    if trainer.is_fsdp_enabled and trainer.optimizer is None:
+        raise ValueError(
+            "evaluate before train and accelerate's FSDP2 cannot go together: it shards a"
+            " drafter when training starts. Set eval_on_start: true, which evaluates before the"
+            " first step."
         )
 
 
@@ -134,8 +204,9 @@ def check_resumed_adapter(folder: str, own: PeftConfig, base: AdapterBase) -> No
             f" ({base.name_or_path}): resume with the drafter, target and layers of that run"
         )
     saved = PeftConfig.from_pretrained(folder)
-    for key in ("r", "lora_alpha", "target_modules", "modules_to_save", "use_rslora", "use_dora"):
-        was, given = (in_order(getattr(config, key, None)) for config in (saved, own))
+    for key in RESUMED_LORA_KEYS:
+        # a kind of adapter other than LoRA has not all of these keys
+        was, given = in_order(getattr(saved, key, None)), in_order(getattr(own, key, None))
         if was != given:
             raise ValueError(
                 f"{folder} was trained with {key} {was}, and this run has {given}: resume with the"

@@ -11,45 +11,50 @@ from ..publishing.hub import push
 
 
 class Publishing:
-    """Mixed into the trainer."""
+    """Mixed into `AUFTrainer`, in the place of Trainer's own methods."""
 
     def push_to_hub(self, commit_message: str = "Upload drafter", **kwargs) -> CommitInfo | None:
         """Publish `output_dir` by [`hub.push`]; Trainer would upload all of it, a pickle with the
         token among it."""
-        info = self._push(
-            self.args.output_dir, commit_message, allow_unmeasured=not self.args.eval_prompts
-        )
+        # without prompts nothing could be measured, and nobody asked for it
+        unmeasured = not self.args.eval_prompts
+        info = self._push(self.args.output_dir, commit_message, allow_unmeasured=unmeasured)
         self.accelerator.wait_for_everyone()
         return info
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # with hub_strategy every_save, checkpoint, all_checkpoints: the drafter of the checkpoint,
-        # as unmeasured
-        if self.args.hub_strategy != HubStrategy.END:
-            message = f"Training in progress, step {self.state.global_step}"
-            try:
-                self._push(checkpoint_folder, message, allow_unmeasured=True)
-            except (ValueError, OSError, HTTPError) as error:  # no reason to stop training
-                print(f"{checkpoint_folder} was not published: {' '.join(str(error).split())}")
+        """Publish the drafter of a checkpoint, as unmeasured, where `hub_strategy` asks for it."""
+        if self.args.hub_strategy == HubStrategy.END:
+            return
+        message = f"Training in progress, step {self.state.global_step}"
+        try:
+            self._push(checkpoint_folder, message, allow_unmeasured=True)
+        except (ValueError, OSError, HTTPError) as error:
+            # no reason to stop training: the checkpoint is on the disk
+            print(f"{checkpoint_folder} was not published: {' '.join(str(error).split())}")
 
     def _push(self, folder: str, message: str, allow_unmeasured: bool) -> CommitInfo | None:
-        info = None
-        if self.is_world_process_zero():
-            args = self.args
-            info = push(
-                folder, self.hub_model_id or args.hub_model_id, private=args.hub_private_repo, token=args.hub_token,
-                revision=args.hub_revision, commit_message=message, allow_unmeasured=allow_unmeasured,
-                target_model=self.target.model,
-            )  # fmt: skip
-            print(f"published: {info.commit_url}")
+        """Publish a folder from the first process; `None` in the others."""
+        if not self.is_world_process_zero():
+            return None
+        args = self.args
+        info = push(
+            folder,
+            self.hub_model_id or args.hub_model_id,
+            private=args.hub_private_repo,
+            token=args.hub_token,
+            revision=args.hub_revision,
+            commit_message=message,
+            allow_unmeasured=allow_unmeasured,
+            target_model=self.target.model,
+        )
+        print(f"published: {info.commit_url}")
         return info
 
     def create_model_card(self, **kwargs) -> None:
         """Render our card into `output_dir`."""
-        if self.is_world_process_zero():
-            repo = (
-                self.hub_model_id
-                or self.args.hub_model_id
-                or f"you/{Path(self.args.output_dir).name}"
-            )
-            render(self.args.output_dir, repo).save(Path(self.args.output_dir, "README.md"))
+        if not self.is_world_process_zero():
+            return
+        folder = Path(self.args.output_dir)
+        repo = self.hub_model_id or self.args.hub_model_id or f"you/{folder.name}"
+        render(folder, repo).save(folder / "README.md")
