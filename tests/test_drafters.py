@@ -16,8 +16,8 @@ from transformers.cache_utils import DFlashCache
 from transformers.models.muse_glimmer_assistant.configuration_muse_glimmer_assistant import MuseGlimmerAssistantConfig
 from transformers.models.muse_glimmer_assistant.modeling_muse_glimmer_assistant import MuseGlimmerAssistantModel
 
-from hf_specauf.drafters.configuration_dflash import REQUIRED_KEYS, DFlashConfig
 from hf_specauf.drafters.candidates import embed_noise
+from hf_specauf.drafters.configuration_dflash import REQUIRED_KEYS, DFlashConfig
 from hf_specauf.drafters.modeling_dflash import DFlashDraftModel
 from hf_specauf.losses.blocks import make_blocks
 from hf_specauf.serving.decoding import attach

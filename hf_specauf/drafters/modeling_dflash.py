@@ -54,7 +54,7 @@ class DFlashAttention(nn.Module):
         attention_mask: torch.Tensor | tuple[torch.Tensor, ...] | BlockMask | None,
         cache: Cache | None,
     ) -> torch.Tensor:
-        """What the block's slots read, (B, Q, H); masks as of [`DFlashDraftModel.forward`]."""
+        """What the block's slots read, (B, Q, H); masks as of [`DFlashDraftModel`]."""
         batch, slots, _ = block.shape
         heads, kv_heads = self.config.num_attention_heads, self.config.num_key_value_heads
         head_dim = self.config.head_dim
@@ -82,12 +82,12 @@ class DFlashAttention(nn.Module):
         A group reads a prefix of the context and its own slots. One mask over all slots would be
         mostly about other blocks, which a slot may not see.
         """
-        context = key.shape[2] - query.shape[2]
+        length = key.shape[2] - query.shape[2]  # of the context
         outputs, start = [], 0
         for mask in masks:  # (B, 1, Q_g, C_g + Q_g)
             size = mask.shape[2]
             seen = mask.shape[3] - size
-            own = slice(context + start, context + start + size)
+            own = slice(length + start, length + start + size)
             keys = torch.cat([key[:, :, :seen], key[:, :, own]], dim=2)
             values = torch.cat([value[:, :, :seen], value[:, :, own]], dim=2)
             outputs.append(self._attend(query[:, :, start : start + size], keys, values, mask))
