@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .drafters.configuration_dflash import DFlashConfig
-from .drafters.generation_block import shape_differences
+from .drafters.overrides import shape_differences
 
 # A drafter's config.json keeps its target's identity under these keys, beside `vocab_size` and the
 # like, because engines and older versions of this package read them there.

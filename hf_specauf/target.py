@@ -18,7 +18,7 @@ from transformers import (
 
 from .drafters import DRAFTERS
 from .drafters.configuration_dflash import DFlashConfig, check_target_layer_ids
-from .drafters.generation_block import apply_head, embed_noise
+from .drafters.candidates import apply_head, embed_noise
 from .identity import (
     Identity,
     Origin,

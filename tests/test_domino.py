@@ -17,7 +17,7 @@ from transformers.generation import LogitsProcessorList
 
 import hf_specauf
 from hf_specauf import DFlashConfig, DominoConfig, DominoDraftModel
-from hf_specauf.drafters.generation_block import BlockCandidateGenerator, add_correction, apply_head
+from hf_specauf.drafters.candidates import BlockCandidateGenerator, add_correction, apply_head
 from hf_specauf.losses.blocks import make_blocks
 from hf_specauf.losses.branches import branch_losses
 from hf_specauf.losses.objectives import OBJECTIVES, LossSpec, objectives_for

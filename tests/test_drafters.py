@@ -16,8 +16,8 @@ from transformers.cache_utils import DFlashCache
 from transformers.models.muse_glimmer_assistant.configuration_muse_glimmer_assistant import MuseGlimmerAssistantConfig
 from transformers.models.muse_glimmer_assistant.modeling_muse_glimmer_assistant import MuseGlimmerAssistantModel
 
+from hf_specauf.drafters.candidates import embed_noise
 from hf_specauf.drafters.configuration_dflash import REQUIRED_KEYS, DFlashConfig
-from hf_specauf.drafters.generation_block import embed_noise
 from hf_specauf.drafters.modeling_dflash import DFlashDraftModel
 from hf_specauf.losses.blocks import make_blocks
 from hf_specauf.serving.decoding import attach
@@ -302,7 +302,7 @@ def test_a_bf16_drafter_casts_fp32_inputs_in_and_its_output_back(row):
 
 def test_an_fp16_forward_is_refused(row):
     drafter = make_drafter(row.target, **BLOCK | {"dtype": torch.float16})
-    with pytest.raises(ValueError, match="load the drafter in bfloat16 or float32"):
+    with pytest.raises(ValueError, match="use bfloat16 or float32"):
         drafter(row.noise[:, :K].half(), row.context[:, :9].half())
 
 
@@ -388,7 +388,7 @@ def test_a_process_without_the_package_generates_the_same_with_the_saved_files(s
 
 def test_saved_python_files_import_only_torch_transformers_and_each_other(saved):
     files = {path.stem: path for path in (saved.folder / "drafter").glob("*.py")}
-    assert set(files) == {"configuration_dflash", "generation_block", "modeling_dflash", "transformers_internals"}
+    assert set(files) == {"candidates", "configuration_dflash", "modeling_dflash", "transformers_internals"}
     allowed = {"torch", "transformers"} | set(sys.stdlib_module_names)
     for name, path in files.items():
         for node in ast.walk(ast.parse(path.read_text())):

@@ -34,7 +34,7 @@ from transformers.generation import (
 from transformers.generation.streamers import BaseStreamer
 
 import hf_specauf
-from hf_specauf.drafters.generation_block import BlockCandidateGenerator, Round
+from hf_specauf.drafters.candidates import BlockCandidateGenerator, Round
 from hf_specauf.drafters.modeling_dflash import DFlashDraftModel
 from hf_specauf.drafters.transformers_internals import CACHE, STATIC_CACHES_CROP, check_cache
 from hf_specauf.identity import _ORIGINS, Origin, note_origin, origin_of, tokenizer_hashes
@@ -619,6 +619,9 @@ def test_detach_and_the_context_manager_give_the_target_its_own_generate_back():
     attachment.detach()
     attachment.detach()
     assert set(vars(p.target)) == before
+    with attach(p.target, p.drafter) as later:
+        attachment.detach()  # takes nothing from those who came after it
+        assert torch.equal(plain(p, p.prompts[0], assistant_model=p.drafter), p.plain[0]) and later.rounds
 
 
 def test_several_drafters_may_be_attached_and_detached_in_any_order():

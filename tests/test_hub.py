@@ -30,11 +30,11 @@ from hf_specauf.train import main as train
 pytestmark = pytest.mark.internals
 
 PUBLISHED = {
-    ".gitattributes", "README.md", "alpha.png", "config.json", "configuration_dflash.py", "eval.json",
-    "generation_block.py", "model.safetensors", "modeling_dflash.py", "provenance.json", "transformers_internals.py",
+    ".gitattributes", "README.md", "alpha.png", "candidates.py", "config.json", "configuration_dflash.py", "eval.json",
+    "model.safetensors", "modeling_dflash.py", "provenance.json", "transformers_internals.py",
 }  # fmt: skip
 DOMINO_PUBLISHED = PUBLISHED | {
-    "configuration_domino.py", "modeling_domino.py", "custom_generate/generate.py"
+    "configuration_domino.py", "modeling_domino.py", "overrides.py", "custom_generate/generate.py"
 }  # fmt: skip
 CUSTOM_GENERATE = """
 import json, sys, torch

@@ -1,5 +1,6 @@
 """Configuration of a DFlash drafter. Travels to the Hub: imports only torch and transformers."""
 
+from inspect import get_annotations
 from typing import Any
 
 import torch
@@ -8,15 +9,30 @@ from transformers.configuration_utils import PreTrainedConfig
 # Never guessed when a folder is loaded: each of them decides acceptance (z-lab#156,
 # speculators#613).
 REQUIRED_KEYS = (
-    "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size",
-    "vocab_size", "rms_norm_eps", "rope_parameters", "max_position_embeddings",
-    "target_layer_ids", "block_size", "mask_token_id", "num_target_layers", "shift_label",
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "intermediate_size", "vocab_size", "rms_norm_eps", "rope_parameters",
+    "max_position_embeddings", "target_layer_ids", "block_size", "mask_token_id",
+    "num_target_layers", "shift_label",
 )  # fmt: skip
 # What transformers itself puts into a config or passes to its constructor.
 _TRANSFORMERS_KEYS = {
-    "name_or_path", "_name_or_path", "_commit_hash", "auto_map", "model_type", "attn_implementation", "torch_dtype",
-    "output_attentions", "use_cache", "num_labels", "_attn_implementation_autoset",
+    "name_or_path", "_name_or_path", "_commit_hash", "auto_map", "model_type",
+    "attn_implementation", "torch_dtype", "output_attentions", "use_cache", "num_labels",
+    "_attn_implementation_autoset",
 }  # fmt: skip
+
+
+def check_dtype(dtype: torch.dtype | str | None) -> None:
+    """Raise for fp16, as a config stores it or as weights have it.
+
+    Raises:
+        ValueError: names the dtypes that work.
+    """
+    if dtype in (torch.float16, "float16", "torch.float16"):
+        raise ValueError(
+            "fp16 drafters accept nothing (vllm#55250): use bfloat16 or float32 instead of float16,"
+            " e.g. load the drafter with dtype=torch.bfloat16"
+        )
 
 
 def check_target_layer_ids(target_layer_ids: list[int], num_target_layers: int) -> None:
@@ -28,8 +44,10 @@ def check_target_layer_ids(target_layer_ids: list[int], num_target_layers: int) 
             (`hidden_states[id + 1]`).
         num_target_layers (`int`): decoder layers of the target.
     """
-    ids, last = target_layer_ids, num_target_layers - 2
-    if not ids or any(not isinstance(i, int) or isinstance(i, bool) for i in ids):
+    ids = target_layer_ids
+    last = num_target_layers - 2
+    # Not `isinstance`, because True is an int, too.
+    if not ids or any(type(i) is not int for i in ids):
         raise ValueError(
             f"target_layer_ids is {ids!r}: give at least one integer, e.g. target_layer_ids: [1,"
             f" {last}]"
@@ -49,9 +67,10 @@ def check_target_layer_ids(target_layer_ids: list[int], num_target_layers: int) 
 
 
 class DFlashConfig(PreTrainedConfig):
-    r"""Configuration of a [`DFlashDraftModel`] (DFlash, arXiv 2602.06036). The defaults are the
-    shapes of the Spec-AUF paper's Qwen3-8B drafter (arXiv 2607.01893); a folder that is loaded must
-    name every key that decides acceptance.
+    r"""Configuration of a [`DFlashDraftModel`] (DFlash, arXiv 2602.06036).
+
+    The defaults are the shapes of the Spec-AUF paper's Qwen3-8B drafter (arXiv 2607.01893). A
+    folder that is loaded must name every key that decides acceptance.
 
     Args:
         hidden_size (`int`, *optional*, defaults to 4096): H, equal to the target's.
@@ -72,31 +91,71 @@ class DFlashConfig(PreTrainedConfig):
         chat_template_kwargs (`dict`, *optional*): arguments of the target's chat template used in
             training.
         target_model_name_or_path, target_revision (`str`, *optional*): the target this drafter was
-        trained for.
+            trained for.
         target_fingerprint (`str`, *optional*): of the target's weights.
         tokenizer_hash, chat_template_hash (`str`, *optional*): of the target's, as they were in
-        training.
+            training.
         borrowed_layers (`list[int]`, *optional*): the folder holds no layers, they are the target's
             own; only `hf_specauf.from_target` loads it.
         eos_token_id, pad_token_id, bos_token_id (*optional*): the target's.
     """
 
-    model_type = "specauf_dflash"
+    # For transformers' own FSDP2: each layer is gathered for its use, and freed after it.
     base_model_fsdp_plan = {"layers.*": "free_full_weight"}
-    required_keys = REQUIRED_KEYS
 
-    # What the rest of the package asks of a drafter, instead of asking which one it is. Without
-    # annotations, so that they are no fields of config.json.
-    kind = "dflash"  # what recipes call it
+    # ---- What the rest of the package asks of a drafter, instead of asking which one it is. A new
+    # drafter's config answers these, in this order: the first two always, and of the others those
+    # whose answer differs. None has a type annotation, because whatever has one becomes a field of
+    # config.json.
+
+    model_type = "specauf_dflash"  # what config.json calls it
+    kind = "dflash"  # what recipes call it: its name in `DRAFTERS`
+    required_keys = REQUIRED_KEYS  # without which no config.json is loaded
     own_keys = {}  # recipe keys that no other drafter has: {key: what --help says}
     branches = 1  # of logits; 2 where a causal head corrects the backbone's
-    reads_previous_tokens = (
-        False  # whether training must tell each slot the true tokens before it (`prev_embeds`)
-    )
+    reads_previous_tokens = False  # whether training tells each slot the true tokens before it
     starts_at_random = ("fc",)  # modules that no layer of a target can be copied into
     runs_in_native_generator = True  # by `speculation_type="dflash"`, without this package
     card_tags = ("dflash",)
     card_method = "DFlash, "  # how its card's sentence on the method begins
+
+    @property
+    def predictions(self) -> int:
+        """P, the tokens a block predicts in training. Decoding drafts K - 1 in either alignment."""
+        if self.shift_label:
+            return self.block_size
+        # The anchor's own slot predicts nothing.
+        return self.block_size - 1
+
+    @property
+    def predicting_slots(self) -> slice:
+        """The slots of a block whose hidden states predict: the last P."""
+        return slice(self.block_size - self.predictions, None)
+
+    def probe(self) -> dict[str, torch.Tensor]:
+        """Arguments of a forward on which two drafters of this shape can be compared.
+
+        Random numbers from a fixed seed, so that two processes make the same.
+        """
+        generator = torch.Generator().manual_seed(0)
+        taps = len(self.target_layer_ids) * self.hidden_size
+        return {
+            "noise_embeds": torch.randn(1, self.block_size, self.hidden_size, generator=generator),
+            "context_hidden_states": torch.randn(1, 7, taps, generator=generator),
+        }
+
+    @property
+    def dflash_config(self) -> dict[str, Any]:
+        """The same fields in the shape z-lab, vLLM and SGLang read; written beside the top-level
+        ones."""
+        return {"mask_token_id": self.mask_token_id, "target_layer_ids": self.target_layer_ids}
+
+    @classmethod
+    def card_rows(cls, config: dict[str, Any]) -> dict[str, str]:
+        """Lines of a card's table that only this drafter has, from its config.json."""
+        return {}
+
+    # ---- The fields of config.json.
 
     hidden_size: int = 4096
     intermediate_size: int = 12288
@@ -128,6 +187,7 @@ class DFlashConfig(PreTrainedConfig):
     pad_token_id: int | None = None
 
     def __post_init__(self, dflash_config: dict[str, Any] | None = None, **kwargs):
+        """Fill in what was left out, and check everything; `kwargs` are keys that are no fields."""
         unknown = sorted(set(kwargs) - _TRANSFORMERS_KEYS)
         if unknown:
             raise ValueError(
@@ -144,22 +204,47 @@ class DFlashConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         self._check(dflash_config or {})
 
+    # ---- Checks: whatever is refused here would cost acceptance silently.
+
     def _check(self, mirrored: dict[str, Any]) -> None:
+        """Raise unless all fields can be meant.
+
+        Args:
+            mirrored (`dict`): `dflash_config` as the folder has it.
+        """
         check_target_layer_ids(self.target_layer_ids, self.num_target_layers)
+        check_dtype(self.dtype)
         if self.block_size < 2:
             raise ValueError(
                 f"block_size is {self.block_size}: a block is an anchor and at least one drafted"
                 " slot; use >= 2"
             )
-        if self.shift_label and self.model_type == "specauf_dflash":
+        if self.shift_label and self.kind == "dflash":
             raise ValueError(
                 "shift_label: true is Domino's alignment; a DFlash drafter predicts the token of"
                 " its own slot"
             )
-        eos = self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]
-        named = {"pad_token_id": self.pad_token_id, "bos_token_id": self.bos_token_id}
-        clash = [key for key, value in named.items() if value == self.mask_token_id]
-        clash += ["eos_token_id"] if self.mask_token_id in eos else []
+        self._check_mask_token()
+        self._check_layers()
+        # z-lab's folders also repeat the block size there.
+        known = self.dflash_config | {"block_size": self.block_size}
+        for key, value in mirrored.items():
+            if value != known.get(key):
+                raise ValueError(
+                    f"dflash_config.{key} is {value!r} but the top level says"
+                    f" {known.get(key, 'nothing')!r}: engines read one or the other, so both must"
+                    " agree. Correct config.json."
+                )
+
+    def _check_mask_token(self) -> None:
+        special = {
+            "pad_token_id": [self.pad_token_id],
+            "bos_token_id": [self.bos_token_id],
+            "eos_token_id": [self.eos_token_id],
+        }
+        if isinstance(self.eos_token_id, list):
+            special["eos_token_id"] = self.eos_token_id
+        clash = [key for key, tokens in special.items() if self.mask_token_id in tokens]
         if clash:
             raise ValueError(
                 f"mask_token_id {self.mask_token_id} equals {' and '.join(clash)}: real tokens"
@@ -172,77 +257,34 @@ class DFlashConfig(PreTrainedConfig):
                 f" {self.vocab_size} rows. Choose an unused row; resizing the embedding would add a"
                 " row that is neither trained nor shipped."
             )
-        if (
-            set(self.rope_parameters) != {"rope_type", "rope_theta"}
-            or self.rope_parameters["rope_type"] != "default"
-        ):
+
+    def _check_layers(self) -> None:
+        rope = self.rope_parameters
+        if set(rope) != {"rope_type", "rope_theta"} or rope["rope_type"] != "default":
             raise ValueError(
-                f"rope_parameters is {self.rope_parameters}: the drafter uses plain RoPE and would"
-                ' not honour other keys; give exactly {"rope_type": "default", "rope_theta":'
-                " <float>}"
+                f"rope_parameters is {rope}: the drafter uses plain RoPE and would not honour other"
+                ' keys; give exactly {"rope_type": "default", "rope_theta": <float>}'
             )
         if self.layer_types != ["full_attention"] * self.num_hidden_layers:
             raise ValueError(
                 f"layer_types is {self.layer_types}: a sliding window is served differently by"
                 ' every engine; use "full_attention" for all layers'
             )
-        if str(self.dtype) in ("torch.float16", "float16"):
-            raise ValueError(
-                "dtype is float16, in which acceptance falls to zero (vllm#55250): use bfloat16 or"
-                " float32"
-            )
-        for key, value in mirrored.items():
-            if value != (self.dflash_config | {"block_size": self.block_size}).get(key):
-                raise ValueError(
-                    f"dflash_config.{key} is {value!r} but the top level says"
-                    f" {getattr(self, key, 'nothing')!r}: engines read one or the other, so both"
-                    " must agree. Correct config.json."
-                )
+
+    # ---- Reading and writing config.json.
 
     @classmethod
     def _own_keys(cls) -> set[str]:
-        return {
-            name
-            for c in cls.__mro__
-            if issubclass(c, DFlashConfig)
-            for name in vars(c).get("__annotations__", {})
-        }
-
-    @property
-    def predictions(self) -> int:
-        """Tokens a block predicts in training; decoding drafts K - 1 in either alignment."""
-        return self.block_size if self.shift_label else self.block_size - 1
-
-    @property
-    def predicting_slots(self) -> slice:
-        """The slots of a block whose hidden states predict: the last P."""
-        return slice(self.block_size - self.predictions, None)
-
-    def probe(self) -> dict[str, torch.Tensor]:
-        """Arguments of a forward on which two drafters of this shape can be compared: fixed random
-        numbers."""
-        generator = torch.Generator().manual_seed(0)
-        taps = len(self.target_layer_ids) * self.hidden_size
-        return {
-            "noise_embeds": torch.randn(1, self.block_size, self.hidden_size, generator=generator),
-            "context_hidden_states": torch.randn(1, 7, taps, generator=generator),
-        }
-
-    @classmethod
-    def card_rows(cls, config: dict[str, Any]) -> dict[str, str]:
-        """Lines of a card's table that only this drafter has, from its config.json."""
-        return {}
-
-    @property
-    def dflash_config(self) -> dict[str, Any]:
-        """The same fields in the shape z-lab, vLLM and SGLang read; written beside the top-level
-        ones."""
-        return {"mask_token_id": self.mask_token_id, "target_layer_ids": self.target_layer_ids}
+        """The fields that this class and its parents up to `DFlashConfig` declare."""
+        keys = set()
+        for declaring in cls.__mro__:
+            if issubclass(declaring, DFlashConfig):
+                keys |= set(get_annotations(declaring))
+        return keys
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
-        """transformers' own, for a folder that is loaded: every key that decides acceptance must be
-        there.
+        """As transformers' own. Every key that decides acceptance must be in the folder's config.
 
         Raises:
             ValueError: one is missing, or the folder borrows its layers from the target.
@@ -266,14 +308,10 @@ class DFlashConfig(PreTrainedConfig):
         return super().to_dict() | {"dflash_config": self.dflash_config}
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """What config.json holds: engines read it without our defaults, so every own key is
-        written."""
+        """What config.json holds. Engines read it without our defaults, so it has every own key."""
         full = self.to_dict()
-        return (
-            super().to_diff_dict()
-            | {key: full[key] for key in self._own_keys()}
-            | {"dflash_config": self.dflash_config}
-        )
+        own = {key: full[key] for key in self._own_keys()}
+        return super().to_diff_dict() | own | {"dflash_config": self.dflash_config}
 
 
 __all__ = ["DFlashConfig"]

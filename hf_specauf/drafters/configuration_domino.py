@@ -8,8 +8,10 @@ from .configuration_dflash import REQUIRED_KEYS, DFlashConfig
 
 
 class DominoConfig(DFlashConfig):
-    r"""Configuration of a [`DominoDraftModel`]: a DFlash backbone and a causal head (Domino, arXiv
-    2605.29707). The keys are those SpecForge writes and SGLang reads.
+    r"""Configuration of a [`DominoDraftModel`] (Domino, arXiv 2605.29707): a DFlash backbone and a
+    causal head.
+
+    The keys are those SpecForge writes and SGLang reads.
 
     Args:
         gru_hidden_dim (`int`, *optional*, defaults to 1024): G, size of the state that the head
@@ -24,10 +26,10 @@ class DominoConfig(DFlashConfig):
     The other arguments are those of [`DFlashConfig`].
     """
 
+    # What differs from a DFlash drafter's answers. `DFlashConfig` says what is asked.
     model_type = "specauf_domino"
-    required_keys = (*REQUIRED_KEYS, "gru_hidden_dim", "emb_dim", "pure_draft_prefix_len")
-
     kind = "domino"
+    required_keys = (*REQUIRED_KEYS, "gru_hidden_dim", "emb_dim", "pure_draft_prefix_len")
     own_keys = {
         "gru_hidden_dim": "size of the causal head's state (default 1024).",
         "emb_dim": "rank of the correction of the logits (default 256).",
@@ -49,7 +51,7 @@ class DominoConfig(DFlashConfig):
     shift_label: bool = True
 
     def probe(self) -> dict[str, torch.Tensor]:
-        """As of the backbone, and previous tokens for the causal head."""
+        """As of the backbone, and the previous tokens for the causal head, (1, 1, P, H)."""
         generator = torch.Generator().manual_seed(1)
         shape = (1, 1, self.predictions, self.hidden_size)
         return super().probe() | {"prev_embeds": torch.randn(shape, generator=generator)}

@@ -9,23 +9,35 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
+from .candidates import add_correction
 from .configuration_domino import DominoConfig
-from .generation_block import add_correction, generate_with_drafter
 from .modeling_dflash import DFlashDraftModel, DraftOutput
+from .overrides import generate_with_drafter
 from .transformers_internals import Cache, DFlashCache, the_cache
 
-# What `target.generate(custom_generate="owner/repo", assistant_model=drafter,
-# trust_remote_code=True)` runs. The drafter object brings the code, so that its revision is the one
+# A whole Python file, which `save_pretrained` writes to custom_generate/generate.py of a drafter's
+# folder: transformers runs it for `target.generate(custom_generate="owner/repo", ...)`.
+# It is text in here, because a drafter that was loaded from the Hub must be able to save it again,
+# and transformers copies to the Hub and back no file but the model's and those that it imports.
+# It imports nothing. The drafter object brings the code, so that this code is of the revision which
 # the user loaded.
-CUSTOM_GENERATE = '''"""What target.generate(custom_generate="owner/repo", ...) runs: a Domino drafter as assistant."""
+CUSTOM_GENERATE = '''\
+"""What target.generate(custom_generate="owner/repo", ...) runs: a Domino drafter as assistant."""
 
 
 def generate(
-    model, assistant_model=None, revision=None, token=None, cache_dir=None, local_files_only=None,
-    force_download=None, proxies=None, **kwargs
+    model,
+    assistant_model=None,
+    revision=None,
+    token=None,
+    cache_dir=None,
+    local_files_only=None,
+    force_download=None,
+    proxies=None,
+    **kwargs,
 ):
-    """Generate with a Domino drafter: the target's own output, faster. `revision`, `token` and the other arguments of
-    a download have served to find this file.
+    """Generate with a Domino drafter: the target's own output, faster. `revision`, `token` and the
+    other arguments of a download have served to find this file.
 
     Raises:
         ValueError: `assistant_model` is no drafter with a causal head.
@@ -45,29 +57,37 @@ WHAT_TO_CALL = (
 
 
 class LowRankHead(nn.Sequential):
-    """W2 SiLU(W1 x), in two halves where training needs the rows between them. Properties, because
-    those reach the trained copy where PEFT has wrapped this module, and indices do not."""
+    """W2 SiLU(W1 x), in two halves where training needs the rows between them.
+
+    The halves are properties. Where PEFT has wrapped this module, a property reaches the trained
+    copy, and an index does not.
+    """
 
     @property
     def down(self) -> nn.Module:
-        """W1: H + G to E."""
+        """W1: (..., H + G) -> (..., E)"""
         return self[0]
 
     @property
     def up(self) -> nn.Module:
-        """W2: E to V."""
+        """W2: (..., E) -> (..., V)"""
         return self[2]
 
 
 class DominoDraftModel(DFlashDraftModel):
-    """A DFlash drafter with a causal head (Domino, arXiv 2605.29707): the backbone's logits of a
-    slot are corrected by the tokens drafted before it.
+    """A DFlash drafter with a causal head (Domino, arXiv 2605.29707): the tokens drafted before a
+    slot correct the backbone's logits of it.
 
-    State S_j: a GRU (one layer, no bias, zero at first) over the target's embeddings of the tokens
-    at anchor .. anchor + j. Correction of the prediction of the token at anchor + j + 1: W2 SiLU(W1
-    [hidden ; S_j]), hidden being slot j's with `shift_label` and slot j + 1's without. The first
-    `pure_draft_prefix_len` predictions are not corrected. Tensor names are SpecForge's, which
-    SGLang reads.
+    Prediction j is that of the token at anchor + 1 + j.
+
+        state S_j        a GRU (one layer, no bias, zero at first) over the target's embeddings of
+                         the tokens at anchor .. anchor + j
+        correction       W2 SiLU(W1 [hidden ; S_j]), added to the base logits of prediction j
+        hidden           that of slot j with `shift_label`, and of slot j + 1 without
+        uncorrected      the first `pure_draft_prefix_len` predictions
+
+    Letters are those of [`DFlashDraftModel`], and G the size of the state, E the correction's rank,
+    V the vocabulary. Tensor names are SpecForge's, which SGLang reads.
     """
 
     config_class = DominoConfig
@@ -87,6 +107,7 @@ class DominoDraftModel(DFlashDraftModel):
     def _init_weights(self, module):
         super()._init_weights(module)
         if isinstance(module, nn.GRU):
+            # By fan-in: the two things that a GRU reads, embedding and state, differ in width.
             for weight in module.parameters():
                 init.normal_(weight, std=weight.shape[1] ** -0.5)
 
@@ -110,16 +131,16 @@ class DominoDraftModel(DFlashDraftModel):
             prev_embeds (`torch.Tensor` of shape `(B, N, P, H)`, *optional*): target embeddings of
                 the true tokens at anchor .. anchor + P - 1, P = `config.predictions` (teacher
                 forcing); needed by `reduce`.
-            reduce (`Callable`, *optional*): called with hidden rows (B, N, P, H), low-rank rows (B,
-                N, P, E) that are zero where nothing is corrected, and the module that makes
-                corrections (..., V) of them. What it returns is the output's `reduced`.
+            reduce (`Callable`, *optional*): called by [`reduce_rows`]. What it returns is the
+                output's `reduced`.
 
         Raises:
             ValueError: transformers' own DFlash generator runs a drafter whose slots are off by one
-                for it. One whose slots are not is a warning: its causal head is left out.
+                for it. Where they are not, it leaves the causal head out, and we warn.
         """
         cache = the_cache(cache, past_key_values)
-        if isinstance(cache, DFlashCache):  # the cache of that generator, and of no other
+        # The cache of that generator, and of no other.
+        if isinstance(cache, DFlashCache):
             if self.config.shift_label:
                 raise ValueError(
                     'speculation_type="dflash" reads slot k as the token at anchor + k, but this'
@@ -131,27 +152,48 @@ class DominoDraftModel(DFlashDraftModel):
                 stacklevel=2,
             )
         return super().forward(
-            noise_embeds, context_hidden_states, attention_mask, position_ids, cache,
-            prev_embeds=prev_embeds, reduce=reduce,
-        )  # fmt: skip
+            noise_embeds,
+            context_hidden_states,
+            attention_mask,
+            position_ids,
+            cache=cache,
+            prev_embeds=prev_embeds,
+            reduce=reduce,
+        )
 
     def reduce_rows(self, rows: torch.Tensor, prev_embeds: torch.Tensor, reduce: Callable) -> Any:
-        """Give `reduce` the rows (B, N, P, H) that predict, and what corrects their logits."""
+        """Call `reduce` with the rows that predict, and with what corrects their logits.
+
+        Args:
+            rows (`torch.Tensor` of shape `(B, N, P, H)`): hidden states of the predicting slots.
+            prev_embeds (`torch.Tensor` of shape `(B, N, P, H)`): as of `forward`.
+            reduce (`Callable`): (rows, low-rank rows (B, N, P, E), W2). W2 makes corrections
+                (..., V) of the low-rank rows, a few slots at a time: all at once would fill the
+                memory.
+        """
         return reduce(rows, self.low_rank(rows, prev_embeds), self.embed_proj.up)
 
     def low_rank(self, hidden: torch.Tensor, prev_embeds: torch.Tensor) -> torch.Tensor:
-        """SiLU(W1 [hidden ; S]) of every prediction at once: (B, N, P, H) and (B, N, P, H) -> (B,
-        N, P, E)."""
+        """SiLU(W1 [hidden ; S]) of all predictions at once, zero where nothing is corrected.
+
+        Args:
+            hidden, prev_embeds (`torch.Tensor` of shape `(B, N, P, H)`).
+
+        Returns:
+            `torch.Tensor` of shape `(B, N, P, E)`.
+        """
         dtype = self.norm.weight.dtype
-        with torch.autocast(
-            hidden.device.type, enabled=False
-        ):  # a recurrence is no place to save bits
-            states, _ = self.prefix_gru(prev_embeds.flatten(0, 1).to(dtype))  # (B N, P, G)
-        rows = torch.cat([hidden.to(dtype), states.view(*hidden.shape[:3], -1)], dim=-1)
-        rows = nn.functional.silu(self.embed_proj.down(rows))
-        corrected = (
-            torch.arange(hidden.shape[2], device=hidden.device) >= self.config.pure_draft_prefix_len
-        )
+        batch, blocks, predictions, _ = hidden.shape
+        tokens = prev_embeds.flatten(0, 1).to(dtype)  # (B * N, P, H)
+        # A recurrence multiplies rounding errors, so it is no place to save bits.
+        with torch.autocast(hidden.device.type, enabled=False):
+            states, _ = self.prefix_gru(tokens)  # (B * N, P, G)
+        states = states.view(batch, blocks, predictions, -1)  # (B, N, P, G)
+        rows = torch.cat([hidden.to(dtype), states], dim=-1)  # (B, N, P, H + G)
+        rows = nn.functional.silu(self.embed_proj.down(rows))  # (B, N, P, E)
+        index = torch.arange(predictions, device=hidden.device)
+        corrected = index >= self.config.pure_draft_prefix_len  # (P,)
+        # A zero row makes a zero correction, because W2 has no bias.
         return (rows * corrected[:, None]).to(dtype)
 
     def correct(
@@ -162,24 +204,27 @@ class DominoDraftModel(DFlashDraftModel):
         state: torch.Tensor | None,
         j: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """One prediction in decoding: the base logits of prediction j, corrected, and the state for
-        the next.
+        """One step of the causal head in decoding, where tokens are drafted one after the other.
 
         Args:
             logits (`torch.Tensor` of shape `(1, V)`): base logits.
             hidden (`torch.Tensor` of shape `(1, H)`): of the slot that predicts.
-            prev_embed (`torch.Tensor` of shape `(1, H)`): target embedding of the token at anchor +
-                j.
+            prev_embed (`torch.Tensor` of shape `(1, H)`): target embedding of the token at
+                anchor + j.
             state (`torch.Tensor` of shape `(1, G)`, *optional*): from the call before; `None` at
                 the first.
             j (`int`): index of the prediction.
+
+        Returns:
+            The corrected logits of prediction j `(1, V)`, and the state S_j `(1, G)`.
         """
         dtype = self.norm.weight.dtype
-        gru, prev_embed = self.prefix_gru, prev_embed.to(dtype)
+        prev_embed = prev_embed.to(dtype)
         if state is None:
             state = prev_embed.new_zeros(1, self.config.gru_hidden_dim)
-        # one step of the same GRU, at half the cost of calling the module for a sequence of one
-        state = torch.gru_cell(prev_embed, state, gru.weight_ih_l0, gru.weight_hh_l0)
+        # One step of the same GRU, at half the cost of calling the module for a sequence of one.
+        gru = self.prefix_gru
+        state = torch.gru_cell(prev_embed, state, gru.weight_ih_l0, gru.weight_hh_l0)  # (1, G)
         if j >= self.config.pure_draft_prefix_len:
             correction = self.embed_proj(torch.cat([hidden.to(dtype), state], dim=-1))
             logits = add_correction(logits, correction.to(logits.device))

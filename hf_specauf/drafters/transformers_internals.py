@@ -10,6 +10,8 @@ the other files of this folder, ask for no version.
 | static caches in assisted decoding | refused | taken, where their layers can be cropped |
 | quantised caches in assisted decoding | taken, and cropped wrongly | refused |
 | FSDP2 modules before the optimizer is made | as the last forward left them | resharded |
+
+The last row needs nothing here: the trainer does what 5.24 does.
 """
 
 import inspect
@@ -65,17 +67,19 @@ try:
         rotate_half,
     )
 
+    # 5.23: "past_key_values". 5.24: "cache", and the older name only with a warning.
     CACHE: str = ALL_CACHE_NAMES[0]
     """The word this version has for a cache, in model kwargs and in a target's forward."""
 
+    # 5.23: no static layer can be cropped. 5.24: all can, but windows that a text has outgrown.
     STATIC_CACHES_CROP: bool = StaticLayer.is_croppable
     """Whether this version's static caches can be cut back to the accepted tokens."""
 except (ImportError, AttributeError) as error:
-    # Older than 5.23, or so new that a name is gone: a bare "cannot import name" would not tell
-    # which to install.
+    # Older than 5.23, or so new that a name is gone. A bare "cannot import name" would not tell
+    # which version to install.
     raise version_error(f"it is without something that is used here ({error})") from error
 
-# What `generation_block` overrides on a target, and the arguments it reads of each.
+# What `overrides` replaces on a target or relies on there, and the arguments that it reads of each.
 OVERRIDDEN = {
     "_get_candidate_generator": (
         "generation_config",
@@ -103,9 +107,8 @@ def warn_if_newer_than_tested() -> None:
 
 
 def _minor(version: str) -> tuple[int, ...]:
-    return tuple(
-        int(number) for number in re.findall(r"\d+", version)[:2]
-    )  # "6.0rc1" and "5.25.0.dev0" too
+    """Major and minor number, of "6.0rc1" and "5.25.0.dev0" too."""
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
 
 
 def check_methods(owner: type, needed: dict[str, tuple[str, ...]]) -> None:
@@ -124,11 +127,12 @@ def check_methods(owner: type, needed: dict[str, tuple[str, ...]]) -> None:
         if method is None:
             raise version_error(f"{owner.__name__} has no method {name}")
         parameters = inspect.signature(method).parameters
-        takes_any = any(
-            parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()
-        )
+        kinds = [parameter.kind for parameter in parameters.values()]
+        if inspect.Parameter.VAR_KEYWORD in kinds:
+            # A target of the user's own may override a method and pass on whatever it is given.
+            continue
         missing = [argument for argument in arguments if argument not in parameters]
-        if missing and not takes_any:  # a model of its own may pass on whatever it is given
+        if missing:
             raise version_error(f"{owner.__name__}.{name} takes no {' or '.join(missing)}")
 
 
@@ -147,6 +151,8 @@ def cache_of(model_kwargs: dict) -> Cache:
 
 def the_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
     """The one cache that was given, under either name.
+
+    5.23's built-in generator gives it as `past_key_values`, and 5.24's as `cache`.
 
     Raises:
         TypeError: both were given.
@@ -167,30 +173,33 @@ def check_cache(target_cache: Cache) -> None:
     advice = (
         "Leave cache_implementation out (a dynamic cache), or generate without assistant_model."
     )
+    # 5.23 crops it, and wrongly. 5.24 refuses it only after the prefill pass.
     if isinstance(target_cache, QuantizedCache):
         raise ValueError(
             "a quantised cache cannot be cut back to the accepted tokens: the output would be"
             " silently wrong. " + advice
         )
-    static = [layer for layer in target_cache.layers if isinstance(layer, StaticLayer)]
-    if not all(layer.is_croppable for layer in static):
-        raise ValueError(
-            "this static cache cannot be cut back to the accepted tokens, since its sliding-window"
-            " layers overwrite what has left their window. A text no longer than the window would"
-            f" fit. {advice}"
-        )
+    # 5.24 knows only after the prefill pass, too, and does not say what to use instead.
+    for layer in target_cache.layers:
+        if isinstance(layer, StaticLayer) and not layer.is_croppable:
+            raise ValueError(
+                "this static cache cannot be cut back to the accepted tokens, since its"
+                " sliding-window layers overwrite what has left their window. A text no longer than"
+                f" the window would fit. {advice}"
+            )
 
 
 def check_cache_implementation(name: str | None) -> None:
     """Raise where `cache_implementation` names static caches, and this version's cannot be cropped.
 
+    5.23 refuses them too, but later and without a word on which version takes them.
+
     Raises:
         ValueError: names the version that can.
     """
-    is_static = name is not None and (
-        "static" in name or "hybrid" in name or name == "sliding_window"
-    )
-    if is_static and not STATIC_CACHES_CROP:
+    if name is None or STATIC_CACHES_CROP:
+        return
+    if "static" in name or "hybrid" in name or name == "sliding_window":
         raise ValueError(
             f"cache_implementation={name!r} and a drafter go together from transformers 5.24 on,"
             f" and {VERSION} is installed. Leave cache_implementation out (a dynamic cache), or"
@@ -198,11 +207,14 @@ def check_cache_implementation(name: str | None) -> None:
         )
 
 
+# fmt: off
 __all__ = [
-    "ALL_ATTENTION_FUNCTIONS", "CACHE", "OVERRIDDEN", "STATIC_CACHES_CROP", "TESTED", "VERSION", "Cache",
-    "CandidateGenerator", "DFlashCache", "DynamicCache", "EosTokenCriteria", "GenerationMode",
-    "GradientCheckpointingLayer", "MaxLengthCriteria", "MaxTimeCriteria", "PreTrainedModel", "Qwen3MLP",
-    "Qwen3RotaryEmbedding", "StoppingCriteria", "StoppingCriteriaList", "cache_of", "check_cache",
-    "check_cache_implementation", "check_methods", "eager_attention_forward", "rotate_half", "the_cache",
-    "version_error", "warn_if_newer_than_tested",
-]  # fmt: skip
+    "ALL_ATTENTION_FUNCTIONS", "CACHE", "OVERRIDDEN", "STATIC_CACHES_CROP", "TESTED", "VERSION",
+    "Cache", "CandidateGenerator", "DFlashCache", "DynamicCache", "EosTokenCriteria",
+    "GenerationMode", "GradientCheckpointingLayer", "MaxLengthCriteria", "MaxTimeCriteria",
+    "PreTrainedModel", "Qwen3MLP", "Qwen3RotaryEmbedding", "StoppingCriteria",
+    "StoppingCriteriaList", "cache_of", "check_cache", "check_cache_implementation",
+    "check_methods", "eager_attention_forward", "rotate_half", "the_cache", "version_error",
+    "warn_if_newer_than_tested",
+]
+# fmt: on

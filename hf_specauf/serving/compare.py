@@ -10,7 +10,7 @@ from rich.progress import track
 from rich.table import Table
 from transformers import GenerationConfig, PreTrainedModel
 
-from ..drafters.generation_block import Round
+from ..drafters.candidates import Round
 from ..identity import Identity, innermost
 from ..records import environment
 from .acceptance import TAU_DEFINITION, number

@@ -1,15 +1,93 @@
-"""`attach(target, drafter)`: plain `target.generate(**inputs, assistant_model=drafter)` with a
-block drafter; and `hf_specauf.generate(target, drafter, **inputs)`, the same in one call."""
+"""Make a target's `generate()` faster with a block drafter.
+
+    output = hf_specauf.generate(target, drafter, **inputs)      # in one call
+
+    with hf_specauf.attach(target, drafter) as attachment:       # with statistics and caps
+        output = target.generate(**inputs, assistant_model=drafter)
+        print(attachment.acceptance().tau)
+
+Both work at batch size 1. Both give the target's own output.
+"""
 
 from collections.abc import Callable
 
-import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..drafters.generation_block import BlockCandidateGenerator, DraftingOverrides, Round
+from ..drafters.candidates import BlockCandidateGenerator, Round
+from ..drafters.configuration_dflash import check_dtype
+from ..drafters.overrides import DraftingOverrides
 from ..identity import check_pair, innermost
 from .acceptance import Acceptance, summarize
+
+
+def generate(
+    target: PreTrainedModel | PeftModel, drafter: PreTrainedModel | PeftModel, *args, **kwargs
+):
+    """`target.generate(*args, **kwargs)`, faster, with a block drafter of any kind.
+
+    The limits are those of [`attach`], batch size 1 first of all. The output is the target's own,
+    and nothing is left on the target. Use [`attach`] for statistics, caps and skips, or to check
+    the tokenizer.
+
+    Args:
+        target, drafter: as for [`attach`].
+        args, kwargs: as for `target.generate`.
+
+    Returns:
+        What `target.generate` returns.
+
+    Raises:
+        TypeError, ValueError: as [`attach`], or the call is one that [`attach`] cannot serve.
+    """
+    with attach(target, drafter):
+        return target.generate(*args, **kwargs, assistant_model=drafter)
+
+
+def attach(
+    target: PreTrainedModel | PeftModel,
+    drafter: PreTrainedModel | PeftModel,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    max_draft_tokens: int | None = None,
+    skip_round: Callable[[list[Round]], bool] | None = None,
+) -> "Attachment":
+    """Make `target.generate(**inputs, assistant_model=drafter)` work, and record what it accepts.
+
+    Limits. **Batch size 1**, greedy or sampled. No beams, no filled cache, no `inputs_embeds`
+    without ids, no `output_hidden_states`; static caches from transformers 5.24 on. Such a call
+    raises an error that says what to change.
+
+    Output is the target's own: greedy decoding gives the same tokens, and sampling draws from the
+    same distribution. In bf16 a near-tie of two logits may go the other way.
+
+    Args:
+        target (`PreTrainedModel` or `PeftModel`): the target. Only this object is affected, and
+            nothing that is saved with it.
+        drafter (`PreTrainedModel` or `PeftModel`): a block drafter trained for it, on any device,
+            fp32 or bf16.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): checked against the one of training.
+        max_draft_tokens (`int`, *optional*): verify at most this many drafted tokens a pass
+            (default K - 1). Helps where wide passes of the target are dear.
+        skip_round (`Callable[[list[Round]], bool]`, *optional*): told the rounds so far before each
+            draft; true leaves the round to the target alone.
+
+    Returns:
+        [`Attachment`]: statistics and `detach()`. It is a context manager, too.
+
+    Raises:
+        TypeError: `drafter` is no block drafter.
+        ValueError: the drafter does not fit the target (layers, hidden size, vocabulary, words) or
+            is fp16, the target has virtual tokens, or `max_draft_tokens` is not in 1..K-1. Another
+            target's id or commit, or another chat template, is a warning.
+    """
+    config = _check(target, drafter, tokenizer).config
+    if max_draft_tokens is not None and not 1 <= max_draft_tokens < config.block_size:
+        raise ValueError(
+            f"max_draft_tokens is {max_draft_tokens}; it must be in 1..{config.block_size - 1}"
+            " (K - 1)"
+        )
+    return Attachment(target, drafter, max_draft_tokens, skip_round)
 
 
 class Attachment:
@@ -19,10 +97,21 @@ class Attachment:
         generations (`list[list[Round]]`): the verification passes of each `generate` call so far.
     """
 
-    def __init__(self, target, drafter, max_draft_tokens=None, skip_round=None):
-        self.target, self.drafter = innermost(target), drafter
-        self.max_draft_tokens, self.skip_round = max_draft_tokens, skip_round
+    def __init__(
+        self,
+        target: PreTrainedModel | PeftModel,
+        drafter: PreTrainedModel | PeftModel,
+        max_draft_tokens: int | None = None,
+        skip_round: Callable[[list[Round]], bool] | None = None,
+    ):
+        # PEFT's `generate` calls the one of the model inside, so that one is overridden.
+        self.target = innermost(target)
+        # The wrapper stays: the drafter is recognised as the object given as `assistant_model`.
+        self.drafter = drafter
+        self.max_draft_tokens = max_draft_tokens
+        self.skip_round = skip_round
         self.generations: list[list[Round]] = []
+        innermost(drafter).eval()
         self._overrides = DraftingOverrides(self.target, drafter, self._candidate_generator)
 
     def __enter__(self) -> "Attachment":
@@ -44,20 +133,27 @@ class Attachment:
         """tau, alpha_k and histogram over all `generate` calls so far."""
         return summarize(self.rounds, self.drafter.config.block_size)
 
-    def _candidate_generator(self, target, generation_config, logits_processor):
-        self.generations.append([])
+    def _candidate_generator(
+        self, target, generation_config, logits_processor
+    ) -> BlockCandidateGenerator:
+        """What a `generate` call that begins takes its drafts from.
+
+        The drafter makes it, because one loaded from the Hub brings its own code.
+        """
+        rounds: list[Round] = []
+        self.generations.append(rounds)
         return innermost(self.drafter).get_candidate_generator(
             target,
             generation_config,
             logits_processor=logits_processor,
             max_draft_tokens=self.max_draft_tokens,
             skip_round=self.skip_round,
-            rounds=self.generations[-1],
+            rounds=rounds,
         )
 
 
-def _checked(target, drafter, tokenizer=None) -> PreTrainedModel:
-    """The drafter without its wrapper, in eval mode, if it can serve the target."""
+def _check(target, drafter, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedModel:
+    """The drafter without its wrapper, or an error where it cannot serve the target."""
     base = innermost(drafter)
     if not hasattr(base, "get_candidate_generator"):
         raise TypeError(
@@ -65,11 +161,7 @@ def _checked(target, drafter, tokenizer=None) -> PreTrainedModel:
             " (a z-lab folder without our model_type loads as a plain Qwen3Model with random"
             " embeddings)"
         )
-    if base.dtype == torch.float16:
-        raise ValueError(
-            "fp16 drafters accept nothing (vllm#55250): load the drafter with dtype=torch.bfloat16"
-            " or float32"
-        )
+    check_dtype(base.dtype)
     if isinstance(target, PeftModel) and target.active_peft_config.is_prompt_learning:
         raise ValueError(
             f"{target.active_peft_config.peft_type.value} puts virtual tokens before the prompt,"
@@ -77,67 +169,7 @@ def _checked(target, drafter, tokenizer=None) -> PreTrainedModel:
             " them. Use a LoRA on the target, or merge."
         )
     check_pair(target, base.config, tokenizer)
-    return base.eval()
-
-
-def attach(
-    target: PreTrainedModel | PeftModel,
-    drafter: PreTrainedModel | PeftModel,
-    *,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    max_draft_tokens: int | None = None,
-    skip_round: Callable[[list[Round]], bool] | None = None,
-) -> Attachment:
-    """Make plain `target.generate(**inputs, assistant_model=drafter)` work, and record what every
-    pass accepts.
-
-    Output is the target's own: greedy decoding gives the same tokens, sampling the same
-    distribution.
-
-    Args:
-        target (`PreTrainedModel` or `PeftModel`): the target; only this object is affected, nothing
-            is saved with it.
-        drafter (`PreTrainedModel` or `PeftModel`): a block drafter trained for it, on any device,
-            fp32 or bf16.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): checked against the one of training.
-        max_draft_tokens (`int`, *optional*): verify at most this many drafted tokens a pass
-            (default K - 1). Helps where wide passes of the target are dear.
-        skip_round (`Callable[[list[Round]], bool]`, *optional*): told the rounds so far before each
-            draft; true leaves the round to the target alone.
-
-    Returns:
-        [`Attachment`]: statistics, `detach()`; also a context manager.
-
-    Raises:
-        ValueError: the drafter does not fit the target (layers, hidden size, vocabulary, words), or
-            is fp16. Another target's id or commit, or another chat template, is a warning.
-    """
-    base = _checked(target, drafter, tokenizer)
-    if max_draft_tokens is not None and not 1 <= max_draft_tokens < base.config.block_size:
-        raise ValueError(
-            f"max_draft_tokens is {max_draft_tokens}; it must be in 1..{base.config.block_size - 1}"
-            " (K - 1)"
-        )
-    return Attachment(target, drafter, max_draft_tokens, skip_round)
-
-
-def generate(
-    target: PreTrainedModel | PeftModel, drafter: PreTrainedModel | PeftModel, *args, **kwargs
-):
-    """`target.generate(*args, **kwargs)` with a block drafter, DFlash or Domino: the target's own
-    output, faster.
-
-    Nothing is left on the target. [`attach`] also keeps statistics, and caps or skips drafts.
-
-    Args:
-        target, drafter: as for [`attach`].
-        args, kwargs: as for `target.generate`.
-
-    Raises:
-        TypeError, ValueError: as [`attach`].
-    """
-    with attach(target, drafter):
-        return target.generate(*args, **kwargs, assistant_model=drafter)
+    return base
 
 
 __all__ = ["Attachment", "BlockCandidateGenerator", "attach", "generate"]
