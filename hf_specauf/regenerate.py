@@ -153,6 +153,7 @@ def regenerate(args: RegenerateArguments) -> dict | None:
     )
     if args.max_rows is not None:
         rows = rows.select(range(min(args.max_rows, len(rows))))
+    # The target is loaded before anything is compared, because its weights are compared too.
     write, found = writer(args)
     settings = asdict(args) | found | {"rows": len(rows), "rows_hash": rows_hash(rows)}
     files = ChunkFiles(Path(args.out), settings)
@@ -164,6 +165,7 @@ def regenerate(args: RegenerateArguments) -> dict | None:
     if files.joining.is_dir():  # killed while putting together
         return files.put_together() if rank == 0 else None
     files.begin()
+    # Every world-th chunk: all processes are then done at about the same time.
     answer_chunks(files, files.chunks[rank::world], rows, write, args, quiet=rank > 0)
     if not files.claim():
         return None
@@ -172,6 +174,7 @@ def regenerate(args: RegenerateArguments) -> dict | None:
 
 def rows_hash(rows: Dataset) -> str:
     """Short SHA-256 of all rows."""
+    # A name would not do: files are edited, and branches on the Hub move.
     digest = hashlib.sha256()
     for row in rows:
         digest.update(json.dumps(row, default=str).encode())
@@ -241,6 +244,7 @@ def answer_chunks(
     )
     with Progress(*columns, disable=quiet) as progress:
         bar = progress.add_task("rows answered", total=len(chunks) * size, rate="")
+        # What an earlier call answered. The rate is of this call alone.
         progress.advance(bar, (len(chunks) - len(missing)) * size)
         start = progress.get_time()
         for done, number in enumerate(missing, start=1):
@@ -265,6 +269,7 @@ def answer_rows(rows: list[dict], first: int, write: Writer, seed: int) -> list[
         first (`int`): the number of the first row in its dataset.
     """
     conversations = [Conversation(first + i, row) for i, row in enumerate(rows)]
+    # All first questions are answered together, then all second ones, and so on.
     for turn in count():
         waiting = [conversation for conversation in conversations if conversation.next_question()]
         if not waiting:

@@ -21,7 +21,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.import_utils import is_serve_available
 
 from hf_specauf import train
-from hf_specauf.data.answers import generate_continuously, generate_in_batches, until_end
+from hf_specauf.data.answers import TargetWriter, generate_continuously, generate_in_batches, until_end
+from hf_specauf.data.conversation import Conversation, Sampling
 from hf_specauf.data.rows import show_row
 from hf_specauf.data.sources import load_rows
 from hf_specauf.regenerate import main
@@ -160,6 +161,18 @@ def test_a_targets_own_generation_defaults_do_not_change_what_it_writes(words, p
     main(words(continuous_batching=continuous, max_rows=3))
     main(words(continuous_batching=continuous, max_rows=3, target=tmp_path / "target", out=tmp_path / "same.jsonl"))
     assert (tmp_path / "own.jsonl").read_bytes() == (tmp_path / "same.jsonl").read_bytes()
+
+
+def test_a_target_keeps_its_own_generation_defaults(pair):
+    target, tokenizer = pair
+    own, before = target.generation_config, target.generation_config.to_dict()
+    write = TargetWriter(
+        target, tokenizer, Sampling(NEW, temperature=1.0), chat_template_kwargs=None, prompt_tokens=5,
+        continuous_batching=False,
+    )  # fmt: skip
+    conversation = Conversation(0, {"messages": [FOX]})
+    assert conversation.next_question() and len(write([conversation], seed=0)[0].ids) == NEW
+    assert target.generation_config is own and own.to_dict() == before
 
 
 # ---- templates

@@ -92,11 +92,12 @@ def generate_continuously(
     manager = target.init_continuous_batching(
         generation_config=config, continuous_batching_config=batching
     )
-    results = {}
+    results = {}  # in the order in which they are finished
     try:
         names = manager.add_requests(prompts, max_new_tokens=config.max_new_tokens)
         manager.start()
         while len(results) < len(prompts):
+            # One second at most, so that we notice if its thread has ended.
             result = manager.get_result(timeout=1)
             if result is not None and result.is_finished():
                 if result.error is not None:
@@ -105,6 +106,7 @@ def generate_continuously(
             elif result is None and not manager.is_running():
                 raise RuntimeError("continuous batching ended early")
     finally:
+        # Give back the memory of the cache, and the attention that the target had before.
         manager.stop(block=True)
         manager.destroy()
     return [results[name] for name in names]
@@ -120,13 +122,15 @@ def generate_in_batches(
 ) -> list[list[int]]:
     """Answers by plain `generate`, prompts of like length together, padded on the left."""
     answers: dict[int, list[int]] = {}
+    # By length, so that little of a batch is padding.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     torch.manual_seed(seed)
     for start in range(0, len(order), batch):
         group = order[start : start + batch]
         width = max(len(prompts[i]) for i in group)
-        ids = torch.full((len(group), width), config.pad_token_id)
+        ids = torch.full((len(group), width), config.pad_token_id)  # (B, S)
         mask = torch.zeros_like(ids)
+        # On the left, because answers go on at the right end.
         for row, i in enumerate(group):
             begin = width - len(prompts[i])
             ids[row, begin:] = torch.tensor(prompts[i])

@@ -129,6 +129,7 @@ class ChunkFiles:
                 f"{self.out} is there already and was not written by this command: give another"
                 " --out"
             )
+        # Each call writes them. They are the same, or differ in what is not compared.
         write_record(self.parts / "settings.json", self.settings)
 
     def chunk(self, number: int) -> Path:

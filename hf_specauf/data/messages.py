@@ -91,6 +91,7 @@ def chat_messages(row: dict) -> list[dict]:
         UnusableRow: there is no turn, one is not text, or one has a role that templates would pass
             over.
     """
+    # By the columns that this row fills: a file of several formats has the columns of all.
     kind = row_format([column for column, value in row.items() if value is not None])
     if kind == "alpaca":
         turns = _alpaca_turns(row)
@@ -133,6 +134,7 @@ def _turn(turn: dict) -> dict:
     if not isinstance(turn, dict):
         raise UnusableRow("a turn is not a mapping")
     turn = {key: value for key, value in turn.items() if value is not None}
+    # ShareGPT says `from` and `value` instead.
     speaker = turn.pop("role", None) or turn.pop("from", None)
     content = turn.pop("content", turn.pop("value", None))
     if speaker == "function_call":
@@ -191,4 +193,5 @@ def row_tools(row: dict) -> list[dict] | None:
     tools = without_nulls(row.get("tools"))
     if isinstance(tools, str) and not tools.strip():
         return None
+    # Templates ask whether tools are given, and to some an empty list is given.
     return _parsed(tools, "its tools are") or None

@@ -1,8 +1,5 @@
-"""Token rows: which raw rows become one, how short ones share one, and how several become a
-batch."""
+"""Token rows: raw rows become them, short ones share one, and several become a batch."""
 
-from collections import Counter
-from dataclasses import dataclass
 from itertools import groupby
 
 import numpy as np
@@ -11,24 +8,17 @@ from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 from trl import pack_dataset
 
+from .findings import Findings, print_findings, refuse_unusable
 from .messages import row_format
 from .tokens import RowEncoder
-
-# Share of token rows that must hold a whole supervised block. With fewer, hardly an anchor would
-# have all its labels.
-FEWEST_FULL_BLOCKS = 0.1
-# Share of a source's raw rows that the template may refuse. With more, it is the wrong data.
-MOST_REFUSED = 0.5
-REASONS_SHOWN = 5
 
 
 def encode_rows(
     dataset: Dataset,
     tokenizer: PreTrainedTokenizerBase,
-    *,
     max_length: int,
-    chat_template_kwargs: dict | None = None,
-    num_proc: int | None = None,
+    chat_template_kwargs: dict | None,
+    num_proc: int | None,
 ) -> Dataset:
     """Token rows of one source, unusable ones among them: the columns of [`RowEncoder`].
 
@@ -48,98 +38,6 @@ def encode_rows(
         num_proc=num_proc,
         desc=f"Reading {encoder.kind} rows",
     )
-
-
-def longest_run(supervised: list[int]) -> int:
-    """Longest run of supervised tokens in a row."""
-    # 1 where a run starts, -1 behind its end.
-    edges = np.diff(np.concatenate([[0], supervised, [0]]))
-    lengths = np.flatnonzero(edges < 0) - np.flatnonzero(edges > 0)
-    return int(np.max(lengths, initial=0))
-
-
-@dataclass(frozen=True)
-class Findings:
-    """What decides about token rows. Each array has an entry for every one of them.
-
-    Attributes:
-        dataset: number of the source it comes from, from 0.
-        source: number of its raw row in that source.
-        reason: why it is of no use; empty where it is of use.
-        refused: whether the raw row was refused, so that it has no tokens at all.
-        keep: whether it is trained on.
-        cut: whether it was cut at `max_length`.
-        has_mask: whether the mask token occurs in it.
-        tokens: its length.
-        run: its longest run of supervised tokens.
-    """
-
-    dataset: np.ndarray
-    source: np.ndarray
-    reason: np.ndarray
-    refused: np.ndarray
-    keep: np.ndarray
-    cut: np.ndarray
-    has_mask: np.ndarray
-    tokens: np.ndarray
-    run: np.ndarray
-
-    @classmethod
-    def of(
-        cls, rows: Dataset, sizes: list[int], mask_token_id: int, num_proc: int | None
-    ) -> "Findings":
-        """Look at the encoded rows of all sources, one source after the other.
-
-        Args:
-            sizes (`list[int]`): encoded rows of each source.
-        """
-
-        def measure(batch: dict) -> dict:
-            return {
-                "run": [longest_run(flags) for flags in batch["supervised"]],
-                "tokens": [len(ids) for ids in batch["input_ids"]],
-                "has_mask": [mask_token_id in ids for ids in batch["input_ids"]],
-            }
-
-        measured = rows.map(
-            measure,
-            batched=True,
-            remove_columns=["input_ids", "supervised"],
-            num_proc=num_proc,
-            desc="Checking rows",
-        )
-        columns = measured.with_format("numpy")[:]
-        reason = columns.pop("reason").astype(object)
-        refused = reason != ""
-        # The smallest row that teaches anything: a token of context, an anchor and its label.
-        keep = (columns["run"] >= 2) & (columns["tokens"] >= 3)
-        reason[~keep & ~refused] = "fewer than 2 supervised tokens in a row"
-        dataset = np.repeat(np.arange(len(sizes)), sizes)
-        return cls(dataset=dataset, reason=reason, refused=refused, keep=keep, **columns)
-
-    def name(self, index: int) -> str:
-        """`row 7`, and of which source where there are several."""
-        name = f"row {self.source[index]}"
-        if self.dataset[-1] > 0:
-            name += f" of source {self.dataset[index] + 1}"
-        return name
-
-    def reasons(self, number: int | None = None) -> str:
-        """`it has no assistant turn (3, first: row 7), ...`, the most frequent first; of one source
-        or of all."""
-        rows = np.flatnonzero(self.reason != "")
-        if number is not None:
-            rows = rows[self.dataset[rows] == number]
-        counts, first = Counter(self.reason[rows]), {}
-        for index in rows:
-            first.setdefault(self.reason[index], index)
-        words = [
-            f"{reason} ({times}, first: {self.name(first[reason])})"
-            for reason, times in counts.most_common(REASONS_SHOWN)
-        ]
-        if len(counts) > REASONS_SHOWN:
-            words.append("and other reasons")
-        return ", ".join(words)
 
 
 def prepare_rows(
@@ -178,13 +76,7 @@ def prepare_rows(
     if isinstance(datasets, Dataset):
         datasets = [datasets]
     encoded = [
-        encode_rows(
-            dataset,
-            tokenizer,
-            max_length=max_length,
-            chat_template_kwargs=chat_template_kwargs,
-            num_proc=num_proc,
-        )
+        encode_rows(dataset, tokenizer, max_length, chat_template_kwargs, num_proc)
         for dataset in datasets
     ]
     rows = concatenate_datasets(encoded)
@@ -192,7 +84,8 @@ def prepare_rows(
     sizes = [len(dataset) for dataset in datasets]
     refuse_unusable(found, sizes, max_length, block_size, mask_token_id)
     if verbose:
-        kinds = Counter(row_format(dataset.column_names) for dataset in datasets)
+        # Each format once, in the order of the sources.
+        kinds = dict.fromkeys(row_format(dataset.column_names) for dataset in datasets)
         print_findings(found, sum(sizes), ", ".join(kinds), max_length)
     keep = np.flatnonzero(found.keep)
     rows = rows.select(keep).select_columns(["input_ids", "supervised"])
@@ -202,64 +95,14 @@ def prepare_rows(
         if verbose:
             print(f"packed them into {len(rows)} rows of up to {max_length} tokens")
     rows = rows.add_column("length", lengths)
+    # Anchors are drawn by this number, so they do not depend on the batch that a row comes into.
     return rows.add_column("row", list(range(len(rows))))
-
-
-def print_findings(found: Findings, raw_rows: int, kinds: str, max_length: int) -> None:
-    """Say what was recognised, what was left out and why, and how much was cut."""
-    total, kept = len(found.keep), found.keep.sum()
-    print(f"{raw_rows} rows of {kinds} -> {kept} token rows")
-    if kept < total:
-        print(f"dropped {total - kept} of {total} rows: {found.reasons()}")
-    cut = found.cut[found.keep].sum()
-    if cut:
-        print(f"cut {cut} rows at max_length, {max_length} tokens")
-
-
-def refuse_unusable(
-    found: Findings, sizes: list[int], max_length: int, block_size: int, mask_token_id: int
-) -> None:
-    """Raise where training on these rows would teach nothing, or the wrong thing.
-
-    Args:
-        sizes (`list[int]`): raw rows of each source.
-
-    Raises:
-        ValueError: see `prepare_rows`.
-    """
-    if found.has_mask.any():
-        raise ValueError(
-            f"{found.name(found.has_mask.argmax())} contains the mask token (id"
-            f" {mask_token_id}): a real token would look like a slot to fill. Choose another"
-            " mask_token_id, or remove the token from the data."
-        )
-    if not found.run.any():
-        raise ValueError(
-            f"not one token of {sum(sizes)} rows is supervised: the drafter would learn nothing"
-            f" ({found.reasons()}). For conversations, check that there are assistant turns"
-            " and that the target's chat template marks them."
-        )
-    # Source by source, because the many token rows of a long text would hide another's refusals.
-    for number, size in enumerate(sizes):
-        refused = found.refused[found.dataset == number].sum()
-        if refused > MOST_REFUSED * size:
-            raise ValueError(
-                f"{refused} of {size} rows cannot be used ({found.reasons(number)}): this is not"
-                " the data the target's template is for. Mend rows or template, or choose another"
-                " dataset."
-            )
-    full, total = int((found.run >= block_size).sum()), len(found.run)
-    if not found.keep.any() or full < FEWEST_FULL_BLOCKS * total:
-        raise ValueError(
-            f"rows are too short: only {full} of {total} hold a whole block of {block_size}"
-            f" supervised tokens ({found.reasons() or 'none was left out'}). Lower"
-            f" block_size, raise max_length (now {max_length}), or use longer answers."
-        )
 
 
 def pack(rows: Dataset, max_length: int) -> tuple[Dataset, list[int]]:
     """Rows of several documents each, whole and best fit first, with `document_ids` 0, 1, ... ->
     rows, lengths."""
+    # Best fit decreasing. No row is longer than `max_length`, so none is cut; trl's "wrapped" would.
     packed = pack_dataset(rows, max_length, "bfd")
     lengths, document_ids = [], []
     for sizes in packed["seq_lengths"]:
@@ -273,6 +116,7 @@ def show_row(row: dict, tokenizer: PreTrainedTokenizerBase, most: int = 160) -> 
     """`most` tokens of a row decoded, up to half of them before the first supervised one;
     supervised spans between ⟦ and ⟧."""
     ids, supervised = row["input_ids"], [bool(flag) for flag in row["supervised"]]
+    # A long prompt would fill all of it and show nothing that is learned.
     first = supervised.index(True) if True in supervised else 0
     start = max(first - most // 2, 0)
     stop = start + most

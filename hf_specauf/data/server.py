@@ -60,6 +60,7 @@ class ServerWriter:
 
     def __call__(self, conversations: list[Conversation], seed: int) -> list[Answer]:
         """An answer to the last question of each conversation, each with a seed of its own."""
+        # With one seed for all, a question asked twice would be answered twice in the same words.
         seeds = range(seed, seed + len(conversations))
         with ThreadPoolExecutor(self.concurrency) as pool:
             return list(pool.map(self._ask, conversations, seeds))
@@ -92,6 +93,7 @@ class ServerWriter:
             OSError: the server refuses every question, or failed at each try.
         """
         for attempt in range(RETRIES):
+            # A server that starts or is busy needs a while, and no pause follows the last try.
             if attempt > 0:
                 time.sleep(PATIENCE * 2 ** (attempt - 1))
             try:

@@ -120,8 +120,8 @@ def bad_line(path: str) -> str | None:
     return None
 
 
-# trl's `get_dataset` takes shares of several datasets too, and by another rule: it rounds each
-# share by itself, knows no most, no revision, and joins rows of all formats into one dataset.
+# trl's `get_dataset` takes shares of several datasets by another rule: it rounds each share by
+# itself, has no revisions and no bound on the rows, and joins rows of all formats in one dataset.
 def take_shares(
     sources: list[Dataset], weights: list[float], most: int | None = None
 ) -> list[Dataset]:

@@ -10,59 +10,6 @@ from .messages import UnusableRow, chat_messages, row_format, row_text, row_tool
 Encoded = tuple[list[int], list[int]]
 
 
-def _render(
-    turns: list[dict],
-    tokenizer: PreTrainedTokenizerBase,
-    template: str,
-    kwargs: dict,
-    with_prompt: bool,
-) -> str:
-    """A conversation as text, with the generation prompt at its end or without."""
-    return tokenizer.apply_chat_template(
-        turns, chat_template=template, tokenize=False, add_generation_prompt=with_prompt, **kwargs
-    )
-
-
-def _chat_ids(
-    turns: list[dict], tokenizer: PreTrainedTokenizerBase, template: str, kwargs: dict
-) -> Encoded:
-    """A conversation whose template marks by `{% generation %}` what the assistant wrote."""
-    out = tokenizer.apply_chat_template(
-        turns,
-        chat_template=template,
-        tokenize=True,
-        return_dict=True,
-        return_assistant_tokens_mask=True,
-        **kwargs,
-    )
-    return list(out["input_ids"]), list(out["assistant_masks"])
-
-
-def _chat_ids_by_prefix(
-    turns: list[dict], tokenizer: PreTrainedTokenizerBase, template: str, kwargs: dict
-) -> Encoded:
-    """A conversation whose template has no markers: the assistant wrote what each of its turns adds
-    to the text."""
-    text = _render(turns, tokenizer, template, kwargs, with_prompt=False)
-    spans = []
-    for i, turn in enumerate(turns):
-        # Templates refuse to render no turn at all. So what a template writes before a first
-        # assistant turn cannot be told from that turn, and neither is supervised.
-        if turn["role"] != "assistant" or i == 0:
-            continue
-        before = _render(turns[:i], tokenizer, template, kwargs, with_prompt=True)
-        through = _render(turns[: i + 1], tokenizer, template, kwargs, with_prompt=False)
-        if not (text.startswith(through) and through.startswith(before)):
-            raise UnusableRow(
-                "the chat template renders a conversation's beginning differently once it goes on,"
-                " so the assistant's tokens cannot be told apart: use a template with {% generation"
-                " %} markers"
-            )
-        spans.append((len(before), len(through)))
-    # The template wrote the begin token into the text, if there is one.
-    return _ids_in_spans(text, spans, tokenizer, add_special_tokens=False)
-
-
 def _ids_in_spans(
     text: str,
     spans: list[tuple[int, int]],
@@ -118,6 +65,7 @@ class RowEncoder:
         self.max_length = max_length
         self.kwargs = chat_template_kwargs or {}
         self.kind = row_format(columns)
+        # Turns end with one of these.
         self.special = {
             token for token, content in tokenizer.added_tokens_decoder.items() if content.special
         }
@@ -153,10 +101,8 @@ class RowEncoder:
         thinking is off."""
         asked = [{"role": "user", "content": "a"}]
         try:
-            before, after = (
-                _render(asked, self.tokenizer, self.template, self.kwargs, with_prompt)
-                for with_prompt in (False, True)
-            )
+            before = self._render(asked, self.kwargs, with_prompt=False)
+            after = self._render(asked, self.kwargs, with_prompt=True)
         except Exception:
             # The template does not like this conversation (it wants a system turn, for instance).
             # If it does not like the rows either, each of them will say so.
@@ -165,11 +111,22 @@ class RowEncoder:
             return []
         return self.tokenizer(after[len(before) :], add_special_tokens=False)["input_ids"]
 
+    def _render(self, turns: list[dict], kwargs: dict, with_prompt: bool) -> str:
+        """A conversation as text, with the generation prompt at its end or without."""
+        return self.tokenizer.apply_chat_template(
+            turns,
+            chat_template=self.template,
+            tokenize=False,
+            add_generation_prompt=with_prompt,
+            **kwargs,
+        )
+
     def __call__(self, batch: dict, indices: list[int]) -> dict:
         rows = {"input_ids": [], "supervised": [], "reason": [], "source": [], "cut": []}
         size = self.max_length
         is_text = self.kind == "text"
         for i, index in enumerate(indices):
+            # Arrow fills the columns that a row does not have with nulls.
             row = {column: values[i] for column, values in batch.items() if values[i] is not None}
             ids, mask, reason = self._encode_or_say_why(row)
             # Text goes on in the next token row. A conversation is cut.
@@ -200,6 +157,7 @@ class RowEncoder:
         Raises:
             UnusableRow: the row holds nothing to train on, or the template refuses it.
         """
+        # Not `self.kind`: rows of several formats may lie in one file.
         try:
             kind = row_format(list(row))
         except ValueError:
@@ -220,6 +178,7 @@ class RowEncoder:
             return self._conversation(row)
         if not ids:
             raise UnusableRow("its text is empty")
+        # Texts are written without an end token, and what the target writes ends with one.
         eos = self.tokenizer.eos_token_id
         if eos is not None and ids[-1] != eos:
             ids, mask = [*ids, eos], [*mask, 1]
@@ -229,12 +188,13 @@ class RowEncoder:
         turns, tools = chat_messages(row), row_tools(row)
         if not any(turn["role"] == "assistant" for turn in turns):
             raise UnusableRow("it has no assistant turn")
+        # A template that knows no calls would leave them out and say nothing.
         if any("tool_calls" in turn for turn in turns) and "tool_calls" not in self.template:
             raise UnusableRow("the chat template does not render tool calls")
         kwargs = self.kwargs | ({"tools": tools} if tools else {})
-        encode = _chat_ids_by_prefix if self.by_prefix else _chat_ids
+        encode = self._encode_by_prefix if self.by_prefix else self._encode_by_markers
         try:
-            ids, mask = encode(turns, self.tokenizer, self.template, kwargs)
+            ids, mask = encode(turns, kwargs)
         except UnusableRow:
             raise
         except Exception as error:  # a template raises what its author likes
@@ -247,6 +207,39 @@ class RowEncoder:
             end = self._end_of_answer(ids, start, stop)
             mask[end:stop] = [0] * (stop - end)
         return ids, mask
+
+    def _encode_by_markers(self, turns: list[dict], kwargs: dict) -> Encoded:
+        """A conversation whose template marks by `{% generation %}` what the assistant wrote."""
+        out = self.tokenizer.apply_chat_template(
+            turns,
+            chat_template=self.template,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            **kwargs,
+        )
+        return list(out["input_ids"]), list(out["assistant_masks"])
+
+    def _encode_by_prefix(self, turns: list[dict], kwargs: dict) -> Encoded:
+        """A conversation whose template has no markers: the assistant wrote what each of its turns
+        adds to the text."""
+        text = self._render(turns, kwargs, with_prompt=False)
+        spans = []
+        for i, turn in enumerate(turns):
+            # Templates refuse to render no turn at all. So what a template writes before a first
+            # assistant turn cannot be told from that turn, and neither is supervised.
+            if turn["role"] != "assistant" or i == 0:
+                continue
+            before = self._render(turns[:i], kwargs, with_prompt=True)
+            through = self._render(turns[: i + 1], kwargs, with_prompt=False)
+            if not (text.startswith(through) and through.startswith(before)):
+                raise UnusableRow(
+                    "the chat template renders a conversation's beginning differently once it goes"
+                    " on, so the assistant's tokens cannot be told apart: use a template with {%"
+                    " generation %} markers"
+                )
+            spans.append((len(before), len(through)))
+        # The template has written the begin token into the text, if there is one.
+        return _ids_in_spans(text, spans, self.tokenizer, add_special_tokens=False)
 
     def _end_of_prompt(self, ids: list[int], start: int) -> int:
         """Where the generation prompt ends that covers the beginning of a supervised span, or
