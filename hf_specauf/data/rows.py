@@ -102,7 +102,7 @@ def prepare_rows(
 def pack(rows: Dataset, max_length: int) -> tuple[Dataset, list[int]]:
     """Rows of several documents each, whole and best fit first, with `document_ids` 0, 1, ... ->
     rows, lengths."""
-    # Best fit decreasing. No row is longer than `max_length`, so none is cut; trl's "wrapped" would.
+    # Best fit decreasing. No row is longer than `max_length`, so this cuts none.
     packed = pack_dataset(rows, max_length, "bfd")
     lengths, document_ids = [], []
     for sizes in packed["seq_lengths"]:
