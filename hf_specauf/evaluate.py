@@ -12,9 +12,10 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 from trl import TrlParser
 
-from .data.answers import Conversation, prompt_ids
+from .data.conversation import Conversation, prompt_ids
+from .data.messages import row_format
 from .data.rows import prompt_length
-from .data.sources import load_rows, row_format
+from .data.sources import load_rows
 from .identity import Identity
 from .layouts.adapters import fetch
 from .layouts.load import load_drafter, torch_dtype
@@ -38,7 +39,7 @@ def encode_prompts(
             ids = row["input_ids"][: prompt_length(row["supervised"])]
         elif tokenizer.chat_template is None and isinstance(row.get("prompt"), str):
             ids = tokenizer(row["prompt"])["input_ids"]
-        elif conversation.wants_answer():
+        elif conversation.next_question():
             ids = prompt_ids(conversation, tokenizer, template_kwargs, longest)
         else:
             ids = conversation.skipped

@@ -39,8 +39,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from .data.sources import load_rows
 from .identity import Identity
 from .recipe import parse
-from .records import errors_in_one_line, write_record
-from .regenerate import write_whole
+from .records import errors_in_one_line, write_record, write_whole
 from .serving.acceptance import TAU_DEFINITION
 from .serving.compare import compare, evaluation_record, plot_alpha
 from .train import train

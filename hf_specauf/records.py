@@ -83,13 +83,28 @@ def _standard(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def part_of(path: Path) -> Path:
+    """A file's name while this process writes it. Several processes may write the same file."""
+    return path.with_name(f"{path.name}.{os.getpid()}.part")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    part = part_of(path)
+    with open(part, "w", encoding="utf-8") as file:
+        file.write(text)
+        # On the disk before it is renamed: a file must not be there and empty after a power cut.
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
 def write_record(path: str | Path, record: dict) -> None:
     """Write a JSON file whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(_standard(record), indent=2, default=str, allow_nan=False) + "\n")
-    part.replace(path)
+    text = json.dumps(_standard(record), indent=2, default=str, allow_nan=False) + "\n"
+    write_whole(path, text)
 
 
 @contextmanager

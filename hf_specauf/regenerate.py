@@ -11,12 +11,10 @@ import hashlib
 import json
 import os
 import shlex
-import shutil
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
-from glob import escape
+from dataclasses import asdict, dataclass, field, fields
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -25,21 +23,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers.trainer_utils import set_seed
 from trl import TrlParser
 
-from .data.answers import Conversation, endpoint_writer, target_writer
+from .data.answers import TargetWriter
+from .data.chunks import ChunkFiles
+from .data.conversation import Answer, Conversation, Sampling
 from .data.on_policy import written_by
+from .data.server import ServerWriter
 from .data.sources import load_rows
 from .identity import Identity
 from .recipe import DataArguments, TargetArguments, json_mapping
-from .records import errors_in_one_line, write_record
+from .records import errors_in_one_line
 from .target import load_target
 
-# These decide speed, not words; what answers is compared as `engine`. The target is compared by its
-# identity.
-NOT_COMPARED = ("device", "concurrency", "out", "continuous_batching", "target")
-WRITER = {
-    "target": "name_or_path", "target_commit": "revision", "target_fingerprint": "fingerprint",
-    "tokenizer_hash": "tokenizer_hash", "chat_template_hash": "chat_template_hash",
-}  # fmt: skip
+Writer = Callable[[list[Conversation], int], list[Answer]]
 
 
 @dataclass
@@ -127,129 +122,16 @@ class RegenerateArguments:
             raise ValueError(f"max_rows is {self.max_rows}; it must be at least 1, or left out")
 
 
-def answer_rows(
-    rows: list[dict], first: int, write: Callable[[list[Conversation], int], list[dict]], seed: int
-):
-    """Let the target answer every question of some rows, turn by turn -> finished records, in
-    order."""
-    conversations = [Conversation(first + i, row) for i, row in enumerate(rows)]
-    turn = 0
-    while waiting := [
-        conversation for conversation in conversations if conversation.wants_answer()
-    ]:
-        for conversation, answer in zip(waiting, write(waiting, seed + turn)):
-            conversation.take(answer)
-        turn += 1
-    return [record for conversation in conversations for record in conversation.finished()]
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file whole or not at all, though several processes may write the same one."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    with open(part, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
-
-
-def refuse_other_settings(path: Path, settings: dict) -> None:
-    """Raise where answers of other settings lie.
-
-    Raises:
-        ValueError: names each setting that differs, with both values.
-    """
-    if not path.is_file():
-        return
-    before = json.loads(path.read_text())
-    pairs = {key: (before.get(key), settings[key]) for key in settings if key not in NOT_COMPARED}
-    was, now = Identity.read(before), Identity.read(settings)
-    pairs |= {key: (getattr(was, own), getattr(now, own)) for key, own in WRITER.items()}
-    words = [f"{key} was {old!r} and is {new!r}" for key, (old, new) in pairs.items() if old != new]
-    if words:
-        differing = ", ".join(words)
-        raise ValueError(
-            f"{path} belongs to answers of other settings ({differing}), and a file must not mix"
-            " them: give another --out, or the settings it was begun with. What is there was left"
-            " as it is."
-        )
-
-
-def put_together(out: Path, settings: dict) -> dict:
-    """Join all chunks into `out`; rows without an answer go to `*.skipped.jsonl`. The settings come
-    last: where they lie, `out` is whole.
-
-    Returns:
-        counts.
-
-    Raises:
-        ValueError: not one row was answered.
-    """
-    parts, joining = out.with_suffix(".parts"), out.with_suffix(".joining")
-    paths = {"answered": out, "skipped": out.with_suffix(".skipped.jsonl")}
-    # numbers of rows: an answered one may take several lines
-    seen: dict[str, set[int]] = {"answered": set(), "skipped": set(), "truncated": set()}
-    tokens, reason = 0, None
-    with ExitStack() as stack:
-        part = {
-            kind: path.with_name(f"{path.name}.{os.getpid()}.part") for kind, path in paths.items()
-        }
-        files = {
-            kind: stack.enter_context(open(path, "w", encoding="utf-8"))
-            for kind, path in part.items()
-        }
-        for chunk in sorted(joining.glob("chunk-*.jsonl")):
-            with open(
-                chunk, encoding="utf-8"
-            ) as lines:  # their text may hold what `str.splitlines` splits at
-                for line in lines:
-                    row = json.loads(line)
-                    kind = "skipped" if "skipped" in row else "answered"
-                    files[kind].write(line)
-                    seen[kind].add(row["source_row"])
-                    if row.get("truncated"):
-                        seen["truncated"].add(row["source_row"])
-                    tokens += sum(row.get("supervised", []))
-                    reason = reason or row.get("skipped")
-        for file in files.values():
-            file.flush()
-            os.fsync(file.fileno())
-    if len(seen["answered"]) + len(seen["skipped"]) != settings["rows"]:
-        raise ValueError(
-            f"{joining} holds {len(seen['answered'])} answered and {len(seen['skipped'])} skipped"
-            f" of {settings['rows']} rows: another process is putting them together"
-        )
-    if not seen["answered"]:
-        joining.rename(parts)
-        clean_up(out)
-        raise ValueError(
-            f"not one of {settings['rows']} rows was answered (first: {reason}). Mend that, remove"
-            f" {parts} and start again"
-        )
-    for kind in paths:
-        if seen[kind]:
-            part[kind].replace(paths[kind])
-    counts = {kind: len(rows) for kind, rows in seen.items() if rows} | {"tokens": tokens}
-    write_record(out.with_suffix(".settings.json"), settings | {"counts": counts})
-    clean_up(out)
-    return counts
-
-
-def clean_up(out: Path) -> None:
-    """Remove what putting together leaves, now or when it was killed."""
-    shutil.rmtree(out.with_suffix(".joining"), ignore_errors=True)
-    for path in (out, out.with_suffix(".skipped.jsonl")):
-        for part in path.parent.glob(f"{escape(path.name)}.*.part"):
-            part.unlink(missing_ok=True)
-
-
-def process(key: str, slurm: str, default: int = 0) -> int:
+def number_of_process(torch_name: str, slurm_name: str, default: int) -> int:
     """A number of this process from the environment, by torch's name or Slurm's."""
-    if (
-        "SLURM_STEP_NUM_TASKS" in os.environ
-    ):  # started by srun; a batch script has the other names too, and is alone
-        default = os.environ.get(slurm, default)
-    return int(os.environ.get(key, default))
+    # `accelerate.PartialState` would not do instead. It reads none of srun's variables, and with
+    # LOCAL_RANK set it starts torch.distributed, where all processes must come up together and the
+    # end of one is the end of all. Ours share nothing but the folder of chunks, so each may be
+    # killed and started again by itself.
+    if "SLURM_STEP_NUM_TASKS" in os.environ:
+        # srun started this process. A batch script has Slurm's other variables too, and is alone.
+        default = int(os.environ.get(slurm_name, default))
+    return int(os.environ.get(torch_name, default))
 
 
 def regenerate(args: RegenerateArguments) -> dict | None:
@@ -264,98 +146,140 @@ def regenerate(args: RegenerateArguments) -> dict | None:
     Raises:
         ValueError: `out` holds answers of other settings; no row was answered.
     """
-    rank, world = process("RANK", "SLURM_PROCID"), process("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", 1)
-    out = Path(args.out)
-    parts, joining, finished = (
-        out.with_suffix(end) for end in (".parts", ".joining", ".settings.json")
-    )
+    rank = number_of_process("RANK", "SLURM_PROCID", 0)
+    world = number_of_process("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", 1)
     rows = load_rows(
         args.dataset_name, args.dataset_config, args.dataset_split, args.dataset_revision
     )
-    rows = rows if args.max_rows is None else rows.select(range(min(args.max_rows, len(rows))))
+    if args.max_rows is not None:
+        rows = rows.select(range(min(args.max_rows, len(rows))))
+    # The target is loaded before anything is compared, because its weights are compared too.
     write, found = writer(args)
     settings = asdict(args) | found | {"rows": len(rows), "rows_hash": rows_hash(rows)}
-    for path in (finished, parts / "settings.json", joining / "settings.json"):
-        refuse_other_settings(path, settings)
-    if finished.is_file():
-        clean_up(out)
-        print(f"{out} is finished")
-        return json.loads(finished.read_text())["counts"]
-    if joining.is_dir():  # killed while putting together
-        return put_together(out, settings) if rank == 0 else None
-    if out.is_file():
-        raise ValueError(
-            f"{out} is there already and was not written by this command: give another --out"
-        )
-    parts.mkdir(parents=True, exist_ok=True)
-    write_whole(parts / "settings.json", json.dumps(settings, indent=2) + "\n")
-    size = args.rows_per_chunk
-    chunks = range(-(-len(rows) // size))
-    path = {chunk: parts / f"chunk-{chunk:06d}.jsonl" for chunk in chunks}
-    mine = [chunk for chunk in chunks if chunk % world == rank]
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-    )
-    with Progress(*columns, TimeRemainingColumn(), disable=rank > 0) as progress:
-        bar = progress.add_task("rows answered", total=len(mine) * size, rate="")
-        todo = [chunk for chunk in mine if not path[chunk].is_file()]
-        progress.advance(bar, (len(mine) - len(todo)) * size)
-        start = progress.get_time()
-        for done, chunk in enumerate(todo, start=1):
-            seed = (
-                int.from_bytes(hashlib.sha256(f"{args.seed} {chunk}".encode()).digest()[:4]) % 2**31
-            )
-            batch = rows.select(range(chunk * size, min((chunk + 1) * size, len(rows)))).to_list()
-            records = answer_rows(batch, chunk * size, write, seed)
-            write_whole(
-                path[chunk],
-                "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records),
-            )
-            rate = done * size / (progress.get_time() - start)
-            progress.update(bar, advance=size, rate=f"{rate:.2f} rows/s")
-    if not all(file.is_file() for file in path.values()):
+    files = ChunkFiles(Path(args.out), settings)
+    files.refuse_other_settings()
+    if files.finished.is_file():
+        files.clean_up()
+        print(f"{files.out} is finished")
+        return json.loads(files.finished.read_text())["counts"]
+    if files.joining.is_dir():  # killed while putting together
+        return files.put_together() if rank == 0 else None
+    files.begin()
+    # Every world-th chunk: all processes are then done at about the same time.
+    answer_chunks(files, files.chunks[rank::world], rows, write, args, quiet=rank > 0)
+    if not files.claim():
         return None
-    try:
-        parts.rename(joining)  # one process wins
-    except OSError:
-        return None
-    return put_together(out, settings)
+    return files.put_together()
 
 
 def rows_hash(rows: Dataset) -> str:
     """Short SHA-256 of all rows."""
+    # A name would not do: files are edited, and branches on the Hub move.
     digest = hashlib.sha256()
     for row in rows:
         digest.update(json.dumps(row, default=str).encode())
     return digest.hexdigest()[:16]
 
 
-def writer(args: RegenerateArguments) -> tuple[Callable, dict]:
-    """What answers (see `answers.py`), and what of it belongs to the settings."""
+def writer(args: RegenerateArguments) -> tuple[Writer, dict]:
+    """What writes the answers, and what of it belongs to the settings."""
+    sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, args.top_k)
     if args.endpoint is not None:
-        return endpoint_writer(args), {
-            "engine": "endpoint",
-            "target": Identity(args.target).record(),
-        }
+        write = ServerWriter(
+            args.endpoint,
+            args.target,
+            sampling,
+            chat_template_kwargs=args.chat_template_kwargs,
+            concurrency=args.concurrency,
+        )
+        return write, {"engine": write.engine, "target": Identity(args.target).record()}
     set_seed(args.seed)
-    local = process("LOCAL_RANK", "SLURM_LOCALID") % max(
-        torch.cuda.device_count(), 1
-    )  # srun may show a task one GPU
+    device = args.device
+    if device == "cuda":
+        # srun may show each task one GPU alone, which then is number 0.
+        local_rank = number_of_process("LOCAL_RANK", "SLURM_LOCALID", 0)
+        device = f"cuda:{local_rank % max(torch.cuda.device_count(), 1)}"
     target, tokenizer = load_target(
-        args.target, args.target_revision, key="--target", dtype=args.target_dtype,
+        args.target,
+        args.target_revision,
+        key="--target",
+        dtype=args.target_dtype,
         trust_remote_code=args.trust_remote_code,
-        device_map=f"cuda:{local}" if args.device == "cuda" else args.device,  # quantised ones are not to be moved
-    )  # fmt: skip
-    write, engine = target_writer(args, target, tokenizer)
+        device_map=device,  # loaded in place, because quantised targets cannot be moved
+    )
+    write = TargetWriter(
+        target,
+        tokenizer,
+        sampling,
+        chat_template_kwargs=args.chat_template_kwargs,
+        prompt_tokens=args.prompt_tokens,
+        continuous_batching=args.continuous_batching,
+    )
     identity = Identity.of(target, tokenizer, name_or_path=args.target)
-    found = {"engine": engine, "target": identity.record(), "target_dtype": str(target.dtype)}
-    if identity.fingerprint is None:  # quantised
+    found = {"engine": write.engine, "target": identity.record(), "target_dtype": str(target.dtype)}
+    if identity.fingerprint is None:
+        # A quantised target has no fingerprint. Its head is not quantised: some rows tell it.
         head = target.get_output_embeddings().weight[:8].detach().float().cpu().numpy().tobytes()
         found["head_hash"] = hashlib.sha256(head).hexdigest()[:16]
     return write, found
+
+
+def answer_chunks(
+    files: ChunkFiles,
+    chunks: range,
+    rows: Dataset,
+    write: Writer,
+    args: RegenerateArguments,
+    quiet: bool,
+) -> None:
+    """Answer those of some chunks that are not there yet, with a progress bar."""
+    size = args.rows_per_chunk
+    missing = [number for number in chunks if not files.chunk(number).is_file()]
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, disable=quiet) as progress:
+        bar = progress.add_task("rows answered", total=len(chunks) * size, rate="")
+        # What an earlier call answered. The rate is of this call alone.
+        progress.advance(bar, (len(chunks) - len(missing)) * size)
+        start = progress.get_time()
+        for done, number in enumerate(missing, start=1):
+            first = number * size
+            batch = rows.select(range(first, min(first + size, len(rows)))).to_list()
+            files.write(number, answer_rows(batch, first, write, chunk_seed(args.seed, number)))
+            rate = done * size / (progress.get_time() - start)
+            progress.update(bar, advance=size, rate=f"{rate:.2f} rows/s")
+
+
+def chunk_seed(seed: int, number: int) -> int:
+    """A chunk's seed depends on its number alone, so that it is written alike by whichever process,
+    in whichever order. A hash keeps neighbours apart, because turns count on from it."""
+    digest = hashlib.sha256(f"{seed} {number}".encode()).digest()
+    return int.from_bytes(digest[:4]) % 2**31
+
+
+def answer_rows(rows: list[dict], first: int, write: Writer, seed: int) -> list[dict]:
+    """Let the target answer every question of some rows, turn by turn -> finished rows, in order.
+
+    Args:
+        first (`int`): the number of the first row in its dataset.
+    """
+    conversations = [Conversation(first + i, row) for i, row in enumerate(rows)]
+    # All first questions are answered together, then all second ones, and so on.
+    for turn in count():
+        waiting = [conversation for conversation in conversations if conversation.next_question()]
+        if not waiting:
+            break
+        for conversation, answer in zip(waiting, write(waiting, seed + turn)):
+            conversation.take(answer)
+    finished = []
+    for conversation in conversations:
+        finished += conversation.finished()
+    return finished
 
 
 @errors_in_one_line()
@@ -372,19 +296,14 @@ def main(argv: list[str] | None = None) -> None:
         f"{counts.get('answered', 0)} rows answered",
         f"{counts.get('truncated', 0)} cut at max_new_tokens",
     ]
-    words += (
-        [f"{counts['skipped']} without an answer, see *.skipped.jsonl"]
-        if counts.get("skipped")
-        else []
-    )
+    if counts.get("skipped"):
+        words.append(f"{counts['skipped']} without an answer, see *.skipped.jsonl")
     print(f"{args.out}: {', '.join(words)}. Train on it with dataset_name: {args.out}")
 
 
-if __name__ == "__main__":
-    main(sys.argv[1:])
-
-
-CLEARLY_FOREIGN = 0.9  # share of the agreement that the target's own words would have
+# Where the agreement is under this share of what the target's own words would have, the answers
+# are clearly not its own.
+CLEARLY_FOREIGN = 0.9
 
 
 def on_policy_words(
@@ -406,45 +325,61 @@ def on_policy_words(
         f" log-probability {score['log_probability']:.2f} (had it sampled them:"
         f" {score['log_probability_if_own']:.2f})"
     )
-    foreign = score["agreement"] < CLEARLY_FOREIGN * score["agreement_if_own"]
+    is_foreign = score["agreement"] < CLEARLY_FOREIGN * score["agreement_if_own"]
     sources = data.sources()
-    # an easy text scores as high as own words at temperature 1, and still is not what the target
-    # would go on to write
-    unknown = [not written_by(target.target, fingerprint, source["name"]) for source in sources]
-    if not foreign and not any(unknown):
+    # A high score does not prove that the words are the target's own. An easy text scores as high
+    # as own words at temperature 1, and still is not what the target would go on to write.
+    wanted = [
+        number
+        for number, source in enumerate(sources)
+        if not written_by(target.target, fingerprint, source["name"])
+    ]
+    if not wanted and not is_foreign:
         return text
-    commands = []
-    names = (
-        ["answers.jsonl"]
-        if len(sources) == 1
-        else [f"answers-{i + 1}.jsonl" for i in range(len(sources))]
+    if not wanted:  # the settings say that all are its own, and the score says that they are not
+        wanted = list(range(len(sources)))
+    commands, outs = [], []
+    for number in wanted:
+        out = "answers.jsonl" if len(sources) == 1 else f"answers-{number + 1}.jsonl"
+        outs.append(out)
+        commands.append(command(target, sources[number], chat_template_kwargs, out))
+    whose = "Nothing says that the target wrote these answers"
+    if is_foreign:
+        whose = "These are not the target's own words"
+    where = "dataset_name:"
+    if len(sources) > 1:
+        where = "the same weights in dataset_mixture for"
+    listed = "\n  ".join(commands)
+    return (
+        f"{text}\n{whose}, and a drafter serves what its target writes. Answers written by the"
+        f" target gain more than any loss:\n  {listed}\nand then {where} {', '.join(outs)}"
     )
-    for source, name in zip(sources, names):
-        keys = {
-            "target": target.target, "target_revision": target.target_revision,
-            "target_dtype": None if target.target_dtype == "auto" else target.target_dtype,
-            "trust_remote_code": target.trust_remote_code or None, "dataset_name": source["name"],
-            "dataset_config": source["config"], "dataset_revision": source["revision"],
-            "dataset_split": None if source["split"] == "train" else source["split"],
-            "chat_template_kwargs": json.dumps(chat_template_kwargs) if chat_template_kwargs else None, "out": name,
-        }  # fmt: skip
-        words = [
-            word
-            for key, value in keys.items()
-            if value is not None
-            for word in (f"--{key}", str(value))
-        ]
-        commands.append(shlex.join(["python", "-m", "hf_specauf.regenerate", *words]))
-    wanted = [i for i, other in enumerate(unknown) if other or not any(unknown)]
-    where = "dataset_name:" if len(sources) == 1 else "the same weights in dataset_mixture for"
-    whose = (
-        "These are not the target's own words"
-        if foreign
-        else "Nothing says that the target wrote these answers"
-    )
-    return text + (
-        f"\n{whose}, and a drafter serves what its target writes. Answers written by the target"
-        " gain more than any loss:\n  "
-        + "\n  ".join(commands[i] for i in wanted)
-        + f"\nand then {where} {', '.join(names[i] for i in wanted)}"
-    )
+
+
+def command(
+    target: TargetArguments, source: dict, chat_template_kwargs: dict | None, out: str
+) -> str:
+    """The command that lets the target answer one source of a recipe. What is the command's own
+    default is left out."""
+    keys = {
+        "target": target.target,
+        "target_revision": target.target_revision,
+        "target_dtype": target.target_dtype,
+        "trust_remote_code": target.trust_remote_code,
+        "dataset_name": source["name"],
+        "dataset_config": source["config"],
+        "dataset_revision": source["revision"],
+        "dataset_split": source["split"],
+        "chat_template_kwargs": json.dumps(chat_template_kwargs) if chat_template_kwargs else None,
+        "out": out,
+    }
+    defaults = {argument.name: argument.default for argument in fields(RegenerateArguments)}
+    words = ["python", "-m", "hf_specauf.regenerate"]
+    for key, value in keys.items():
+        if value is not None and value != defaults[key]:
+            words += [f"--{key}", str(value)]
+    return shlex.join(words)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -21,7 +21,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.import_utils import is_serve_available
 
 from hf_specauf import train
-from hf_specauf.data.answers import generate_continuously, generate_in_batches, until_end
+from hf_specauf.data.answers import TargetWriter, generate_continuously, generate_in_batches, until_end
+from hf_specauf.data.conversation import Conversation, Sampling
 from hf_specauf.data.rows import show_row
 from hf_specauf.data.sources import load_rows
 from hf_specauf.regenerate import main
@@ -160,6 +161,18 @@ def test_a_targets_own_generation_defaults_do_not_change_what_it_writes(words, p
     main(words(continuous_batching=continuous, max_rows=3))
     main(words(continuous_batching=continuous, max_rows=3, target=tmp_path / "target", out=tmp_path / "same.jsonl"))
     assert (tmp_path / "own.jsonl").read_bytes() == (tmp_path / "same.jsonl").read_bytes()
+
+
+def test_a_target_keeps_its_own_generation_defaults(pair):
+    target, tokenizer = pair
+    own, before = target.generation_config, target.generation_config.to_dict()
+    write = TargetWriter(
+        target, tokenizer, Sampling(NEW, temperature=1.0), chat_template_kwargs=None, prompt_tokens=5,
+        continuous_batching=False,
+    )  # fmt: skip
+    conversation = Conversation(0, {"messages": [FOX]})
+    assert conversation.next_question() and len(write([conversation], seed=0)[0].ids) == NEW
+    assert target.generation_config is own and own.to_dict() == before
 
 
 # ---- templates
@@ -576,7 +589,7 @@ def server(pair, failures: list[int], **more):
 
 def test_a_servers_answers_are_those_of_the_target_itself(words, pair, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_PLANTED")
-    monkeypatch.setattr("hf_specauf.data.answers.PATIENCE", 0.01)
+    monkeypatch.setattr("hf_specauf.data.server.PATIENCE", 0.01)
     main(words())
     with server(pair, failures=[503, 500]) as (url, seen):
         main(words(endpoint=url, target="tiny", out=tmp_path / "served.jsonl", chat_template_kwargs='{"a": 1}'))
@@ -591,7 +604,7 @@ def test_a_servers_answers_are_those_of_the_target_itself(words, pair, tmp_path,
 
 
 def test_a_refused_question_is_skipped_and_a_dead_server_stops_with_all_kept(words, pair, tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_specauf.data.answers.PATIENCE", 0.01)
+    monkeypatch.setattr("hf_specauf.data.server.PATIENCE", 0.01)
     keys = dict(target="tiny", max_rows=6, concurrency=1)
     with server(pair, failures=[400]) as (url, _):
         main(words(endpoint=url, **keys))
@@ -611,7 +624,7 @@ def test_a_refused_question_is_skipped_and_a_dead_server_stops_with_all_kept(wor
     ],
 )
 def test_a_server_that_cannot_help_is_asked_once(words, pair, tmp_path, monkeypatch, failure, message):
-    monkeypatch.setattr("hf_specauf.data.answers.PATIENCE", 100)
+    monkeypatch.setattr("hf_specauf.data.server.PATIENCE", 100)
     with server(pair, failures=[failure] * 9) as (url, seen):
         with pytest.raises(SystemExit, match=f"error: the endpoint http://127.0.0.1.*{message}.*is kept"):
             main(words(endpoint=url, target="tiny", max_rows=1, concurrency=1))
@@ -620,7 +633,7 @@ def test_a_server_that_cannot_help_is_asked_once(words, pair, tmp_path, monkeypa
 
 def test_no_pause_follows_the_last_try(words, pair, monkeypatch):
     pauses = []
-    monkeypatch.setattr("hf_specauf.data.answers.time.sleep", pauses.append)
+    monkeypatch.setattr("hf_specauf.data.server.time.sleep", pauses.append)
     with server(pair, failures=[503] * 9) as (url, _):
         with pytest.raises(SystemExit, match="failed 5 times"):
             main(words(endpoint=url, target="tiny", max_rows=1))

@@ -10,7 +10,8 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_specauf.data.rows import longest_run, prepare_rows, prompt_length, show_row
+from hf_specauf.data.findings import longest_run
+from hf_specauf.data.rows import prepare_rows, prompt_length, show_row
 from hf_specauf.data.sources import load_rows
 from hf_specauf.data.tokens import RowEncoder
 

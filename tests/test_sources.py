@@ -14,7 +14,8 @@ from conftest import ROOT
 from datasets import Dataset
 from loopback_hub import LoopbackHub, Repository
 
-from hf_specauf.data.sources import load_rows, row_format, take_shares
+from hf_specauf.data.messages import row_format
+from hf_specauf.data.sources import load_rows, take_shares
 from hf_specauf.recipe import DataArguments
 from hf_specauf.train import load_data
 

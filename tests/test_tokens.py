@@ -10,8 +10,8 @@ import trl
 from conftest import byte_level_tokenizer
 from transformers import AddedToken
 
+from hf_specauf.data.messages import UnusableRow
 from hf_specauf.data.rows import show_row
-from hf_specauf.data.sources import UnusableRow
 from hf_specauf.data.tokens import RowEncoder
 
 SHIPPED = Path(trl.__file__).parent / "chat_templates"

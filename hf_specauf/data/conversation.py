@@ -1,0 +1,196 @@
+"""A conversation on its way to the target's own answers: which question is next, what was answered,
+and the rows that come of it."""
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from .messages import UnusableRow, chat_messages, row_format, row_text, row_tools
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are sampled, by the target here or by a server of it.
+
+    Attributes:
+        max_new_tokens (`int`): most tokens of an answer.
+        temperature (`float`): 0 is greedy.
+        top_p (`float`): nucleus sampling; 1 is off.
+        top_k (`int`): sample among the k best tokens; 0 is off.
+    """
+
+    max_new_tokens: int
+    temperature: float
+    top_p: float = 1.0
+    top_k: int = 0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was answered to the last question of a conversation, or why there is no answer.
+
+    Attributes:
+        turn (`dict`, *optional*): the assistant's turn.
+        truncated (`bool`): whether it was cut at `max_new_tokens`.
+        prompt_ids, ids (`list[int]`, *optional*): the tokens of the prompt and of the answer. A
+            server does not tell them.
+        skipped (`str`, *optional*): why there is no answer.
+    """
+
+    turn: dict | None = None
+    truncated: bool = False
+    prompt_ids: list[int] | None = None
+    ids: list[int] | None = None
+    skipped: str | None = None
+
+
+class Conversation:
+    """One row on its way: the turns so far, the turns to come, and what the target answered.
+
+    Attributes:
+        history (`list[dict]`): the turns so far. The last one is the question to answer.
+        tools (`list[dict]`, *optional*): what the target may call.
+        text (`str`, *optional*): of a row of plain text. The target goes on with it.
+        skipped (`str`, *optional*): why the row cannot be answered.
+    """
+
+    def __init__(self, source_row: int, row: dict):
+        self.source_row = source_row
+        self.history: list[dict] = []
+        self.tools: list[dict] | None = None
+        self.text: str | None = None
+        self.skipped: str | None = None
+        self.coming: list[dict] = []
+        self.answers: list[Answer] = []
+        try:
+            self._read(row)
+        except UnusableRow as error:
+            self.skipped = str(error)
+
+    def _read(self, row: dict) -> None:
+        """Take the text, or the turns and tools, of a raw row.
+
+        Raises:
+            UnusableRow: there are none.
+        """
+        row = {key: value for key, value in row.items() if value is not None}
+        # Tokens that another target wrote say nothing to this one. The messages beside them do.
+        tokens = row.pop("input_ids", None)
+        try:
+            kind = row_format(list(row))
+        except ValueError:
+            reason = "it has tokens and no text" if tokens else "its columns are empty"
+            raise UnusableRow(reason) from None
+        if kind == "text":
+            self.text = row_text(row, "text")
+        else:
+            self.coming = chat_messages(row)
+            self.tools = row_tools(row)
+
+    def next_question(self) -> bool:
+        """Go on to the next question, so that it stands last in `history`.
+
+        The answers in the row are passed over. A conversation ends at its first tool turn, because
+        the tool answered another model.
+
+        Returns:
+            whether there is one.
+        """
+        if self.skipped is not None:
+            return False
+        if self.text is not None:
+            return not self.answers
+        while self.coming:
+            turn = self.coming.pop(0)
+            called_tool = bool(self.history) and "tool_calls" in self.history[-1]
+            if turn["role"] == "tool" or called_tool:
+                self.coming = []
+                return False
+            if turn["role"] == "assistant":
+                continue
+            self.history.append(turn)
+            # Several turns in a row are one question. It ends where an answer follows.
+            is_last = not self.coming or self.coming[0]["role"] == "assistant"
+            if turn["role"] == "user" and is_last:
+                return True
+        return False
+
+    def take(self, answer: Answer) -> None:
+        """Keep an answer to the last question. Without an answer the conversation ends there."""
+        if answer.skipped is not None:
+            self.coming = []
+            if not self.answers:  # earlier answers are worth keeping
+                self.skipped = answer.skipped
+            return
+        self.answers.append(answer)
+        if self.text is not None:
+            return
+        self.history.append(answer.turn)
+        # An answer that was cut in its thoughts is empty. The next question would follow nothing.
+        if not (answer.turn["content"] or answer.turn.get("tool_calls")):
+            self.coming = []
+
+    def finished(self) -> list[dict]:
+        """The rows as they are written: `input_ids` with `supervised` exactly as the target wrote
+        them, `messages` in the last.
+
+        A template may write earlier turns differently, for instance without their thoughts. One row
+        then cannot hold all answers as they were written, and there are several of one
+        `source_row`.
+        """
+        if not self.answers:
+            return [{"source_row": self.source_row, "skipped": self.skipped or "it asks nothing"}]
+        rows = self._token_rows()
+        if not rows:  # a server wrote the answers
+            rows = [{"source_row": self.source_row, "truncated": self.answers[-1].truncated}]
+        if self.text is None:
+            turns = self.history
+            if turns[-1]["role"] != "assistant":  # a question that found no answer
+                turns = turns[:-1]
+            rows[-1]["messages"] = turns
+            if self.tools:
+                rows[-1]["tools"] = self.tools
+        return rows
+
+    def _token_rows(self) -> list[dict]:
+        """The answers whose tokens are known, as few rows as hold them unchanged."""
+        rows: list[dict] = []
+        for answer in self.answers:
+            if answer.ids is None:
+                continue
+            supervised: list[int] = []
+            # Where the prompt begins with the row before, that row goes on.
+            if rows and answer.prompt_ids[: len(rows[-1]["input_ids"])] == rows[-1]["input_ids"]:
+                supervised = rows.pop()["supervised"]
+            supervised = supervised + [0] * (len(answer.prompt_ids) - len(supervised))
+            row = {
+                "source_row": self.source_row,
+                "truncated": answer.truncated,
+                "input_ids": answer.prompt_ids + answer.ids,
+                "supervised": supervised + [1] * len(answer.ids),
+            }
+            rows.append(row)
+        return rows
+
+
+def prompt_ids(
+    conversation: Conversation,
+    tokenizer: PreTrainedTokenizerBase,
+    kwargs: dict | None,
+    text_tokens: int,
+) -> list[int] | str:
+    """The prompt of a conversation's next answer, or why there is none. Of plain text it is the
+    first `text_tokens`."""
+    if conversation.text is not None:
+        return tokenizer(conversation.text)["input_ids"][:text_tokens] or "its text is empty"
+    try:
+        encoded = tokenizer.apply_chat_template(
+            conversation.history,
+            tools=conversation.tools,
+            add_generation_prompt=True,
+            return_dict=True,
+            **(kwargs or {}),
+        )
+    except Exception as error:  # templates are programs of their authors, and raise what they like
+        return f"the chat template failed: {' '.join(str(error).split())}"
+    return encoded["input_ids"]

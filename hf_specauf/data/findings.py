@@ -1,0 +1,159 @@
+"""What decides about token rows: which are trained on, why others are not, and which data is
+refused."""
+
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+from datasets import Dataset
+
+# Share of token rows that must hold a whole supervised block. With fewer, hardly an anchor would
+# have all its labels.
+FEWEST_FULL_BLOCKS = 0.1
+# Share of a source's raw rows that the template may refuse. With more, it is the wrong data.
+MOST_REFUSED = 0.5
+REASONS_SHOWN = 5
+
+
+def longest_run(supervised: list[int]) -> int:
+    """Longest run of supervised tokens in a row."""
+    # 1 where a run starts, -1 behind its end.
+    edges = np.diff(np.concatenate([[0], supervised, [0]]))
+    lengths = np.flatnonzero(edges < 0) - np.flatnonzero(edges > 0)
+    return int(np.max(lengths, initial=0))
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What decides about token rows. Each array has an entry for every one of them.
+
+    Attributes:
+        dataset: number of the source it comes from, from 0.
+        source: number of its raw row in that source.
+        reason: why it is of no use; empty where it is of use.
+        refused: whether the raw row was refused, so that it has no tokens at all.
+        keep: whether it is trained on.
+        cut: whether it was cut at `max_length`.
+        has_mask: whether the mask token occurs in it.
+        tokens: its length.
+        run: its longest run of supervised tokens.
+    """
+
+    dataset: np.ndarray
+    source: np.ndarray
+    reason: np.ndarray
+    refused: np.ndarray
+    keep: np.ndarray
+    cut: np.ndarray
+    has_mask: np.ndarray
+    tokens: np.ndarray
+    run: np.ndarray
+
+    @classmethod
+    def of(
+        cls, rows: Dataset, sizes: list[int], mask_token_id: int, num_proc: int | None
+    ) -> "Findings":
+        """Look at the encoded rows of all sources, one source after the other.
+
+        Args:
+            sizes (`list[int]`): encoded rows of each source.
+        """
+
+        def measure(batch: dict) -> dict:
+            return {
+                "run": [longest_run(flags) for flags in batch["supervised"]],
+                "tokens": [len(ids) for ids in batch["input_ids"]],
+                "has_mask": [mask_token_id in ids for ids in batch["input_ids"]],
+            }
+
+        measured = rows.map(
+            measure,
+            batched=True,
+            remove_columns=["input_ids", "supervised"],
+            num_proc=num_proc,
+            desc="Checking rows",
+        )
+        columns = measured.with_format("numpy")[:]
+        reason = columns.pop("reason").astype(object)
+        refused = reason != ""
+        # The smallest row that teaches anything: a token of context, an anchor and its label.
+        keep = (columns["run"] >= 2) & (columns["tokens"] >= 3)
+        reason[~keep & ~refused] = "fewer than 2 supervised tokens in a row"
+        dataset = np.repeat(np.arange(len(sizes)), sizes)
+        return cls(dataset=dataset, reason=reason, refused=refused, keep=keep, **columns)
+
+    def name(self, index: int) -> str:
+        """`row 7`, and of which source where there are several."""
+        name = f"row {self.source[index]}"
+        if self.dataset[-1] > 0:
+            name += f" of source {self.dataset[index] + 1}"
+        return name
+
+    def reasons(self, number: int | None = None) -> str:
+        """`it has no assistant turn (3, first: row 7), ...`, the most frequent first; of one source
+        or of all."""
+        rows = np.flatnonzero(self.reason != "")
+        if number is not None:
+            rows = rows[self.dataset[rows] == number]
+        counts, first = Counter(self.reason[rows]), {}
+        for index in rows:
+            first.setdefault(self.reason[index], index)
+        words = [
+            f"{reason} ({times}, first: {self.name(first[reason])})"
+            for reason, times in counts.most_common(REASONS_SHOWN)
+        ]
+        if len(counts) > REASONS_SHOWN:
+            words.append("and other reasons")
+        return ", ".join(words)
+
+
+def print_findings(found: Findings, raw_rows: int, kinds: str, max_length: int) -> None:
+    """Say what was recognised, what was left out and why, and how much was cut."""
+    total, kept = len(found.keep), found.keep.sum()
+    print(f"{raw_rows} rows of {kinds} -> {kept} token rows")
+    if kept < total:
+        print(f"dropped {total - kept} of {total} rows: {found.reasons()}")
+    cut = found.cut[found.keep].sum()
+    if cut:
+        print(f"cut {cut} rows at max_length, {max_length} tokens")
+
+
+def refuse_unusable(
+    found: Findings, sizes: list[int], max_length: int, block_size: int, mask_token_id: int
+) -> None:
+    """Raise where training on these rows would teach nothing, or the wrong thing.
+
+    Args:
+        sizes (`list[int]`): raw rows of each source.
+
+    Raises:
+        ValueError: see `prepare_rows`.
+    """
+    if found.has_mask.any():
+        raise ValueError(
+            f"{found.name(found.has_mask.argmax())} contains the mask token (id"
+            f" {mask_token_id}): a real token would look like a slot to fill. Choose another"
+            " mask_token_id, or remove the token from the data."
+        )
+    if not found.run.any():
+        raise ValueError(
+            f"not one token of {sum(sizes)} rows is supervised: the drafter would learn nothing"
+            f" ({found.reasons()}). For conversations, check that there are assistant turns"
+            " and that the target's chat template marks them."
+        )
+    # Source by source, because the many token rows of a long text would hide another's refusals.
+    for number, size in enumerate(sizes):
+        refused = found.refused[found.dataset == number].sum()
+        if refused > MOST_REFUSED * size:
+            raise ValueError(
+                f"{refused} of {size} rows cannot be used ({found.reasons(number)}): this is not"
+                " the data the target's template is for. Mend rows or template, or choose another"
+                " dataset."
+            )
+    full, total = int((found.run >= block_size).sum()), len(found.run)
+    if not found.keep.any() or full < FEWEST_FULL_BLOCKS * total:
+        raise ValueError(
+            f"rows are too short: only {full} of {total} hold a whole block of {block_size}"
+            f" supervised tokens ({found.reasons() or 'none was left out'}). Lower"
+            f" block_size, raise max_length (now {max_length}), or use longer answers."
+        )

@@ -1,0 +1,147 @@
+"""Answers written by an OpenAI-compatible server of the target (vLLM, SGLang, TGI, ...)."""
+
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx2
+
+from .conversation import Answer, Conversation, Sampling
+
+RETRIES = 5
+PATIENCE = 2.0  # seconds before the second try, doubled for each further one
+TIMEOUT = 3600  # seconds: a long answer of a busy server takes its time
+THIS_QUESTION = (400, 413, 422)  # the server refuses this question, and answers others
+EVERY_QUESTION = (401, 403, 404)  # the address, the model's name or the key is wrong
+
+
+# `huggingface_hub.InferenceClient(base_url=...)` would not do instead. Without a key it sends the
+# user's Hub token to the server, a failed request is not tried again, and where HF_HUB_OFFLINE is
+# set it asks nobody, not even a server on this machine.
+class ServerWriter:
+    """Writes the next answer of conversations by a server. Its key is `OPENAI_API_KEY`, never a Hub
+    token.
+
+    Args:
+        endpoint (`str`): its address, up to `/v1`.
+        model (`str`): the name that the target goes by there.
+        chat_template_kwargs (`dict`, *optional*): for the chat template of the prompts.
+        concurrency (`int`): requests at a time.
+    """
+
+    engine = "endpoint"
+
+    def __init__(
+        self,
+        endpoint: str,
+        model: str,
+        sampling: Sampling,
+        *,
+        chat_template_kwargs: dict | None,
+        concurrency: int,
+    ):
+        self.endpoint = endpoint
+        self.url = endpoint.rstrip("/") + "/chat/completions"
+        self.concurrency = concurrency
+        key = os.environ.get("OPENAI_API_KEY")
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self.client = httpx2.Client(timeout=TIMEOUT, headers=headers)
+        self.settings = {
+            "model": model,
+            "max_tokens": sampling.max_new_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+        }
+        # These two are no keys of OpenAI's. A server that knows only those would refuse them.
+        if sampling.top_k:
+            self.settings["top_k"] = sampling.top_k
+        if chat_template_kwargs:
+            self.settings["chat_template_kwargs"] = chat_template_kwargs
+
+    def __call__(self, conversations: list[Conversation], seed: int) -> list[Answer]:
+        """An answer to the last question of each conversation, each with a seed of its own."""
+        # With one seed for all, a question asked twice would be answered twice in the same words.
+        seeds = range(seed, seed + len(conversations))
+        with ThreadPoolExecutor(self.concurrency) as pool:
+            return list(pool.map(self._ask, conversations, seeds))
+
+    def _ask(self, conversation: Conversation, seed: int) -> Answer:
+        """The next answer of one conversation.
+
+        Raises:
+            ValueError: it is plain text.
+            OSError: the server cannot help.
+        """
+        if conversation.text is not None:
+            raise ValueError(
+                "rows of plain text are continued token by token, which needs the target itself:"
+                " leave out --endpoint"
+            )
+        body = self.settings | {"messages": conversation.history, "seed": seed}
+        if conversation.tools:
+            body["tools"] = conversation.tools
+        reply = self._post(body)
+        if reply.status_code in THIS_QUESTION:
+            return Answer(skipped=f"the endpoint refused it ({in_short(reply)})")
+        return self._read(reply)
+
+    def _post(self, body: dict) -> httpx2.Response:
+        """The reply to one request: an answer, or a refusal of this question. Anything else is
+        tried again after a pause.
+
+        Raises:
+            OSError: the server refuses every question, or failed at each try.
+        """
+        for attempt in range(RETRIES):
+            # A server that starts or is busy needs a while, and no pause follows the last try.
+            if attempt > 0:
+                time.sleep(PATIENCE * 2 ** (attempt - 1))
+            try:
+                reply = self.client.post(self.url, json=body)
+            except httpx2.HTTPError as error:  # no connection, or it broke off
+                said = " ".join(str(error).split())
+                continue
+            said = in_short(reply)
+            if reply.status_code == 200 or reply.status_code in THIS_QUESTION:
+                return reply
+            if reply.status_code in EVERY_QUESTION:
+                raise OSError(
+                    f"the endpoint {self.endpoint} refuses every question ({said}): check its"
+                    " address, the model's name (--target) and OPENAI_API_KEY. What was answered"
+                    " is kept"
+                )
+        raise OSError(
+            f"the endpoint {self.endpoint} failed {RETRIES} times ({said}). What was answered"
+            " is kept: start the same command again when it is back"
+        )
+
+    def _read(self, reply: httpx2.Response) -> Answer:
+        """The answer in a reply.
+
+        Raises:
+            OSError: there is none, because the server speaks another language.
+        """
+        try:
+            choice = reply.json()["choices"][0]
+            message = choice["message"]
+            truncated = choice["finish_reason"] == "length"
+        except (ValueError, LookupError, TypeError) as error:
+            raise OSError(
+                f"the endpoint {self.endpoint} answered without choices[0].message and"
+                f" finish_reason ({in_short(reply)}): it must speak OpenAI's chat completions. What"
+                " was answered is kept"
+            ) from error
+        turn = {"role": "assistant", "content": message.get("content") or ""}
+        # Servers differ in the name of thoughts, and so do templates.
+        thoughts = message.get("reasoning_content") or message.get("reasoning")
+        if thoughts:
+            turn["reasoning_content"] = thoughts
+            turn["thinking"] = thoughts
+        if message.get("tool_calls"):
+            turn["tool_calls"] = message["tool_calls"]
+        return Answer(turn=turn, truncated=truncated)
+
+
+def in_short(reply: httpx2.Response) -> str:
+    """Status and the beginning of a reply, for an error of one line."""
+    return f"{reply.status_code}: {' '.join(reply.text.split())[:200]}"
