@@ -21,9 +21,10 @@ from transformers import AutoModelForCausalLM
 
 from hf_specauf import load_drafter
 from hf_specauf.model_card import main as card_command
-from hf_specauf.publishing.card import render, validate
+from hf_specauf.publishing.card import render
 from hf_specauf.publishing.hub import check, check_reload, check_same, find_secrets, stage
 from hf_specauf.publishing.stranger import outputs_of
+from hf_specauf.publishing.validate import validate
 from hf_specauf.records import public
 from hf_specauf.train import main as train
 
