@@ -7,7 +7,8 @@ python -m hf_specauf.model_card validate FILE ...
 import argparse
 from pathlib import Path
 
-from .publishing.card import render, validate
+from .publishing.card import render
+from .publishing.validate import validate
 from .records import errors_in_one_line
 
 

@@ -21,9 +21,14 @@ from transformers import AutoModelForCausalLM
 
 from hf_specauf import load_drafter
 from hf_specauf.model_card import main as card_command
-from hf_specauf.publishing.card import render, validate
-from hf_specauf.publishing.hub import check, check_reload, check_same, find_secrets, stage
+from hf_specauf.publishing.card import render
+from hf_specauf.publishing.hub import check
+from hf_specauf.publishing.options import PublishOptions
+from hf_specauf.publishing.reload import check_reload, check_same
+from hf_specauf.publishing.staging import stage
 from hf_specauf.publishing.stranger import outputs_of
+from hf_specauf.publishing.traces import find_secrets
+from hf_specauf.publishing.validate import validate
 from hf_specauf.records import public
 from hf_specauf.train import main as train
 
@@ -714,7 +719,7 @@ def test_secrets_in_text_are_found_and_refused(folder, online, tmp_path, monkeyp
     record["conditions"]["prompts"] = "the prompts that grace keeps"
     (folder / "eval.json").write_text(json.dumps(record))
     with pytest.raises(ValueError, match="README.md: user name; eval.json: user name"):
-        stage(folder, tmp_path / "into", "alice/x")
+        stage(folder, tmp_path / "into", "alice/x", PublishOptions())
     (tmp_path / "into" / "eval.json").write_text("token hf_" + "a1B2" * 9)
     assert "eval.json: something that looks like a token" in find_secrets(tmp_path / "into")
 

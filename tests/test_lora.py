@@ -25,7 +25,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 from hf_specauf import AUFConfig, AUFTrainer, DFlashDraftModel, add_adapter, attach, from_target, load_drafter
 from hf_specauf.identity import target_fingerprint
 from hf_specauf.layouts.adapters import AdapterBase, borrow, finish_adapter
-from hf_specauf.publishing.card import changed_recipe
+from hf_specauf.publishing.card_training import changed_recipe
 from hf_specauf.recipe import DrafterArguments, drafter_arguments
 from hf_specauf.target import drafter_config
 from hf_specauf.train import main

@@ -8,7 +8,10 @@ from conftest import ROOT, make_drafter, make_target
 from huggingface_hub import ModelCard
 
 from hf_specauf.model_card import main
-from hf_specauf.publishing.card import adaptation, changed_recipe, render, slow_cases, tau_by_length, validate
+from hf_specauf.publishing.card import render
+from hf_specauf.publishing.card_evaluation import slow_cases, tau_by_length
+from hf_specauf.publishing.card_training import adaptation, changed_recipe
+from hf_specauf.publishing.validate import validate
 from hf_specauf.records import public
 
 CARDS = sorted((ROOT / "model_cards").glob("*__*.md"))

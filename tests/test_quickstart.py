@@ -6,7 +6,9 @@ import shutil
 import pytest
 
 from hf_specauf import quickstart
-from hf_specauf.quickstart import TargetSettings, heldout_prompts, quickstart_target, standard_library
+from hf_specauf.demo import target as demo_target
+from hf_specauf.demo.rows import heldout_prompts
+from hf_specauf.demo.target import TargetSettings, quickstart_target, standard_library
 
 TOY = TargetSettings(hidden_size=32, num_attention_heads=2, num_key_value_heads=1, head_dim=16, intermediate_size=64,
                      vocab_size=512, row_tokens=64, rows_per_step=2, steps=3)  # fmt: skip
@@ -18,7 +20,7 @@ def cache(tmp_path_factory):
     patch.setenv("HF_SPECAUF_CACHE", str(tmp_path_factory.mktemp("cache")))
     # a small standard library: tokenizing all of it is half of the quickstart's set-up
     train, heldout = standard_library()
-    patch.setattr(quickstart, "standard_library", lambda: (train[:24], heldout[:4]))
+    patch.setattr(demo_target, "standard_library", lambda: (train[:24], heldout[:4]))
     yield quickstart_target(TOY)
     patch.undo()
 

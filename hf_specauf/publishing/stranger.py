@@ -1,9 +1,9 @@
-"""What a stranger's machine does with a published folder: it loads it by the folder's own code,
-without this package.
+"""What a stranger's machine does with a published folder: it loads the folder by the folder's own
+code, without this package.
 
-`hub.py` imports `outputs_of`, and runs this same file by its path, in a process where `hf_specauf`
-cannot be imported: `python -I stranger.py FOLDER INPUTS OUTPUTS`. So this file must import nothing
-of the package.
+`reload.py` imports `outputs_of`. It also runs this same file by its path, in a process where
+`hf_specauf` cannot be imported: `python -I stranger.py FOLDER INPUTS OUTPUTS`. So this file must
+import nothing of the package.
 """
 
 import sys
@@ -14,15 +14,18 @@ from transformers import AutoModel
 
 
 def corrections(hidden, low_rank_rows, project):
-    """What a causal head adds to logits, as a `reduce` of a drafter's forward; `None` of a drafter
-    without one."""
+    """What a causal head adds to logits, as a `reduce` of a drafter's forward. `None` of a drafter
+    without such a head."""
     return None if project is None else project(low_rank_rows)
 
 
 @torch.no_grad()
 def outputs_of(drafter, given: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
-    """What a drafter makes of its config's `probe`, or of given arguments of its forward: `hidden`
-    and, of a drafter with a causal head, `correction`."""
+    """What a drafter makes of its config's `probe`, or of given arguments of its forward.
+
+    Returns:
+        `hidden` and, of a drafter with a causal head, `correction`.
+    """
     output = drafter.eval()(**given or drafter.config.probe(), reduce=corrections)
     found = {"hidden": output.last_hidden_state, "correction": output.reduced}
     return {name: tensor.contiguous() for name, tensor in found.items() if tensor is not None}

@@ -20,14 +20,9 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModel, AutoModelForCausalLM
 
-from hf_specauf.quickstart import (
-    TargetSettings,
-    heldout_prompts,
-    last,
-    quickstart_target,
-    recipes_folder,
-    train_drafter,
-)
+from hf_specauf.demo.rows import heldout_prompts
+from hf_specauf.demo.target import TargetSettings, quickstart_target
+from hf_specauf.quickstart import last, recipes_folder, train_drafter
 from hf_specauf.records import environment
 from hf_specauf.serving.compare import compare
 

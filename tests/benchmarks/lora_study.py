@@ -31,15 +31,9 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
 
 from hf_specauf import DFlashConfig, DFlashDraftModel, load_drafter
-from hf_specauf.quickstart import (
-    TargetSettings,
-    heldout_prompts,
-    heldout_rows,
-    quickstart_target,
-    recipes_folder,
-    train_drafter,
-    training_rows,
-)
+from hf_specauf.demo.rows import heldout_prompts, heldout_rows, training_rows
+from hf_specauf.demo.target import TargetSettings, quickstart_target
+from hf_specauf.quickstart import recipes_folder, train_drafter
 from hf_specauf.records import environment, write_record
 from hf_specauf.serving.compare import compare
 from hf_specauf.training.optimizer import MuonWithAdamW

@@ -17,7 +17,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from hf_specauf.quickstart import TargetSettings, evaluate_drafter, quickstart_target, recipes_folder, train_drafter
+from hf_specauf.demo.target import TargetSettings, quickstart_target
+from hf_specauf.quickstart import evaluate_drafter, recipes_folder, train_drafter
 from hf_specauf.records import environment
 
 VARIANTS = {

@@ -29,18 +29,9 @@ from hf_specauf import regenerate, train
 from hf_specauf.data.on_policy import on_policy_score
 from hf_specauf.data.rows import prepare_rows
 from hf_specauf.data.sources import load_rows
-from hf_specauf.quickstart import (
-    PROMPT_TOKENS,
-    ROW_TOKENS,
-    TargetSettings,
-    cut,
-    heldout_prompts,
-    heldout_rows,
-    quickstart_target,
-    read_texts,
-    recipes_folder,
-    save_rows,
-)
+from hf_specauf.demo.rows import PROMPT_TOKENS, ROW_TOKENS, cut, heldout_prompts, heldout_rows, read_texts, save_rows
+from hf_specauf.demo.target import TargetSettings, quickstart_target
+from hf_specauf.quickstart import recipes_folder
 from hf_specauf.records import environment
 from hf_specauf.serving.compare import compare
 from hf_specauf.target import FrozenTarget, drafter_config

@@ -1,0 +1,32 @@
+"""How a drafter is published, as one object."""
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class PublishOptions:
+    """How a drafter is published. A misspelt key fails as soon as it is given.
+
+    Attributes:
+        target, target_revision (`str`, *optional*): the target's Hub id, where training used a
+            local folder, and its branch, tag or commit.
+        base, base_revision (`str`, *optional*): likewise of the drafter it was adapted from.
+        small (`bool`, *optional*): of a LoRA drafter, publish the adapter alone instead of the
+            merged drafter.
+        allow_unmeasured (`bool`, *optional*): publish without `eval.json`; the card says "not
+            measured".
+        token (`str`, *optional*): of the Hub, instead of the one that is logged in.
+        target_model (`PreTrainedModel`, *optional*): the target, where it is loaded already; needed
+            only for borrowed layers.
+    """
+
+    target: str | None = None
+    target_revision: str | None = None
+    base: str | None = None
+    base_revision: str | None = None
+    small: bool = False
+    allow_unmeasured: bool = False
+    token: str | None = None
+    target_model: PreTrainedModel | None = None
