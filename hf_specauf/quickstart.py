@@ -36,10 +36,11 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
+from .cli import errors_in_one_line
 from .data.sources import load_rows
 from .identity import Identity
 from .recipe import parse
-from .records import errors_in_one_line, write_record
+from .records import write_record
 from .regenerate import write_whole
 from .serving.acceptance import TAU_DEFINITION
 from .serving.compare import compare, evaluation_record, plot_alpha

@@ -25,12 +25,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers.trainer_utils import set_seed
 from trl import TrlParser
 
+from .cli import errors_in_one_line
 from .data.answers import Conversation, endpoint_writer, target_writer
 from .data.on_policy import written_by
 from .data.sources import load_rows
 from .identity import Identity
 from .recipe import DataArguments, TargetArguments, json_mapping
-from .records import errors_in_one_line, write_record
+from .records import write_record
 from .target import load_target
 
 # These decide speed, not words; what answers is compared as `engine`. The target is compared by its
