@@ -99,7 +99,7 @@ def test_evaluate_takes_a_benchmark_by_name_and_writes_down_which_it_was(local, 
     with pytest.raises(SystemExit, match=r"has no column query; it has question, answer: give one of these as"):
         main([*words, "--prompts", file, "--prompts_column", "query", "--out", str(tmp_path / "out")])
     with pytest.raises(
-        SystemExit, match="Rename the column.* Or name the column that holds the question: --prompts_c"
+        SystemExit, match="Rename the column.* Or name the column that holds the question"
     ):
         main([*words, "--prompts", file, "--out", str(tmp_path / "out")])
 
@@ -145,7 +145,7 @@ def test_a_benchmark_from_the_hub_is_noted_with_the_commit_it_came_from(tmp_path
     """And a set that holds one is answered with its name."""
     card = "---\nconfigs:\n- config_name: main\n  data_files:\n  - split: test\n    path: main/test.jsonl\n---\n"
     with LoopbackHub(tmp_path / "hub") as hub:
-        repository = Repository.create(tmp_path / "hub/openai/gsm8k")
+        repository = Repository.create(tmp_path / "hub/openai/gsm8k", private=False)
         commits = []
         for word in ("old", "new"):
             rows = json.dumps({"question": f"{word}?", "answer": "4"}) + "\n"

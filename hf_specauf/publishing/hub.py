@@ -155,7 +155,7 @@ def public_base(
         print(
             f"the base {name} at {commit} was published by hf_specauf 0.1.0, whose code stops at"
             " transformers 5.23: who loads the adapter without hf_specauf needs that version. Push"
-            " the base again and name its new commit with --base-revision, or leave out --small."
+            " the base again and name its new commit with --base_revision, or leave out --small."
         )
     found = replace(base, name_or_path=name, revision=commit)
     if given is not None or commit != base.revision:  # nobody has compared it yet
@@ -163,7 +163,7 @@ def public_base(
         if weights_fingerprint(drafter.state_dict()) != base.fingerprint:
             raise ValueError(
                 f"the base {name} at {commit} has other weights than the drafter this was adapted"
-                " from: give the right one with --base and --base-revision"
+                " from: give the right one with --base and --base_revision"
             )
         found.loadable = origin_of(drafter).loadable
     if small and not found.loadable:
@@ -270,7 +270,7 @@ def check_folder(drafter: Path, allow_unmeasured: bool) -> None:
     if not allow_unmeasured and not any(drafter.glob("eval*.json")):
         raise ValueError(
             f"{drafter} holds no eval.json: measure it with `python -m hf_specauf.evaluate ..."
-            f" --out {drafter}`, or publish it as unmeasured with --allow-unmeasured"
+            f" --out {drafter}`, or publish it as unmeasured with --allow_unmeasured"
         )
 
 
