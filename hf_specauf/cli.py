@@ -66,14 +66,17 @@ def main(argv: list[str] | None = None) -> None:
     Raises:
         SystemExit: there is no such command, or the command ended on an error.
     """
-    argv = sys.argv[1:] if argv is None else argv
+    if argv is None:
+        argv = sys.argv[1:]
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(overview())
         return
     name, *words = argv
     if name not in COMMANDS:
+        meant = "specauf --help lists the commands"
         near = get_close_matches(name, COMMANDS, n=1)
-        meant = f"did you mean {near[0]}?" if near else "specauf --help lists the commands"
+        if near:
+            meant = f"did you mean {near[0]}?"
         raise SystemExit(f"error: there is no command {name!r}: {meant}")
     command = COMMANDS[name]
     if command.note and {"-h", "--help"} & {*words}:
@@ -94,9 +97,13 @@ def under_new_spelling(argv: list[str] | None, renamed: dict[str, str] | None = 
         argv (`list[str]`, *optional*): the words; the process's own by default.
         renamed (`dict[str, str]`, *optional*): flags that have another name now.
     """
-    renamed = renamed or {}
+    if argv is None:
+        argv = sys.argv[1:]
+    if renamed is None:
+        renamed = {}
     found = []
-    for word in sys.argv[1:] if argv is None else argv:
+    for word in argv:
+        # `--flag=value` too; a value keeps its dashes
         flag, equals, value = word.partition("=")
         new = flag
         if flag.startswith("--"):
@@ -166,7 +173,9 @@ def words_for(error: Exception) -> str | None:
     if isinstance(error, HTTPError):
         return unreachable(error)
     mendable = ValueError | TypeError | OSError | FloatingPointError | yaml.YAMLError
-    return " ".join(str(error).split()) if isinstance(error, mendable) else None
+    if isinstance(error, mendable):
+        return " ".join(str(error).split())
+    return None
 
 
 def unreachable(error: Exception) -> str:
@@ -186,7 +195,11 @@ def hub_words(error: Exception) -> str:
         RevisionNotFoundError,
     )
 
-    status = error.response.status_code if error.response is not None else None
+    status, url = None, ""
+    if error.response is not None:
+        status = error.response.status_code
+        # what follows the question mark may be a signature
+        url = str(error.response.url).split("?")[0]
     if isinstance(error, GatedRepoError):
         words = (
             "access to this repository is restricted: ask for it on its page, then log in with `hf"
@@ -214,7 +227,6 @@ def hub_words(error: Exception) -> str:
             " again"
         )
     said = error.server_message or ""
-    url = "" if error.response is None else str(error.response.url).split("?")[0]
     return " ".join(f"{words} ({status}: {said} {url})".split())
 
 

@@ -69,7 +69,7 @@ def differing_conditions(record: dict, reference: dict) -> list[str]:
     here, there = record["conditions"], reference["conditions"]
     here = here | {"number of prompts": len(record["prompts"])}
     there = there | {"number of prompts": len(reference["prompts"])}
-    # the clock depends on these two, and tau does not
+    # a figure from another machine is comparable: these two change the clock, and tau hardly
     keys = sorted({*here, *there} - {"hardware", "dtype"})
     return [
         f"{key} {there.get(key)} there, {here.get(key)} here"
@@ -78,69 +78,64 @@ def differing_conditions(record: dict, reference: dict) -> list[str]:
     ]
 
 
-def help_of(text: str) -> dict:
-    """A field's metadata, from which the parser makes `--help`."""
-    return {"help": text}
-
-
 @dataclass
 class EvaluateArguments:
     """Arguments of `specauf evaluate`."""
 
-    target: str = field(metadata=help_of("Hub id or folder of the target."))
-    drafter: str = field(metadata=help_of("Hub id or folder of the drafter."))
+    target: str = field(metadata={"help": "Hub id or folder of the target."})
+    drafter: str = field(metadata={"help": "Hub id or folder of the drafter."})
     prompts: str = field(
-        metadata=help_of(
-            f"A benchmark ({', '.join(BENCHMARKS)}), a Hub dataset, or a .jsonl, .parquet or .txt"
+        metadata={
+            "help": f"A benchmark ({', '.join(BENCHMARKS)}), a Hub dataset, or a .jsonl, .parquet or .txt"
             " file, with messages, conversations or text."
-        )
+        }
     )
     prompts_config: str | None = field(
-        default=None, metadata=help_of("Configuration of a Hub dataset.")
+        default=None, metadata={"help": "Configuration of a Hub dataset."}
     )
-    prompts_split: str = field(default="train", metadata=help_of("Split of a Hub dataset."))
+    prompts_split: str = field(default="train", metadata={"help": "Split of a Hub dataset."})
     prompts_revision: str | None = field(
-        default=None, metadata=help_of("Branch, tag or commit of a Hub dataset.")
+        default=None, metadata={"help": "Branch, tag or commit of a Hub dataset."}
     )
     prompts_column: str | None = field(
         default=None,
-        metadata=help_of("Column that holds the question, in a dataset or file of other columns."),
+        metadata={"help": "Column that holds the question, in a dataset or file of other columns."},
     )
     target_revision: str | None = field(
-        default=None, metadata=help_of("Branch, tag or commit of the target.")
+        default=None, metadata={"help": "Branch, tag or commit of the target."}
     )
     target_quantization: str | None = field(
         default=None,
-        metadata=help_of(
-            "bnb-4bit or bnb-8bit, for a drafter that was trained with the target so."
-        ),
+        metadata={
+            "help": "bnb-4bit or bnb-8bit, for a drafter that was trained with the target so."
+        },
     )
     drafter_revision: str | None = field(
-        default=None, metadata=help_of("Branch, tag or commit of the drafter.")
+        default=None, metadata={"help": "Branch, tag or commit of the drafter."}
     )
     count: int | None = field(
         default=None,
-        metadata=help_of(
-            f"Prompts to decode (default {DEFAULT_COUNT}, of a benchmark as many as are published)."
-        ),
+        metadata={
+            "help": f"Prompts to decode (default {DEFAULT_COUNT}, of a benchmark as many as are published)."
+        },
     )
-    prompt_tokens: int = field(default=128, metadata=help_of("Prompt length for plain text rows."))
+    prompt_tokens: int = field(default=128, metadata={"help": "Prompt length for plain text rows."})
     max_new_tokens: int = field(
-        default=128, metadata=help_of("Tokens to generate for each prompt.")
+        default=128, metadata={"help": "Tokens to generate for each prompt."}
     )
     max_draft_tokens: int | None = field(
-        default=None, metadata=help_of("Cap on drafted tokens a pass.")
+        default=None, metadata={"help": "Cap on drafted tokens a pass."}
     )
     temperature: float = field(
-        default=0.0, metadata=help_of("0 is greedy and checks equality; 1 samples.")
+        default=0.0, metadata={"help": "0 is greedy and checks equality; 1 samples."}
     )
     dtype: str = field(
-        default="auto", metadata=help_of("auto, float32 or bfloat16, for both models.")
+        default="auto", metadata={"help": "auto, float32 or bfloat16, for both models."}
     )
     device: str = field(
-        default="cuda" if torch.cuda.is_available() else "cpu", metadata=help_of("cuda or cpu.")
+        default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "cuda or cpu."}
     )
-    out: str = field(default="eval", metadata=help_of("Folder for eval.json and alpha.png."))
+    out: str = field(default="eval", metadata={"help": "Folder for eval.json and alpha.png."})
 
 
 def adapting(args: EvaluateArguments) -> str:
@@ -194,22 +189,14 @@ def refuse_to_overwrite(out: Path, folder: Path, target: Identity, config) -> No
         )
 
 
-def evaluate(args: EvaluateArguments) -> tuple[dict, str]:
-    """Decode the prompts plainly and with the drafter; write `eval.json` and `alpha.png`.
-
-    Returns:
-        the record in `eval.json`, and the verdict of `transfer_verdict`.
-    """
-    folder, commit = fetch(args.drafter, args.drafter_revision, "--drafter")
-    target, tokenizer, drafter = load_models(args, folder)
-    out, config = Path(args.out), drafter.config
-    identity = Identity.of(
-        target, tokenizer, name_or_path=args.target, revision=args.target_revision
-    )
-    refuse_to_overwrite(out, folder, identity, config)
-    # read before it is written, where --out is the drafter's own folder
-    path = folder / "eval.json"
-    reference = json.loads(path.read_text()) if path.is_file() else None
+def measure(
+    args: EvaluateArguments,
+    target: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    drafter: PreTrainedModel,
+) -> dict:
+    """Decode the prompts plainly and with the drafter -> the record of both, with its
+    conditions."""
     source = load_prompts(
         args.prompts,
         args.prompts_config,
@@ -217,13 +204,10 @@ def evaluate(args: EvaluateArguments) -> tuple[dict, str]:
         args.prompts_revision,
         args.prompts_column,
     )
+    count = source.count if args.count is None else args.count
+    template_kwargs = drafter.config.chat_template_kwargs
     prompts = encode_prompts(
-        source.rows,
-        tokenizer,
-        source.count if args.count is None else args.count,
-        args.prompt_tokens,
-        config.chat_template_kwargs,
-        source.columns,
+        source.rows, tokenizer, count, args.prompt_tokens, template_kwargs, source.columns
     )
     pad = tokenizer.pad_token_id
     if pad is None:
@@ -237,26 +221,47 @@ def evaluate(args: EvaluateArguments) -> tuple[dict, str]:
         pad_token_id=pad,
         max_draft_tokens=args.max_draft_tokens,
     )
-    record = evaluation_record(
+    return evaluation_record(
         results,
         target,
         temperature=args.temperature,
         max_new_tokens=args.max_new_tokens,
         max_draft_tokens=args.max_draft_tokens,
-        chat_template_kwargs=config.chat_template_kwargs,
+        chat_template_kwargs=template_kwargs,
         target_quantization=args.target_quantization,
+        # of chats, the question is the prompt, whatever its length
         prompt_tokens=args.prompt_tokens if source.is_text else None,
         **source.conditions,
     )
+
+
+def evaluate(args: EvaluateArguments) -> tuple[dict, str]:
+    """Measure a drafter; write `eval.json` and `alpha.png`.
+
+    Returns:
+        the record in `eval.json`, and the verdict of `transfer_verdict`.
+    """
+    folder, commit = fetch(args.drafter, args.drafter_revision, "--drafter")
+    target, tokenizer, drafter = load_models(args, folder)
+    out = Path(args.out)
+    identity = Identity.of(
+        target, tokenizer, name_or_path=args.target, revision=args.target_revision
+    )
+    refuse_to_overwrite(out, folder, identity, drafter.config)
+    # read before it is written, because --out may be the drafter's own folder
+    path = folder / "eval.json"
+    reference = json.loads(path.read_text()) if path.is_file() else None
+    record = measure(args, target, tokenizer, drafter)
     record["target"] |= identity.record()
+    # by the name the user gave, where the drafter was loaded from a folder of the cache
     record["drafter"] = {
         "name_or_path": args.drafter,
         "revision": commit,
         "dtype": str(drafter.dtype),
     }
     write_record(out / "eval.json", record)
-    plot_alpha({Path(args.drafter).name: results["acceptance"]["alpha"]}, out / "alpha.png")
-    return record, transfer_verdict(record, config, reference, adapting(args))
+    plot_alpha({Path(args.drafter).name: record["acceptance"]["alpha"]}, out / "alpha.png")
+    return record, transfer_verdict(record, drafter.config, reference, adapting(args))
 
 
 @errors_in_one_line()

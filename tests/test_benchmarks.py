@@ -98,9 +98,7 @@ def test_evaluate_takes_a_benchmark_by_name_and_writes_down_which_it_was(local, 
     assert len(record["prompts"]) == 1 and "benchmark" not in record["conditions"]
     with pytest.raises(SystemExit, match=r"has no column query; it has question, answer: give one of these as"):
         main([*words, "--prompts", file, "--prompts_column", "query", "--out", str(tmp_path / "out")])
-    with pytest.raises(
-        SystemExit, match="Rename the column.* Or name the column that holds the question"
-    ):
+    with pytest.raises(SystemExit, match="Rename the column.* Or name the column that holds the question"):
         main([*words, "--prompts", file, "--out", str(tmp_path / "out")])
 
 

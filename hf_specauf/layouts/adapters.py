@@ -56,7 +56,7 @@ class AdapterBase:
         origin = origin_of(target)
         return cls(
             absolute(target.config._name_or_path),
-            None if origin is None else origin.revision,
+            origin.revision if origin else None,
             weights_fingerprint(borrowed_tensors(target, layer_ids)),
             list(layer_ids),
         )

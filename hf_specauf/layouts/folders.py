@@ -48,10 +48,15 @@ def absolute(name_or_path: str | Path) -> str:
 
 def read_json(path: Path) -> dict:
     """A JSON file's content; empty where there is no such file."""
-    return json.loads(path.read_text()) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    return json.loads(path.read_text())
 
 
 def named(names: list[str]) -> str:
     """The first five of some names, for an error."""
-    words = ", ".join(names[:5])
-    return words + ", ..." if len(names) > 5 else words
+    # a drafter of another shape differs in all its tensors, and a hundred names help nobody
+    shown = names[:5]
+    if len(names) > 5:
+        shown.append("...")
+    return ", ".join(shown)

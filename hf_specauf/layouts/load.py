@@ -24,7 +24,9 @@ def torch_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
     """
     if dtype == "auto":
         return dtype
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    found = dtype
+    if isinstance(dtype, str):
+        found = getattr(torch, dtype, None)
     if not isinstance(found, torch.dtype):
         raise ValueError(
             f"dtype is {dtype!r}; it must be auto (as stored), bfloat16, float32 or a torch.dtype"
@@ -141,8 +143,10 @@ def from_target(
         )
     dtype = torch_dtype(dtype)
     folder, commit = fetch(folder_or_repo, revision, "folder_or_repo")
+    adapter = folder
     # The folder of a whole run holds the adapter in a folder of its own.
-    adapter = folder if (folder / "adapter_config.json").is_file() else folder / "adapter"
+    if not (folder / "adapter_config.json").is_file():
+        adapter = folder / "adapter"
     base = AdapterBase.read(adapter)
     if base.borrowed_layers is None:
         raise ValueError(
@@ -152,12 +156,16 @@ def from_target(
     check_lender(target, base, folder_or_repo)
     given = json.loads((adapter / "config.json").read_text()) | {"borrowed_layers": None}
     config = config_class(given["model_type"]).from_dict(given)
+    # An adapter fits the layers it was trained on alone, so nothing may start afresh here.
     drafter = borrow(target, config, base.borrowed_layers, frozen=True)
     check_nothing_stays_random(drafter, adapter, folder_or_repo)
     drafter = PeftModel.from_pretrained(drafter, str(adapter)).merge_and_unload()
     note_origin(drafter, Origin(absolute(folder_or_repo), commit, loadable=False))
     if dtype == "auto":
-        dtype = torch.bfloat16 if target.dtype == torch.float16 else target.dtype
+        dtype = target.dtype
+        # drafters accept nothing in fp16
+        if dtype == torch.float16:
+            dtype = torch.bfloat16
     return drafter.to(dtype).eval()
 
 

@@ -27,6 +27,7 @@ def near_tie_bound(dtype: torch.dtype, logits: torch.Tensor) -> float:
     (vllm#54928)."""
     if dtype in (torch.float32, torch.float64):
         return NEAR_TIE
+    # Low precision rounds relative to the logits' size; the factor leaves room for several of them.
     return 4 * torch.finfo(dtype).eps * logits.abs().max().item()
 
 
@@ -37,6 +38,7 @@ def first_difference(target, plain: torch.Tensor, assisted: torch.Tensor) -> dic
         return None
     shorter = min(plain.shape[1], assisted.shape[1])
     differs = (plain[0, :shorter] != assisted[0, :shorter]).nonzero()
+    # Where one is the other's beginning, they part where it ends.
     at = differs[0].item() if len(differs) else shorter
     with torch.no_grad():
         logits = target(input_ids=plain[:, :at], use_cache=False).logits[0, -1].float()
@@ -157,37 +159,46 @@ def compare(
         and a list of `prompts`.
     """
     model = innermost(target)
+    greedy = temperature == 0
     config = decoding_config(model, max_new_tokens, pad_token_id, temperature)
+
+    def decode(prompt: torch.Tensor, assistant) -> Decoded:
+        return timed(target, prompt, assistant, config, seed)
+
     rows, plain_tokens = [], 0
     with attach(target, drafter, max_draft_tokens=max_draft_tokens) as attachment, torch.no_grad():
         # Both ways are warmed up, because the first calls of a process are slow.
-        timed(target, prompts[0], None, config, seed)
-        timed(target, prompts[0], drafter, config, seed)
+        decode(prompts[0], None)
+        decode(prompts[0], drafter)
         attachment.generations.clear()
         shown = track(prompts, "decoding", disable=not show_progress, transient=True)
         for turn, prompt in enumerate(shown):
             # Each way goes first in turn, so that a machine that slows down favours neither.
             if turn % 2:
-                plain = timed(target, prompt, None, config, seed)
-                assisted = timed(target, prompt, drafter, config, seed)
+                plain, assisted = decode(prompt, None), decode(prompt, drafter)
             else:
-                assisted = timed(target, prompt, drafter, config, seed)
-                plain = timed(target, prompt, None, config, seed)
+                assisted, plain = decode(prompt, drafter), decode(prompt, None)
             difference = None
-            if temperature == 0:
+            if greedy:
                 difference = first_difference(model, plain.output, assisted.output)
+            # only the decoding with the drafter has rounds
             rounds = attachment.generations[-1]
             rows.append(prompt_row(prompt, plain, assisted, rounds, difference))
             plain_tokens += plain.output.shape[1] - prompt.shape[1]
         acceptance = attachment.acceptance()
+    return {"acceptance": acceptance.to_dict()} | totals(rows, plain_tokens, greedy)
+
+
+def totals(rows: list[dict], plain_tokens: int, greedy: bool) -> dict:
+    """What `compare` returns of all prompts together, and the rows of each."""
+    # Rates are tokens over seconds of all prompts, not means of each prompt's rate.
     plain_rate = plain_tokens / sum(row["plain_seconds"] for row in rows)
     new_tokens = sum(row["new_tokens"] for row in rows)
     assisted_rate = new_tokens / sum(row["assisted_seconds"] for row in rows)
     lossless = "sampled: not comparable token by token"
-    if temperature == 0:
+    if greedy:
         lossless = count_verdicts(rows)
     return {
-        "acceptance": acceptance.to_dict(),
         "plain_tokens_per_second": plain_rate,
         "tokens_per_second": assisted_rate,
         "speedup": assisted_rate / plain_rate,
