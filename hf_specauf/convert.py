@@ -47,6 +47,7 @@ def main(argv: list[str] | None = None) -> None:
     layout = writable(args.to)
     drafter = load_drafter(args.drafter, args.drafter_revision, key="--drafter")
     config = drafter.config
+    # other layouts do not name their target, and push needs it
     if args.target is not None:
         config.target_model_name_or_path = args.target
     layout.write(drafter, args.out)

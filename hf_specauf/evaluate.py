@@ -38,6 +38,7 @@ def transfer_verdict(record: dict, config, reference: dict | None, command: str)
         command (`str`): that adapts it.
     """
     meant = Identity.of_target_of(config)
+    # by the weights where both are known, so a copy under another name is the drafter's own target
     if Identity.read(record).is_same_model(meant):
         return ""
     own = config.target_model_name_or_path
@@ -86,8 +87,8 @@ class EvaluateArguments:
     drafter: str = field(metadata={"help": "Hub id or folder of the drafter."})
     prompts: str = field(
         metadata={
-            "help": f"A benchmark ({', '.join(BENCHMARKS)}), a Hub dataset, or a .jsonl, .parquet or .txt"
-            " file, with messages, conversations or text."
+            "help": f"A benchmark ({', '.join(BENCHMARKS)}), a Hub dataset, or a .jsonl, .parquet"
+            " or .txt file, with messages, conversations or text."
         }
     )
     prompts_config: str | None = field(
@@ -116,7 +117,7 @@ class EvaluateArguments:
     count: int | None = field(
         default=None,
         metadata={
-            "help": f"Prompts to decode (default {DEFAULT_COUNT}, of a benchmark as many as are published)."
+            "help": f"Prompts to decode (default {DEFAULT_COUNT}, for a benchmark the paper's number)"
         },
     )
     prompt_tokens: int = field(default=128, metadata={"help": "Prompt length for plain text rows."})
@@ -141,12 +142,14 @@ class EvaluateArguments:
 def adapting(args: EvaluateArguments) -> str:
     """The command that adapts the drafter to the target, by LoRA."""
     keys = {
+        # as the user named it, so that the command works where this one did
         "drafter": args.drafter,
         "drafter_revision": args.drafter_revision,
         "target": args.target,
         "target_revision": args.target_revision,
         "dataset_name": "YOUR_DATA",
         "use_peft": "true",
+        # LoRA learns at a higher rate than a whole drafter
         "learning_rate": 2e-3,
         "output_dir": "adapted",
     }

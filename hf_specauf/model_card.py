@@ -43,6 +43,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     any_bad = False
     for path in args.cards:
+        # contributed cards are named <owner>__<name>.md
         problems = validate(path, contributed="__" in path.name)
         any_bad = any_bad or bool(problems)
         print(f"{path}: {'good' if not problems else ''}")

@@ -22,6 +22,7 @@ PACKAGES = (
     "huggingface-hub",
 )
 
+# an owner and a name, as the Hub allows them
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 # Keys that name places, people, tokens or ways of showing, and change nothing in the drafter
 NOT_PUBLIC = re.compile(

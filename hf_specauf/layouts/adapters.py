@@ -135,6 +135,7 @@ def borrow(
     state = drafter.state_dict()
     ours = {name: tensor for name, tensor in state.items() if name.startswith("layers.")}
     same = [name for name in ours if name in theirs and theirs[name].shape == ours[name].shape]
+    # The activation is no tensor: shapes alone would take a GELU model's layers for Qwen3's.
     gated = getattr(target.config.get_text_config(decoder=True), "hidden_act", None) == "silu"
     exact = gated and len(same) == len(ours) == len(theirs)
     kind = type(decoder_layers(target)[0]).__name__
@@ -311,6 +312,7 @@ def add_adapter(
             f"{folder_or_repo} is an adapter on layers of a target: use from_target(target,"
             f" {str(folder_or_repo)!r})"
         )
+    # by the weights and not by the name, because a base may move, and a branch goes on
     if weights_fingerprint(plain_state(drafter)) != base.fingerprint:
         at = f" at {base.revision}" if base.revision else ""
         raise ValueError(
@@ -321,9 +323,11 @@ def add_adapter(
     if isinstance(drafter, PeftModel):
         check_beside(drafter, folder, base, folder_or_repo, adapter_name)
         drafter.load_adapter(str(folder), adapter_name)
+        # PEFT loads a second adapter without using it
         drafter.set_adapter(adapter_name)
     else:
         drafter = PeftModel.from_pretrained(drafter, str(folder), adapter_name=adapter_name).eval()
+    # the base's config names the base's target, and the adapter may be for a fine-tune of that
     if base.trained_for is not None:
         config = innermost(drafter).config
         Identity.read(base.trained_for).write_into(config)

@@ -120,6 +120,7 @@ def load_prompts(
     try:
         rows = load_rows(name, config, split, revision, keys="prompts_")
     except OSError as error:
+        # Only now, because a set on the Hub may have a name near a benchmark's.
         near = get_close_matches(name.lower(), BENCHMARKS, n=1)
         if near:
             raise OSError(f"{error} Or did you mean the benchmark {near[0]}?") from error
@@ -225,6 +226,7 @@ def encode_prompts(
     """
     prompts = []
     skipped: dict[str, list[int]] = {}
+    # The first rows, not a random choice, so that two drafters are asked the same questions.
     for i, row in enumerate(rows.select(range(min(count, len(rows))))):
         ids = prompt_of_row(i, row, tokenizer, longest, template_kwargs, columns)
         if isinstance(ids, list) and ids:
@@ -263,6 +265,7 @@ def prompt_of_row(
         return row["input_ids"][: prompt_length(row["supervised"])]
     if tokenizer.chat_template is None and isinstance(row.get("prompt"), str):
         return tokenizer(row["prompt"])["input_ids"]
+    # as far as the first question, so that the target answers what the set's author asked
     conversation = Conversation(number, row)
     if not conversation.wants_answer():
         return conversation.skipped
