@@ -117,7 +117,7 @@ class EvaluateArguments:
     count: int | None = field(
         default=None,
         metadata={
-            "help": f"Prompts to decode (default {DEFAULT_COUNT}, for a benchmark the paper's number)"
+            "help": f"Prompts to decode (default {DEFAULT_COUNT}; for benchmarks, the paper's number)"
         },
     )
     prompt_tokens: int = field(default=128, metadata={"help": "Prompt length for plain text rows."})

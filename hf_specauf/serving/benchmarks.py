@@ -16,6 +16,7 @@ import os
 import re
 from dataclasses import dataclass
 from difflib import get_close_matches
+from pathlib import Path
 
 import torch
 from datasets import Dataset
@@ -171,14 +172,12 @@ def check_columns(name: str, rows: Dataset, columns: tuple[str, ...]) -> None:
 
 
 def commit_of(rows: Dataset) -> str | None:
-    """The commit that rows came from; `None` where datasets does not tell it, as of a local file.
-
-    datasets knows the files by addresses like `hf://datasets/openai/gsm8k@COMMIT/...`.
-    """
-    for address in rows.info.download_checksums or {}:
-        found = re.search(r"^hf://datasets/[^@]+@([0-9a-f]{40})/", address)
-        if found is not None:
-            return found[1]
+    """The commit that rows came from; `None` where datasets does not tell it, as of a local file."""
+    # The cache names the folder of a Hub dataset's rows by the commit, and a file's by a longer hash.
+    for file in rows.cache_files:
+        folder = Path(file["filename"]).parent.name
+        if re.fullmatch("[0-9a-f]{40}", folder):
+            return folder
     return None
 
 
