@@ -117,7 +117,7 @@ class EvaluateArguments:
     count: int | None = field(
         default=None,
         metadata={
-            "help": f"Prompts to decode (default {DEFAULT_COUNT}; for benchmarks, the paper's number)"
+            "help": f"Prompts to decode (default {DEFAULT_COUNT}; of a benchmark, as in the paper)."
         },
     )
     prompt_tokens: int = field(default=128, metadata={"help": "Prompt length for plain text rows."})

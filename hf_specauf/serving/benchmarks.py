@@ -172,8 +172,8 @@ def check_columns(name: str, rows: Dataset, columns: tuple[str, ...]) -> None:
 
 
 def commit_of(rows: Dataset) -> str | None:
-    """The commit that rows came from; `None` where datasets does not tell it, as of a local file."""
-    # The cache names the folder of a Hub dataset's rows by the commit, and a file's by a longer hash.
+    """The commit that rows came from; `None` where datasets does not tell it (of a local file)."""
+    # datasets names the cache folder of a Hub dataset by the commit, and of a file by a longer hash
     for file in rows.cache_files:
         folder = Path(file["filename"]).parent.name
         if re.fullmatch("[0-9a-f]{40}", folder):
