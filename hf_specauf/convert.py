@@ -1,34 +1,60 @@
-"""The command that writes a drafter of any layout, or an adapter merged on its base, as a plain
-drafter of ours.
+"""The command that writes a drafter of any layout, or an adapter merged on its base, in another
+layout: `specauf convert`.
 
-python -m hf_specauf.convert --drafter z-lab/Qwen3-8B-DFlash-b16 --out DIR
+specauf convert --drafter z-lab/Qwen3-8B-DFlash-b16 --out DIR
 """
 
 import argparse
 from pathlib import Path
 
+from .cli import errors_in_one_line, under_new_spelling
+from .layouts import LAYOUTS, Layout
 from .layouts.load import load_drafter
-from .records import errors_in_one_line
+
+
+def writable(name: str) -> Layout:
+    """A layout of the table that can be written.
+
+    Raises:
+        ValueError: there is no such layout, or nothing writes it.
+    """
+    names = [kind for kind, layout in LAYOUTS.items() if layout.write is not None]
+    if name not in names:
+        found = "is only read" if name in LAYOUTS else "is no layout that this package knows"
+        raise ValueError(f"--to {name}: it {found}. What can be written: {', '.join(names)}")
+    return LAYOUTS[name]
 
 
 @errors_in_one_line()
 def main(argv: list[str] | None = None) -> None:
-    """Command line of `python -m hf_specauf.convert`."""
+    """Command line of `specauf convert` and of `python -m hf_specauf.convert`."""
+    read = ", ".join(LAYOUTS)
     parser = argparse.ArgumentParser(
-        prog="python -m hf_specauf.convert", description="Write a drafter of another layout, or an adapter merged on "
-        "its base, as a plain drafter of this package: then evaluate it, push it, or adapt it.",
-    )  # fmt: skip
-    parser.add_argument("--drafter", required=True, help="Hub id or folder")
-    parser.add_argument("--revision", help="branch, tag or commit on the Hub")
+        prog="specauf convert",
+        description="Write a drafter of another layout, or an adapter merged on its base, as a"
+        " plain drafter of this package: then evaluate it, push it, or adapt it.",
+    )
+    parser.add_argument(
+        "--drafter", required=True, help=f"Hub id or folder, in one of the layouts {read}"
+    )
+    parser.add_argument("--drafter_revision", help="the drafter's branch, tag or commit on the Hub")
     parser.add_argument("--target", help="Hub id of its target, noted in config.json")
+    parser.add_argument(
+        "--to", default="specauf", help="layout to write (default specauf, this package's own)"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    args = parser.parse_args(argv)
-    drafter = load_drafter(args.drafter, args.revision, key="--drafter")
+    args = parser.parse_args(under_new_spelling(argv, {"--revision": "--drafter_revision"}))
+    layout = writable(args.to)
+    drafter = load_drafter(args.drafter, args.drafter_revision, key="--drafter")
+    config = drafter.config
+    # other layouts do not name their target, and push needs it
     if args.target is not None:
-        drafter.config.target_model_name_or_path = args.target
-    drafter.save_pretrained(args.out)
-    print(f"written: {args.out} (block size {drafter.config.block_size}, taps {drafter.config.target_layer_ids}, "
-          f"mask token {drafter.config.mask_token_id})")  # fmt: skip
+        config.target_model_name_or_path = args.target
+    layout.write(drafter, args.out)
+    print(
+        f"written: {args.out} (block size {config.block_size}, taps {config.target_layer_ids}, mask"
+        f" token {config.mask_token_id})"
+    )
 
 
 if __name__ == "__main__":

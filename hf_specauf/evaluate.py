@@ -1,5 +1,5 @@
-"""`python -m hf_specauf.evaluate`: plain against assisted decoding in one run -> eval.json, a plot,
-a verdict."""
+"""The command that compares plain decoding with a drafter's, in one run -> eval.json, a plot, a
+verdict: `specauf evaluate`."""
 
 import json
 import shlex
@@ -9,57 +9,22 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import TrlParser
 
-from .data.conversation import Conversation, prompt_ids
-from .data.messages import row_format
-from .data.rows import prompt_length
-from .data.sources import load_rows
+from .cli import errors_in_one_line
 from .identity import Identity
-from .layouts.adapters import fetch
+from .layouts.folders import fetch
 from .layouts.load import load_drafter, torch_dtype
 from .recipe import TargetArguments
-from .records import errors_in_one_line, write_record
+from .records import write_record
 from .serving.acceptance import number
+from .serving.benchmarks import BENCHMARKS, DEFAULT_COUNT, encode_prompts, load_prompts
 from .serving.compare import compare, evaluation_record, plot_alpha, show
 from .target import load_target
 
-
-def encode_prompts(
-    rows, tokenizer: PreTrainedTokenizerBase, count: int, longest: int, template_kwargs: dict | None
-):
-    """The first `count` rows as prompts (1, S): conversations up to the first answer, text up to
-    `longest` tokens. Rows that give none are counted and printed with the reason."""
-    row_format(rows.column_names)  # refuses columns that nobody knows
-    prompts, skipped = [], {}
-    for i, row in enumerate(rows.select(range(min(count, len(rows))))):
-        conversation = Conversation(i, row)
-        if row.get("input_ids") and row.get("supervised"):
-            ids = row["input_ids"][: prompt_length(row["supervised"])]
-        elif tokenizer.chat_template is None and isinstance(row.get("prompt"), str):
-            ids = tokenizer(row["prompt"])["input_ids"]
-        elif conversation.next_question():
-            ids = prompt_ids(conversation, tokenizer, template_kwargs, longest)
-        else:
-            ids = conversation.skipped
-        if isinstance(ids, list) and ids:
-            prompts.append(torch.tensor([ids]))
-        else:
-            skipped.setdefault(ids or "it asks nothing", []).append(i)
-    words = ", ".join(
-        f"{reason} ({len(found)}, first: row {found[0]})" for reason, found in skipped.items()
-    )
-    if not prompts:
-        raise ValueError(
-            f"not one row of {min(count, len(rows))} gives a prompt: {words or 'there are no rows'}"
-        )
-    if skipped:
-        print(f"{len(prompts)} prompts; other rows give none: {words}")
-    return prompts
-
-
-ENOUGH = 0.95  # a drafter that keeps this share of its accepted tokens on another target has little to win
+# A drafter that keeps this share of its accepted tokens on another target has little to win.
+ENOUGH = 0.95
 
 
 def transfer_verdict(record: dict, config, reference: dict | None, command: str) -> str:
@@ -73,52 +38,57 @@ def transfer_verdict(record: dict, config, reference: dict | None, command: str)
         command (`str`): that adapts it.
     """
     meant = Identity.of_target_of(config)
+    # by the weights where both are known, so a copy under another name is the drafter's own target
     if Identity.read(record).is_same_model(meant):
         return ""
-    own, here = config.target_model_name_or_path, record["acceptance"]["tau"]
+    own = config.target_model_name_or_path
     adapt = f"where tau is clearly higher, adapt it: {command}"
     again = f"Evaluate it on {own or 'its own target'} with the same prompts and settings: {adapt}"
     if reference is None or own is None or not Identity.read(reference).is_same_model(meant):
         known = f"was trained for {own}" if own else "does not say which target it was trained for"
         return f"This drafter {known}, and what it reaches there is not known. {again}"
-    there = reference["acceptance"]["tau"]
-    theirs, ours = (
-        part["conditions"] | {"number of prompts": len(part["prompts"])}
-        for part in (reference, record)
-    )
-    other = [
-        f"{key} {theirs.get(key)} there, {ours.get(key)} here"
-        for key in sorted({*theirs, *ours} - {"hardware", "dtype"})
-        if theirs.get(key) != ours.get(key)
-    ]
+    here, there = (part["acceptance"]["tau"] for part in (record, reference))
     said = (
         f"This drafter was trained for {own} and reached tau {number(there)} there "
         f"({reference['conditions']['prompts']}). Here it reaches {number(here)}"
     )
+    other = differing_conditions(record, reference)
     if other:
         return f"{said}, but tau depends on what differed ({'; '.join(other)}). {again}"
     if here is None or there is None:
         return f"{said}. {again}"
+    # Of tau, 1 is the target's own token. A drafter that had nothing accepted there has lost none.
     kept = (here - 1) / (there - 1) if there > 1 else 1.0
     said += f", so {kept:.0%} of the accepted tokens are kept."
-    return (
-        f"{said} Adapting it has little to win."
-        if kept >= ENOUGH
-        else f"{said} Adapting is worth a try: {command}"
-    )
+    if kept >= ENOUGH:
+        return f"{said} Adapting it has little to win."
+    return f"{said} Adapting is worth a try: {command}"
+
+
+def differing_conditions(record: dict, reference: dict) -> list[str]:
+    """The conditions of two evaluations that tau depends on and that differ, in words."""
+    here, there = record["conditions"], reference["conditions"]
+    here = here | {"number of prompts": len(record["prompts"])}
+    there = there | {"number of prompts": len(reference["prompts"])}
+    # a figure from another machine is comparable: these two change the clock, and tau hardly
+    keys = sorted({*here, *there} - {"hardware", "dtype"})
+    return [
+        f"{key} {there.get(key)} there, {here.get(key)} here"
+        for key in keys
+        if here.get(key) != there.get(key)
+    ]
 
 
 @dataclass
 class EvaluateArguments:
-    """Arguments of `python -m hf_specauf.evaluate`."""
+    """Arguments of `specauf evaluate`."""
 
     target: str = field(metadata={"help": "Hub id or folder of the target."})
     drafter: str = field(metadata={"help": "Hub id or folder of the drafter."})
     prompts: str = field(
         metadata={
-            "help": (
-                "Hub dataset, or .jsonl/.parquet/.txt file with messages, conversations or text."
-            )
+            "help": f"A benchmark ({', '.join(BENCHMARKS)}), a Hub dataset, or a .jsonl, .parquet"
+            " or .txt file, with messages, conversations or text."
         }
     )
     prompts_config: str | None = field(
@@ -127,6 +97,10 @@ class EvaluateArguments:
     prompts_split: str = field(default="train", metadata={"help": "Split of a Hub dataset."})
     prompts_revision: str | None = field(
         default=None, metadata={"help": "Branch, tag or commit of a Hub dataset."}
+    )
+    prompts_column: str | None = field(
+        default=None,
+        metadata={"help": "Column that holds the question, in a dataset or file of other columns."},
     )
     target_revision: str | None = field(
         default=None, metadata={"help": "Branch, tag or commit of the target."}
@@ -140,7 +114,12 @@ class EvaluateArguments:
     drafter_revision: str | None = field(
         default=None, metadata={"help": "Branch, tag or commit of the drafter."}
     )
-    count: int = field(default=24, metadata={"help": "Prompts to decode."})
+    count: int | None = field(
+        default=None,
+        metadata={
+            "help": f"Prompts to decode (default {DEFAULT_COUNT}; of a benchmark, as in the paper)."
+        },
+    )
     prompt_tokens: int = field(default=128, metadata={"help": "Prompt length for plain text rows."})
     max_new_tokens: int = field(
         default=128, metadata={"help": "Tokens to generate for each prompt."}
@@ -163,84 +142,143 @@ class EvaluateArguments:
 def adapting(args: EvaluateArguments) -> str:
     """The command that adapts the drafter to the target, by LoRA."""
     keys = {
-        "drafter": args.drafter, "drafter_revision": args.drafter_revision,
-        "target": args.target, "target_revision": args.target_revision,
-        "dataset_name": "YOUR_DATA", "use_peft": "true", "learning_rate": 2e-3, "output_dir": "adapted",
-    }  # fmt: skip
-    words = [
-        word
-        for key, value in keys.items()
-        if value is not None
-        for word in (f"--{key}", str(value))
-    ]
-    return shlex.join(["accelerate", "launch", "-m", "hf_specauf.train", *words])
+        # as the user named it, so that the command works where this one did
+        "drafter": args.drafter,
+        "drafter_revision": args.drafter_revision,
+        "target": args.target,
+        "target_revision": args.target_revision,
+        "dataset_name": "YOUR_DATA",
+        "use_peft": "true",
+        # LoRA learns at a higher rate than a whole drafter
+        "learning_rate": 2e-3,
+        "output_dir": "adapted",
+    }
+    words = ["accelerate", "launch", "-m", "hf_specauf.train"]
+    for key, value in keys.items():
+        if value is not None:
+            words += [f"--{key}", str(value)]
+    return shlex.join(words)
 
 
-@errors_in_one_line()
-def main(argv: list[str] | None = None) -> None:
-    """Command line of `python -m hf_specauf.evaluate`."""
-    (args,) = TrlParser(
-        EvaluateArguments, prog="python -m hf_specauf.evaluate"
-    ).parse_args_and_config(argv)
+def load_models(
+    args: EvaluateArguments, folder: Path
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, PreTrainedModel]:
+    """The target, its tokenizer, and the drafter in `folder`, where they will decode."""
     dtype = torch_dtype(args.dtype)
+    quantized = args.target_quantization is not None
     loading = TargetArguments(
-        args.target, target_dtype=args.dtype, target_quantization=args.target_quantization,
-        target_device_map=args.device if args.target_quantization else None,
-    ).loading()  # fmt: skip
+        args.target,
+        target_dtype=args.dtype,
+        target_quantization=args.target_quantization,
+        # a quantised model cannot be moved, so it is loaded where it will decode
+        target_device_map=args.device if quantized else None,
+    ).loading()
     target, tokenizer = load_target(args.target, args.target_revision, key="--target", **loading)
-    target = (
-        target if args.target_quantization else target.to(args.device)
-    )  # quantised ones are not to be moved
-    folder, commit = fetch(args.drafter, args.drafter_revision, "--drafter")
+    if not quantized:
+        target = target.to(args.device)
     drafter = load_drafter(folder, target=target, dtype=dtype, key="--drafter").to(args.device)
-    out, config = Path(args.out), drafter.config
-    identity = Identity.of(
-        target, tokenizer, name_or_path=args.target, revision=args.target_revision
-    )
-    is_own = config.target_model_name_or_path is None or identity.is_same_model(
-        Identity.of_target_of(config)
-    )
-    if out.resolve() == folder.resolve() and not is_own:
+    return target, tokenizer, drafter
+
+
+def refuse_to_overwrite(out: Path, folder: Path, target: Identity, config) -> None:
+    """Raise where a measurement on another target would replace the drafter's own `eval.json`."""
+    own = config.target_model_name_or_path
+    if own is None or target.is_same_model(Identity.of_target_of(config)):
+        return
+    if out.resolve() == folder.resolve():
         raise ValueError(
             f"--out {out} is the drafter's own folder, whose eval.json is what it reaches on its"
-            f" own target {config.target_model_name_or_path}, and {args.target} is another one:"
-            " give another --out"
+            f" own target {own}, and {target.name_or_path} is another one: give another --out"
         )
-    path = folder / "eval.json"
-    reference = json.loads(path.read_text()) if path.is_file() else None
-    rows = load_rows(
+
+
+def measure(
+    args: EvaluateArguments,
+    target: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    drafter: PreTrainedModel,
+) -> dict:
+    """Decode the prompts plainly and with the drafter -> the record of both, with its
+    conditions."""
+    source = load_prompts(
         args.prompts,
         args.prompts_config,
         args.prompts_split,
         args.prompts_revision,
-        keys="prompts_",
+        args.prompts_column,
     )
-    template_kwargs = config.chat_template_kwargs
-    prompts = encode_prompts(rows, tokenizer, args.count, args.prompt_tokens, template_kwargs)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    prompts = [prompt.to(args.device) for prompt in prompts]
+    count = source.count if args.count is None else args.count
+    template_kwargs = drafter.config.chat_template_kwargs
+    prompts = encode_prompts(
+        source.rows, tokenizer, count, args.prompt_tokens, template_kwargs, source.columns
+    )
+    pad = tokenizer.pad_token_id
+    if pad is None:
+        pad = tokenizer.eos_token_id
     results = compare(
-        target, drafter, prompts, args.max_new_tokens, temperature=args.temperature, pad_token_id=pad,
+        target,
+        drafter,
+        [prompt.to(args.device) for prompt in prompts],
+        args.max_new_tokens,
+        temperature=args.temperature,
+        pad_token_id=pad,
         max_draft_tokens=args.max_draft_tokens,
-    )  # fmt: skip
-    record = evaluation_record(
-        results, target, prompts=args.prompts, temperature=args.temperature, max_new_tokens=args.max_new_tokens,
-        max_draft_tokens=args.max_draft_tokens, chat_template_kwargs=template_kwargs,
+    )
+    return evaluation_record(
+        results,
+        target,
+        temperature=args.temperature,
+        max_new_tokens=args.max_new_tokens,
+        max_draft_tokens=args.max_draft_tokens,
+        chat_template_kwargs=template_kwargs,
         target_quantization=args.target_quantization,
-        prompt_tokens=args.prompt_tokens if row_format(rows.column_names) == "text" else None,
-    )  # fmt: skip
+        # of chats, the question is the prompt, whatever its length
+        prompt_tokens=args.prompt_tokens if source.is_text else None,
+        **source.conditions,
+    )
+
+
+def evaluate(args: EvaluateArguments) -> tuple[dict, str]:
+    """Measure a drafter; write `eval.json` and `alpha.png`.
+
+    Returns:
+        the record in `eval.json`, and the verdict of `transfer_verdict`.
+    """
+    folder, commit = fetch(args.drafter, args.drafter_revision, "--drafter")
+    target, tokenizer, drafter = load_models(args, folder)
+    out = Path(args.out)
+    identity = Identity.of(
+        target, tokenizer, name_or_path=args.target, revision=args.target_revision
+    )
+    refuse_to_overwrite(out, folder, identity, drafter.config)
+    # read before it is written, because --out may be the drafter's own folder
+    path = folder / "eval.json"
+    reference = json.loads(path.read_text()) if path.is_file() else None
+    record = measure(args, target, tokenizer, drafter)
     record["target"] |= identity.record()
+    # by the name the user gave, where the drafter was loaded from a folder of the cache
     record["drafter"] = {
         "name_or_path": args.drafter,
         "revision": commit,
         "dtype": str(drafter.dtype),
     }
     write_record(out / "eval.json", record)
-    plot_alpha({Path(args.drafter).name: results["acceptance"]["alpha"]}, out / "alpha.png")
+    plot_alpha({Path(args.drafter).name: record["acceptance"]["alpha"]}, out / "alpha.png")
+    return record, transfer_verdict(record, drafter.config, reference, adapting(args))
+
+
+@errors_in_one_line()
+def main(argv: list[str] | None = None) -> None:
+    """Command line of `specauf evaluate` and of `python -m hf_specauf.evaluate`."""
+    parser = TrlParser(EvaluateArguments, prog="specauf evaluate")
+    (args,) = parser.parse_args_and_config(argv)
+    record, verdict = evaluate(args)
     console = Console()
-    show(results, console)
-    if verdict := transfer_verdict(record, config, reference, adapting(args)):
-        console.print(verdict, markup=False, soft_wrap=True)  # the command stays one line
+    show(record, console)
+    if verdict:
+        # soft_wrap, because the command in it must stay one line to be copied
+        console.print(verdict, markup=False, soft_wrap=True)
+    out = Path(args.out)
     console.print(f"written: {out / 'eval.json'}, {out / 'alpha.png'}")
 
 

@@ -1,43 +1,56 @@
-"""The commands that render a drafter's card and check cards.
+"""The command that renders a drafter's card and checks cards: `specauf card`.
 
-python -m hf_specauf.model_card render DIR --repo OWNER/NAME [--revision TAG_OR_COMMIT] [--out FILE]
-python -m hf_specauf.model_card validate FILE ...
+specauf card render --drafter DIR --repo OWNER/NAME --revision v1
+specauf card validate FILE ...
 """
 
 import argparse
 from pathlib import Path
 
+from .cli import errors_in_one_line, parse_with_drafter, under_new_spelling
 from .publishing.card import render
 from .publishing.validate import validate
-from .records import errors_in_one_line
+
+
+def command_parser() -> argparse.ArgumentParser:
+    """The two commands and their flags."""
+    parser = argparse.ArgumentParser(
+        prog="specauf card", description="Render a drafter's card, or check cards."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("render", help="write the card of a drafter's folder")
+    one.add_argument(
+        "--drafter", metavar="DIR", type=Path, help="the folder that train and evaluate left"
+    )
+    one.add_argument("--repo", required=True, help="OWNER/NAME it is or will be published as")
+    one.add_argument(
+        "--revision", default="main", help="tag or commit that the card's usage lines name"
+    )
+    one.add_argument("--out", type=Path, help="file to write (default: README.md in the folder)")
+    many = commands.add_parser("validate", help="check cards; exit code 1 if one is not good")
+    many.add_argument("cards", metavar="FILE", type=Path, nargs="+", help="a card to check")
+    return parser
 
 
 @errors_in_one_line()
 def main(argv: list[str] | None = None) -> None:
-    """Command line of `python -m hf_specauf.model_card`."""
-    parser = argparse.ArgumentParser(
-        prog="python -m hf_specauf.model_card", description=__doc__.split("\n\n")[0]
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    one = commands.add_parser("render", help="write the card of a drafter's folder")
-    one.add_argument("drafter", type=Path, help="the folder that train and evaluate left")
-    one.add_argument("--repo", required=True, help="OWNER/NAME it is or will be published as")
-    one.add_argument("--revision", default="main", help="tag or commit for the usage lines")
-    one.add_argument("--out", type=Path, help="file to write (default: README.md in the folder)")
-    many = commands.add_parser("validate", help="check cards; exit code 1 if one is not good")
-    many.add_argument("cards", type=Path, nargs="+")
-    args = parser.parse_args(argv)
+    """Command line of `specauf card` and of `python -m hf_specauf.model_card`."""
+    args = parse_with_drafter(command_parser(), under_new_spelling(argv))
     if args.command == "render":
-        out = args.out or args.drafter / "README.md"
-        render(args.drafter, args.repo, args.revision).save(out)
+        drafter = Path(args.drafter)
+        out = args.out or drafter / "README.md"
+        render(drafter, args.repo, args.revision).save(out)
         print(f"written: {out}")
         return
-    problems = {path: validate(path, contributed="__" in path.name) for path in args.cards}
-    for path, found in problems.items():
-        print(f"{path}: {'good' if not found else ''}")
-        for problem in found:
+    any_bad = False
+    for path in args.cards:
+        # contributed cards are named <owner>__<name>.md
+        problems = validate(path, contributed="__" in path.name)
+        any_bad = any_bad or bool(problems)
+        print(f"{path}: {'good' if not problems else ''}")
+        for problem in problems:
             print(f"  - {problem}")
-    if any(problems.values()):
+    if any_bad:
         raise SystemExit(1)
 
 

@@ -15,10 +15,11 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModel, AutoModelForCausalLM
 
+from .cli import errors_in_one_line
 from .demo.rows import heldout_prompts, heldout_rows, training_rows
 from .demo.target import TargetSettings, quickstart_target
 from .recipe import parse
-from .records import errors_in_one_line, write_record
+from .records import write_record
 from .serving.acceptance import TAU_DEFINITION
 from .serving.compare import compare, evaluation_record, plot_alpha, plot_curves
 from .train import train

@@ -23,6 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers.trainer_utils import set_seed
 from trl import TrlParser
 
+from .cli import errors_in_one_line
 from .data.answers import TargetWriter
 from .data.chunks import ChunkFiles
 from .data.conversation import Answer, Conversation, Sampling
@@ -31,7 +32,6 @@ from .data.server import ServerWriter
 from .data.sources import load_rows
 from .identity import Identity
 from .recipe import DataArguments, TargetArguments, json_mapping
-from .records import errors_in_one_line
 from .target import load_target
 
 Writer = Callable[[list[Conversation], int], list[Answer]]

@@ -17,8 +17,8 @@ from transformers import (
 )
 
 from .drafters import DRAFTERS
-from .drafters.configuration_dflash import DFlashConfig, check_target_layer_ids
 from .drafters.candidates import apply_head, embed_noise
+from .drafters.configuration_dflash import DFlashConfig, check_target_layer_ids
 from .identity import (
     Identity,
     Origin,

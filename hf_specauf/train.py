@@ -19,6 +19,7 @@ from datasets import Dataset
 from rich.console import Console
 from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from .cli import errors_in_one_line
 from .data.config import DataArguments
 from .data.on_policy import check_settings, on_policy_score
 from .data.rows import prepare_rows, show_row
@@ -28,7 +29,7 @@ from .identity import Identity
 from .layouts.adapters import AdapterBase, borrow, finish_adapter
 from .layouts.load import load_drafter
 from .recipe import DrafterArguments, TargetArguments, parse
-from .records import NOT_PUBLIC, environment, errors_in_one_line, write_record
+from .records import NOT_PUBLIC, environment, write_record
 from .regenerate import on_policy_words
 from .serving.compare import compare, evaluation_record, plot_alpha, show
 from .target import default_mask_token_id, drafter_config, load_target

@@ -9,7 +9,9 @@ from safetensors.torch import load_file, save_file
 
 from hf_specauf import DFlashConfig, DFlashDraftModel, DominoDraftModel, load_drafter
 from hf_specauf.convert import main
-from hf_specauf.layouts.load import foreign_config
+from hf_specauf.layouts import LAYOUTS, Layout
+from hf_specauf.layouts.load import layout_of
+from hf_specauf.layouts.zlab import our_config
 
 RENAMED = {"fc.weight": "encoder.fc.weight", "hidden_norm.weight": "encoder.output_norm_enc.weight"}
 
@@ -169,7 +171,9 @@ def test_a_folder_of_ours_with_other_tensors_than_its_config_asks_for_is_refused
     more, narrow = (state | {name: torch.zeros(2, 2)} for name in ("head.weight", "fc.weight"))
     for odd, name in ((lacking, "fc.weight"), (more, "head.weight"), (narrow, "fc.weight")):
         save_file(odd, tmp_path / "model.safetensors", metadata={"format": "pt"})
-        with pytest.raises(ValueError, match=f"--drafter: .*asks for: {name} missing, unknown or of another shape"):
+        with pytest.raises(
+            ValueError, match=f"the weights in .* its config asks for: {name} missing, unknown or of another"
+        ):
             load_drafter(tmp_path, key="--drafter")
 
 
@@ -193,6 +197,66 @@ def test_command_writes_our_layout(folder, drafter, tmp_path, capsys):
     found = load_drafter(tmp_path / "ours")
     assert isinstance(found.config, DFlashConfig) and found.config.target_model_name_or_path == "Qwen/Qwen3-8B"
     assert torch.equal(found.fc.weight, drafter.fc.weight)
-    assert foreign_config(z_lab(drafter)).to_dict() | {"dtype": "", "architectures": ""} == foreign_config(
+    assert our_config(z_lab(drafter)).to_dict() | {"dtype": "", "architectures": ""} == our_config(
         z_lab(found)
     ).to_dict() | {"dtype": "", "architectures": ""}
+
+
+# ---- the table of layouts
+
+
+def test_a_layout_added_by_one_entry_is_recognised_read_and_written(drafter, tmp_path, monkeypatch, capsys):
+    def write(found, folder):
+        folder.mkdir()
+        (folder / "toy.json").write_text(json.dumps(found.config.to_dict(), default=str))
+        save_file(found.state_dict(), folder / "toy.safetensors")
+
+    def read(folder, config, dtype):
+        found = DFlashDraftModel(DFlashConfig(**json.loads((folder / "toy.json").read_text()))).to(torch.bfloat16)
+        found.load_state_dict(load_file(folder / "toy.safetensors"))
+        return found if dtype == "auto" else found.to(dtype)
+
+    toy = Layout("a toy's", lambda folder, config: (folder / "toy.json").is_file(), read, write)
+    monkeypatch.setitem(LAYOUTS, "toy", toy)
+    drafter.save_pretrained(tmp_path / "ours")
+    main(["--drafter", str(tmp_path / "ours"), "--to", "toy", "--out", str(tmp_path / "toy")])
+    found = load_drafter(tmp_path / "toy", dtype="float32")
+    assert found.dtype == torch.float32 and torch.equal(found.fc.weight, drafter.fc.weight.float())
+    assert found.config._name_or_path == ""  # AutoModel cannot load it, so nothing may name it as a base
+    main(["--drafter", str(tmp_path / "toy"), "--out", str(tmp_path / "again")])
+    assert torch.equal(load_drafter(tmp_path / "again").fc.weight, drafter.fc.weight)
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "specauf, specforge, zlab, toy" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    "to, said", [("zlab", "it is only read"), ("gguf", "it is no layout that this package knows")]
+)
+def test_a_layout_that_nothing_writes_is_refused_with_those_that_can_be_written(folder, tmp_path, to, said):
+    with pytest.raises(SystemExit, match=f"--to {to}: {said}. What can be written: specauf$"):
+        main(["--drafter", str(folder), "--to", to, "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_each_layout_is_told_from_the_others(folder, drafter, tmp_path):
+    drafter.save_pretrained(tmp_path / "ours")
+    config = json.loads((folder / "config.json").read_text())
+    head = {"dflash_config": config["dflash_config"] | {"projector_type": "domino"}}
+    for name, found in {
+        "specauf": json.loads((tmp_path / "ours/config.json").read_text()),
+        "zlab": config,
+        "specforge": config | head,
+    }.items():
+        assert layout_of(folder, found, "it") is LAYOUTS[name]
+    assert layout_of(folder, config | {"domino_config": {"emb_dim": 8}}, "it") is LAYOUTS["specforge"]
+    plain = config["dflash_config"] | {"projector_type": "dflash"}
+    assert layout_of(folder, config | {"dflash_config": plain}, "it") is LAYOUTS["zlab"]
+    with pytest.raises(ValueError, match="it says nothing about block_size.*These are read: specauf .this package's"):
+        layout_of(folder, {"model_type": "llama"}, "it")
+
+
+def test_old_spelling_of_the_revision_is_read_and_named(folder, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="is a folder, which has no revision 'v1'"):
+        main(["--drafter", str(folder), "--revision", "v1", "--out", str(tmp_path / "out")])
+    assert "--revision is spelt --drafter_revision now" in capsys.readouterr().out

@@ -258,7 +258,7 @@ def test_connection_cut_in_an_upload_leaves_nothing_half_and_the_next_try_all(tr
 
 
 def test_pull_request_and_a_contributed_card_merged(published, trained, run, hub):
-    words = ["--drafter", str(trained), "--repo", "alice/drafter", "--target", "alice/target", "--create-pr"]
+    words = ["--drafter", str(trained), "--repo", "alice/drafter", "--target", "alice/target", "--create_pr"]
     before = contents(published.repository)
     code, printed = run("-m", "hf_specauf.hub", "push", *words, user="bob")
     assert code == 0, printed
@@ -375,7 +375,7 @@ def test_domino_drafter_and_an_adapter_on_it_are_published_and_used_without_the_
     assert passes < 2 * (len(plain) - 9)  # drafts were accepted
     adapted = lora("adapted-domino", drafter=out, objective="b_auf")
     words = ["--drafter", str(adapted), "--repo", "alice/adapted-domino", "--target", "alice/target", "--small"]
-    code, printed = run("-m", "hf_specauf.hub", "push", *words, "--base", "alice/domino", "--base-revision", "v1")
+    code, printed = run("-m", "hf_specauf.hub", "push", *words, "--base", "alice/domino", "--base_revision", "v1")
     assert code == 0, printed
     found = contents(hub.repository("alice/adapted-domino"))
     assert "adapter_model.safetensors" in found and "model.safetensors" not in found
@@ -404,7 +404,7 @@ drafter = PeftModel.from_pretrained(base, "alice/adapted").merge_and_unload()
 """
 
 
-SMALL = ["--base", "alice/drafter", "--base-revision", "v1", "--small"]
+SMALL = ["--base", "alice/drafter", "--base_revision", "v1", "--small"]
 SWITCH = """
 import json, torch
 from transformers import AutoModelForCausalLM
@@ -530,12 +530,12 @@ def test_an_adapter_on_a_z_lab_drafter_is_published_small_once_that_is_converted
     small = [*push, str(out), "--repo", "alice/adapted-z-lab", "--small", "--base"]
     code, printed = run(*small, "alice/z-lab")
     assert code == 1 and "the base alice/z-lab is in another layout" in printed and "hf_specauf.convert" in printed
-    code, printed = run(*small, "alice/z-lab", "--base-revision", other)
+    code, printed = run(*small, "alice/z-lab", "--base_revision", other)
     assert code == 1 and f"alice/z-lab at {other} has other weights than the drafter this was adapted from" in printed
-    convert = ["--drafter", "alice/z-lab", "--revision", right, "--target", "alice/target"]
+    convert = ["--drafter", "alice/z-lab", "--drafter_revision", right, "--target", "alice/target"]
     for words in (
         ["-m", "hf_specauf.convert", *convert, "--out", str(tmp_path / "ours")],
-        [*push, str(tmp_path / "ours"), "--repo", "alice/converted", "--allow-unmeasured"],
+        [*push, str(tmp_path / "ours"), "--repo", "alice/converted", "--allow_unmeasured"],
         [*small, "alice/converted"],
     ):
         code, printed = run(*words)
@@ -680,7 +680,7 @@ def test_local_target_missing_evaluation_and_pickles_are_refused(folder, trained
         check(folder)
     (folder / "pytorch_model.bin").unlink()
     (folder / "eval.json").unlink()
-    with pytest.raises(ValueError, match="holds no eval.json.*--allow-unmeasured"):
+    with pytest.raises(ValueError, match="holds no eval.json.*--allow_unmeasured"):
         check(folder)
     assert "eval.json" not in check(folder, allow_unmeasured=True)
     with pytest.raises(ValueError, match="is no drafter's folder"):

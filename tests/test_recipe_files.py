@@ -227,7 +227,7 @@ def test_slurm_file_hands_accelerate_a_command_it_parses(tmp_path):
 def test_launch_lines_in_recipes_parse():
     for path in RECIPES:
         header = path.read_text().split("\n\n")[0].replace("\\\n#", "")
-        for line in re.findall(r"python -m hf_specauf.regenerate (.*)", header):
+        for line in re.findall(r"specauf regenerate (.*)", header):
             (args,) = TrlParser(RegenerateArguments).parse_args_and_config(shlex.split(line))
             keys = yaml.safe_load(path.read_text())
             assert (args.target, args.out) == (keys["target"], keys["dataset_name"])

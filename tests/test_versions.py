@@ -123,7 +123,7 @@ def test_what_is_pushed_here_is_loaded_from_the_hub_there(pair, tmp_path):
         code, printed = run(sys.executable, "-c", push + ".push_to_hub('alice/target')", environment=alice)
         assert code == 0, printed
         for kind in ("dflash", "domino"):
-            words = ["--drafter", str(pair.folder / kind), "--repo", f"alice/{kind}", "--allow-unmeasured"]
+            words = ["--drafter", str(pair.folder / kind), "--repo", f"alice/{kind}", "--allow_unmeasured"]
             code, printed = run(
                 sys.executable, "-m", "hf_specauf.hub", "push", *words, "--target", "alice/target", environment=alice
             )
@@ -248,7 +248,7 @@ def test_hub_check_says_where_the_code_of_a_folder_stops_and_what_mends_it(pair,
         )
         code, printed = run(sys.executable, "-c", push + ".push_to_hub('alice/target')", environment=alice)
         assert code == 0, printed
-        words = ["--target", "alice/target", "--allow-unmeasured"]
+        words = ["--target", "alice/target", "--allow_unmeasured"]
         code, printed = run(sys.executable, "-m", "hf_specauf.hub", "check", str(folder), *words, environment=alice)
         assert code == 0, printed
         assert f"its own code (*.py) stops at transformers 5.23, and this package's goes to {TESTED[1]}" in printed
@@ -285,11 +285,11 @@ def test_an_adapter_alone_on_a_base_of_0_1_0_says_who_needs_which_version(pair, 
         for script, *words in ((UPLOAD, str(pair.folder / "target"), str(folder)), (ADAPT, str(tmp_path / "adapter"))):
             code, printed = run(sys.executable, "-c", script, *words, environment=alice)
             assert code == 0, printed
-        words = ["check", str(tmp_path / "adapter"), "--target", "alice/target", "--allow-unmeasured", "--small"]
+        words = ["check", str(tmp_path / "adapter"), "--target", "alice/target", "--allow_unmeasured", "--small"]
         code, printed = run(sys.executable, "-m", "hf_specauf.hub", *words, environment=alice)
         assert code == 0, printed
         assert "the base alice/old at " in printed and "whose code stops at transformers 5.23" in printed
-        assert "Push the base again and name its new commit with --base-revision" in printed
+        assert "Push the base again and name its new commit with --base_revision" in printed
 
 
 # ---- versions this code does not know

@@ -9,8 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from ..data.sources import load_rows
 from ..identity import Identity
-from ..records import write_record
-from ..regenerate import write_whole
+from ..records import write_record, write_whole
 
 PROMPT_TOKENS, ROW_TOKENS = 64, 256
 ROWS_PER_BATCH = 192  # generated at once

@@ -7,56 +7,24 @@ to a fingerprint of the weights, and anything else is refused.
 """
 
 import json
-import os
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from transformers import AutoModel, PreTrainedModel
 
 from ..drafters.configuration_dflash import DFlashConfig
 from ..identity import Identity, Origin, innermost, origin_of, weights_fingerprint
-from ..records import HUB_ID, write_record
+from ..records import write_record
 from ..target import decoder_layers
+from .folders import absolute, fetch, named
 
 BASE_FILE = "base.json"
 # What a drafter's config says of how its target is prompted and stopped
 PROMPT_KEYS = ("chat_template_kwargs", "bos_token_id", "eos_token_id", "pad_token_id")
-
-
-def fetch(
-    name_or_path: str | Path, revision: str | None = None, key: str = "name_or_path"
-) -> tuple[Path, str | None]:
-    """A drafter's folder and, from the Hub, its commit; errors name the `key` that asked. No
-    pickles, no code.
-
-    Raises:
-        OSError: there is no such folder, and no Hub id can be read in it.
-    """
-    if Path(name_or_path).is_dir():
-        if revision is not None:
-            raise ValueError(
-                f"{key}: {name_or_path} is a folder, which has no revision {revision!r}: leave"
-                " it out"
-            )
-        return Path(name_or_path), None
-    if not HUB_ID.fullmatch(str(name_or_path)):
-        raise OSError(f"{key}: {str(name_or_path)!r} is neither a folder nor a Hub id (OWNER/NAME)")
-    folder = Path(
-        snapshot_download(
-            str(name_or_path), revision=revision, allow_patterns=["*.json", "*.safetensors"]
-        )
-    )
-    return folder, folder.name
-
-
-def absolute(name_or_path: str | Path) -> str:
-    """A folder by its absolute path, as from elsewhere `out/base` is taken for a Hub id; other
-    names as they are."""
-    return os.path.abspath(name_or_path) if os.path.isdir(name_or_path) else str(name_or_path)
 
 
 @dataclass
@@ -67,17 +35,16 @@ class AdapterBase:
     revision: str | None  # commit
     fingerprint: str  # of the base's weights
     borrowed_layers: list[int] | None = None  # target layers; `None` for an adapter on a drafter
-    loadable: bool = (
-        True  # whether AutoModel loads `name_or_path` as the base: not so for other layouts
-    )
-    # of an adapter, its own target, which need not be its base's: an identity under `target`, and
-    # `PROMPT_KEYS`
+    # whether AutoModel loads `name_or_path` as the base: it does not for other layouts than ours
+    loadable: bool = True
+    # The adapter's own target, which need not be its base's: an identity under `target`, and
+    # `PROMPT_KEYS`.
     trained_for: dict | None = None
 
     @classmethod
     def of_drafter(cls, drafter: PreTrainedModel) -> "AdapterBase":
-        """A drafter under the name, and if `load_drafter` loaded it at the commit, that it was
-        loaded by."""
+        """A drafter under the name it was loaded by, and if `load_drafter` loaded it, its
+        commit."""
         name = absolute(drafter.config._name_or_path)
         origin = origin_of(drafter) or Origin(name, None, loadable=bool(name))
         return cls(**origin._asdict(), fingerprint=weights_fingerprint(drafter.state_dict()))
@@ -86,9 +53,13 @@ class AdapterBase:
     def of_layers(cls, target: PreTrainedModel, layer_ids: list[int]) -> "AdapterBase":
         """Layers of a target, with its commit if `load_target` loaded it."""
         target = innermost(target)
-        name, origin = absolute(target.config._name_or_path), origin_of(target)
-        found = weights_fingerprint(borrowed_tensors(target, layer_ids))
-        return cls(name, origin and origin.revision, found, list(layer_ids))
+        origin = origin_of(target)
+        return cls(
+            absolute(target.config._name_or_path),
+            origin.revision if origin else None,
+            weights_fingerprint(borrowed_tensors(target, layer_ids)),
+            list(layer_ids),
+        )
 
     def write(self, folder: str | Path) -> None:
         """Write `base.json` into an adapter's folder."""
@@ -125,22 +96,19 @@ def borrowed_tensors(target: PreTrainedModel, layer_ids: list[int]) -> dict[str,
             f"init_from_target_layers is {layer_ids}: give layers of the target, each in"
             f" 0..{len(layers) - 1}"
         )
-    found = {
-        f"layers.{slot}.{name}": tensor
-        for slot, index in enumerate(layer_ids)
-        for name, tensor in layers[index].state_dict().items()
-    }
-    codes = [
-        f"{name} is {tensor.dtype}"
-        for name, tensor in found.items()
-        if not tensor.is_floating_point()
-    ]
-    if codes or getattr(target, "is_quantized", False):
+    found = {}
+    for slot, index in enumerate(layer_ids):
+        for name, tensor in layers[index].state_dict().items():
+            found[f"layers.{slot}.{name}"] = tensor
+    codes = [f"{name} is {t.dtype}" for name, t in found.items() if not t.is_floating_point()]
+    # fp8 codes are floating point numbers too, and only transformers' mark tells them from weights
+    if getattr(target, "is_quantized", False):
+        codes.append("is_quantized")
+    if codes:
         raise ValueError(
-            f"the layers of this target are quantised ({(codes or ['is_quantized'])[0]}): their"
-            " codes mean nothing without their scales, so they cannot be borrowed. Load the target"
-            " without quantisation (leave out target_quantization), or leave out"
-            " init_from_target_layers."
+            f"the layers of this target are quantised ({codes[0]}): their codes mean nothing"
+            " without their scales, so they cannot be borrowed. Load the target without"
+            " quantisation (leave out target_quantization), or leave out init_from_target_layers."
         )
     return found
 
@@ -164,31 +132,31 @@ def borrow(
     target = innermost(target)
     drafter = AutoModel.from_config(config, dtype=torch.float32)
     theirs = borrowed_tensors(target, layer_ids)
-    ours = {
-        name: tensor for name, tensor in drafter.state_dict().items() if name.startswith("layers.")
-    }
+    state = drafter.state_dict()
+    ours = {name: tensor for name, tensor in state.items() if name.startswith("layers.")}
     same = [name for name in ours if name in theirs and theirs[name].shape == ours[name].shape]
+    # The activation is no tensor: shapes alone would take a GELU model's layers for Qwen3's.
     gated = getattr(target.config.get_text_config(decoder=True), "hidden_act", None) == "silu"
     exact = gated and len(same) == len(ours) == len(theirs)
     kind = type(decoder_layers(target)[0]).__name__
     if frozen and not exact:
-        odd = (
-            sorted(set(ours) ^ set(theirs))
-            or sorted(set(ours) - set(same))
-            or ["another activation than SiLU"]
-        )
+        unfit = set(ours) ^ set(theirs)
+        if not unfit:
+            unfit = set(ours) - set(same)
+        words = named(sorted(unfit)) if unfit else "another activation than SiLU"
         raise ValueError(
-            f"{kind} does not fit a drafter's layer"
-            f" ({', '.join(odd[:4])}{', ...' if len(odd) > 4 else ''}): frozen borrowing needs"
+            f"{kind} does not fit a drafter's layer ({words}): frozen borrowing needs"
             " per-head q/k norms, a gated SiLU MLP and no biases, as Qwen3 has. Leave out"
             " use_peft: the layers are then an initialisation for full training."
         )
-    if not exact:  # a norm alone among other norms means something else (Gemma stores weight - 1)
+    if not exact:
+        # a norm alone among other norms means something else (Gemma stores weight - 1)
         same = [name for name in same if name.endswith("_proj.weight")]
     if not same:
         raise ValueError(
             f"nothing of {kind} fits a drafter's layer: remove init_from_target_layers"
         )
+    # without `layers.{i}.`, so that each is named once
     new = sorted({name.split(".", 2)[2] for name in set(ours) - set(same)})
     if new:
         print(
@@ -214,35 +182,42 @@ def finish_adapter(folder: str | Path, base: AdapterBase, config: DFlashConfig) 
     """
     folder = Path(folder)
     adapter = PeftConfig.from_pretrained(str(folder))
-    adapter.base_model_name_or_path = (
-        base.name_or_path if base.borrowed_layers is None and base.loadable else None
-    )
-    adapter.revision = base.revision if adapter.base_model_name_or_path else None
+    # Both are what AutoModel and PEFT load as the base, unasked.
+    if base.borrowed_layers is None and base.loadable:
+        adapter.base_model_name_or_path = base.name_or_path
+        adapter.revision = base.revision
+    else:
+        adapter.base_model_name_or_path = None
+        adapter.revision = None
     adapter.inference_mode = True
     adapter.save_pretrained(str(folder))
-    prompts = {key: getattr(config, key) for key in PROMPT_KEYS}
-    replace(base, trained_for={"target": Identity.of_target_of(config).record()} | prompts).write(
-        folder
-    )
-    if base.borrowed_layers is not None:  # there is no drafter elsewhere that has the shape
+    trained_for = {"target": Identity.of_target_of(config).record()}
+    for key in PROMPT_KEYS:
+        trained_for[key] = getattr(config, key)
+    replace(base, trained_for=trained_for).write(folder)
+    # No drafter elsewhere has the shape of one on borrowed layers.
+    if base.borrowed_layers is not None:
         shape = json.loads(config.to_json_string()) | {"borrowed_layers": base.borrowed_layers}
         write_record(folder / "config.json", shape)
-    (folder / "README.md").unlink(missing_ok=True)  # PEFT's boilerplate
+    # PEFT's boilerplate
+    (folder / "README.md").unlink(missing_ok=True)
 
 
 def plain_state(drafter: PreTrainedModel | PeftModel) -> dict[str, torch.Tensor]:
     """A drafter's own weights, whatever adapters are on it."""
     if not isinstance(drafter, PeftModel):
         return drafter.state_dict()
-    state = drafter.get_base_model().state_dict()
-    return {
-        name.replace(".base_layer.", ".").replace(".original_module.", "."): tensor
-        for name, tensor in state.items()
-        if "lora_" not in name and ".modules_to_save." not in name
-    }
+    found = {}
+    for name, tensor in drafter.get_base_model().state_dict().items():
+        # PEFT wraps what it adapts, and keeps its own weights beside
+        if "lora_" in name or ".modules_to_save." in name:
+            continue
+        plain = name.replace(".base_layer.", ".").replace(".original_module.", ".")
+        found[plain] = tensor
+    return found
 
 
-def _check_beside(
+def check_beside(
     drafter: PeftModel,
     folder: Path,
     base: AdapterBase,
@@ -257,18 +232,7 @@ def _check_beside(
             " drafter, over which PEFT would write: give another name"
         )
     instead = "Merge one of them (load_drafter loads an adapter merged), or use two drafters."
-    config, trained_for = innermost(drafter).config, base.trained_for or {}
-    ours, theirs = Identity.read(trained_for), Identity.of_target_of(config)
-    differing = ours.differences(theirs)
-    if (
-        ours.fingerprint and ours.fingerprint == theirs.fingerprint
-    ):  # the same weights, whatever they are called
-        differing = {
-            key: pair for key, pair in differing.items() if key not in ("name_or_path", "revision")
-        }
-    for key in PROMPT_KEYS:
-        if key in trained_for and trained_for[key] != getattr(config, key):
-            differing[key] = trained_for[key], getattr(config, key)
+    differing = differing_targets(base.trained_for or {}, innermost(drafter).config)
     if differing:
         key, (value, other) = next(iter(differing.items()))
         raise ValueError(
@@ -276,24 +240,46 @@ def _check_beside(
             f" those already on this drafter ({key} {value!r}, theirs is {other!r}), and a"
             f" drafter's config names one. {instead}"
         )
-
-    def modules(names) -> tuple[set[str], set[str]]:  # in full, by LoRA
-        lora = {name for name in names if ".lora_" in name}
-        return {name.rpartition(".")[0] for name in {*names} - lora}, {
-            name.split(".lora_")[0] for name in lora
-        }
-
     with safe_open(folder / "adapter_model.safetensors", "pt") as file:
-        full, lora = modules(file.keys())
+        in_full, by_lora = adapted_modules(file.keys())
     for other in drafter.peft_config:
         state = get_peft_model_state_dict(drafter, adapter_name=other, save_embedding_layers=False)
-        their_full, their_lora = modules(state)
-        if both := sorted((full & their_lora) | (lora & their_full)):
+        their_full, their_lora = adapted_modules(state)
+        both = sorted((in_full & their_lora) | (by_lora & their_full))
+        if both:
             names = ", ".join(name.removeprefix("base_model.model.") for name in both)
             raise ValueError(
                 f"of the adapter in {folder_or_repo} and {other!r}, one adapts {names} in full and"
                 f" the other by LoRA, and PEFT would drop or mix their weights. {instead}"
             )
+
+
+def differing_targets(trained_for: dict, config: DFlashConfig) -> dict[str, tuple]:
+    """What differs between the target and prompt an adapter was trained for and those that a
+    drafter's config names, as (the adapter's, the drafter's) by key."""
+    ours = Identity.read(trained_for)
+    theirs = Identity.of_target_of(config)
+    found = ours.differences(theirs)
+    # the same weights, whatever they are called
+    if ours.fingerprint and ours.fingerprint == theirs.fingerprint:
+        found.pop("name_or_path", None)
+        found.pop("revision", None)
+    for key in PROMPT_KEYS:
+        if key in trained_for and trained_for[key] != getattr(config, key):
+            found[key] = trained_for[key], getattr(config, key)
+    return found
+
+
+def adapted_modules(names: Iterable[str]) -> tuple[set[str], set[str]]:
+    """The modules that an adapter's tensors adapt in full, and those it adapts by LoRA."""
+    in_full, by_lora = set(), set()
+    for name in names:
+        module, lora, _ = name.partition(".lora_")
+        if lora:
+            by_lora.add(module)
+        else:
+            in_full.add(name.rpartition(".")[0])
+    return in_full, by_lora
 
 
 def add_adapter(
@@ -302,13 +288,14 @@ def add_adapter(
     adapter_name: str = "default",
     revision: str | None = None,
 ) -> PeftModel:
-    """Put an adapter on the drafter it was trained on; several on one base are switched by
-    `set_adapter(name)` between `generate` calls, and left out inside `with
-    drafter.disable_adapter():`. The target is never touched.
+    """Put an adapter on the drafter it was trained on.
+
+    Several on one base are switched by `set_adapter(name)` between `generate` calls, and left out
+    inside `with drafter.disable_adapter():`. The target is never touched.
 
     Args:
         drafter (`PreTrainedModel` or `PeftModel`): the base, or the base with other adapters for
-            the same target already on it. Its config then names their target.
+            the same target already on it. Its config then names that target.
         folder_or_repo (`str` or `Path`): of the adapter, or its Hub id.
         adapter_name (`str`, *optional*, defaults to `default`): one that no adapter on the drafter
             has.
@@ -325,6 +312,7 @@ def add_adapter(
             f"{folder_or_repo} is an adapter on layers of a target: use from_target(target,"
             f" {str(folder_or_repo)!r})"
         )
+    # by the weights and not by the name, because a base may move, and a branch goes on
     if weights_fingerprint(plain_state(drafter)) != base.fingerprint:
         at = f" at {base.revision}" if base.revision else ""
         raise ValueError(
@@ -333,11 +321,13 @@ def add_adapter(
             " revision."
         )
     if isinstance(drafter, PeftModel):
-        _check_beside(drafter, folder, base, folder_or_repo, adapter_name)
+        check_beside(drafter, folder, base, folder_or_repo, adapter_name)
         drafter.load_adapter(str(folder), adapter_name)
+        # PEFT loads a second adapter without using it
         drafter.set_adapter(adapter_name)
     else:
         drafter = PeftModel.from_pretrained(drafter, str(folder), adapter_name=adapter_name).eval()
+    # the base's config names the base's target, and the adapter may be for a fine-tune of that
     if base.trained_for is not None:
         config = innermost(drafter).config
         Identity.read(base.trained_for).write_into(config)

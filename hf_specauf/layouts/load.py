@@ -1,42 +1,33 @@
-"""A plain drafter from anywhere: our folders, adapters on them, and folders of z-lab and
-SpecForge."""
+"""A plain drafter from anywhere: a folder in any layout of `LAYOUTS`, an adapter merged on its
+base, or layers of a target with what was trained beside them."""
 
 import json
-from functools import reduce
 from pathlib import Path
 
 import torch
 from peft import PeftModel
 from safetensors import safe_open
-from safetensors.torch import load_file
-from transformers import AutoModel, PreTrainedModel
+from transformers import PreTrainedModel
 
-from ..drafters import DRAFTERS, config_class
-from ..drafters.configuration_dflash import DFlashConfig
+from ..drafters import config_class
 from ..identity import Identity, Origin, note_origin, target_fingerprint, weights_fingerprint
-from .adapters import AdapterBase, absolute, add_adapter, borrow, borrowed_tensors, fetch
-
-# What other trainers write into config.json that says nothing about the computation
-IGNORED = {
-    "architectures", "auto_map", "model_type", "torch_dtype", "dtype", "transformers_version", "use_cache",
-    "_name_or_path", "initializer_range", "attention_dropout", "max_window_layers", "tie_word_embeddings",
-    "sliding_window", "num_draft_layers", "id2label", "label2id", "torchscript", "pretraining_tp",
-}  # fmt: skip
-# and what does, with the only value under which our drafter computes the same
-MUST_BE = {
-    "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False,
-    "rope_scaling": None, "is_causal": False,
-}  # fmt: skip
-MUST_BE_NESTED = {
-    "causal": False, "is_causal": False, "attention_mode": "gqa", "projector_type": "dflash", "shift_label": False,
-}  # fmt: skip
-RENAMED = {"encoder.fc.weight": "fc.weight", "encoder.output_norm_enc.weight": "hidden_norm.weight"}
+from . import LAYOUTS, Layout
+from .adapters import AdapterBase, add_adapter, borrow, borrowed_tensors
+from .folders import absolute, fetch, read_json
 
 
 def torch_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
-    """A dtype by its name in torch; `auto` as it is."""
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) and dtype != "auto" else dtype
-    if dtype != "auto" and not isinstance(found, torch.dtype):
+    """A dtype by its name in torch; `auto` as it is.
+
+    Raises:
+        ValueError: torch has no dtype of that name.
+    """
+    if dtype == "auto":
+        return dtype
+    found = dtype
+    if isinstance(dtype, str):
+        found = getattr(torch, dtype, None)
+    if not isinstance(found, torch.dtype):
         raise ValueError(
             f"dtype is {dtype!r}; it must be auto (as stored), bfloat16, float32 or a torch.dtype"
         )
@@ -54,9 +45,8 @@ def load_drafter(
     """A plain drafter from a folder or a Hub id; adapters come merged on the base they pin.
 
     Args:
-        name_or_path (`str` or `Path`): a drafter of this package, whole, as an adapter or on
-            borrowed layers; or a DFlash folder of z-lab or SpecForge, recognised by its layout and
-            converted in memory.
+        name_or_path (`str` or `Path`): a drafter in any layout of `LAYOUTS`, an adapter, or a
+            drafter on borrowed layers. Other layouts than ours are converted in memory.
         revision (`str`, *optional*): branch, tag or commit on the Hub.
         target (`PreTrainedModel`, *optional*): needed by drafters on borrowed layers.
         dtype (*optional*, defaults to `auto`): as stored.
@@ -68,42 +58,60 @@ def load_drafter(
     """
     dtype = torch_dtype(dtype)
     folder, commit = fetch(name_or_path, revision, key)
-    path = folder / "config.json"
-    config = json.loads(path.read_text()) if path.is_file() else {}
-    loadable = False  # by AutoModel
+    config = read_json(folder / "config.json")
+    loadable = False
+    # An adapter on borrowed layers has both files. It can only be rebuilt from its target.
     if config.get("borrowed_layers"):
         drafter = from_target(target, name_or_path, revision, dtype=dtype)
     elif (folder / "adapter_config.json").is_file():
-        base = AdapterBase.read(folder)
-        drafter = load_drafter(
-            base.name_or_path, base.revision, target=target, key="the adapter's base"
-        )
-        stored = drafter.dtype if dtype == "auto" else dtype
-        drafter = add_adapter(drafter.float(), folder).merge_and_unload().to(stored)
-    elif str(config.get("model_type")).startswith("specauf_"):
-        loadable = True
-        drafter, found = AutoModel.from_pretrained(
-            folder,
-            dtype=dtype,
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )
-        other_shape = {name for name, *_ in found["mismatched_keys"]}
-        if odd := sorted(other_shape.union(found["missing_keys"], found["unexpected_keys"])):
-            raise ValueError(
-                f"{key}: the weights in {name_or_path} are not those its config asks for:"
-                f" {named(odd)} missing, unknown or of another shape would be random or left out."
-                " Save the drafter again with save_pretrained."
-            )
-    elif config:
-        drafter = _foreign(folder, config, dtype)
+        drafter = merged_adapter(folder, target, dtype)
     else:
-        raise ValueError(f"{key}: {name_or_path} is no drafter's folder: it holds no config.json")
+        layout = layout_of(folder, config, f"{key}: {name_or_path}")
+        drafter = layout.read(folder, config, dtype)
+        loadable = layout.loads_in_automodel
     note_origin(drafter, Origin(absolute(name_or_path), commit, loadable))
-    # PEFT reads the config of what is named here
-    drafter.config._name_or_path = drafter.name_or_path = str(name_or_path) if loadable else ""
+    # PEFT reads the config of what is named here, so it may only name what AutoModel loads.
+    name = str(name_or_path) if loadable else ""
+    drafter.name_or_path = name
+    drafter.config._name_or_path = name
     return drafter.eval()
+
+
+def layout_of(folder: Path, config: dict, name: str) -> Layout:
+    """The first layout of the table that recognises a folder.
+
+    Args:
+        folder (`Path`): the drafter's folder.
+        config (`dict`): the content of its `config.json`; empty where there is none.
+        name (`str`): what errors call the folder.
+
+    Raises:
+        ValueError: none does.
+    """
+    for layout in LAYOUTS.values():
+        if layout.recognises(folder, config):
+            return layout
+    if not config:
+        raise ValueError(f"{name} is no drafter's folder: it holds no config.json")
+    read = ", ".join(f"{kind} ({layout.says})" for kind, layout in LAYOUTS.items())
+    raise ValueError(
+        f"{name} says nothing about block_size, so it is not a DFlash drafter in any layout that is"
+        f" read, or its config.json was cut. These are read: {read}"
+    )
+
+
+def merged_adapter(
+    folder: Path, target: PreTrainedModel | None, dtype: str | torch.dtype
+) -> PreTrainedModel:
+    """An adapter on the base that it pins, merged into a plain drafter."""
+    base = AdapterBase.read(folder)
+    drafter = load_drafter(
+        base.name_or_path, base.revision, target=target, key="the adapter's base"
+    )
+    if dtype == "auto":
+        dtype = drafter.dtype
+    # merged in fp32, because the sum of bf16 weights and a small update would lose the update
+    return add_adapter(drafter.float(), folder).merge_and_unload().to(dtype)
 
 
 def from_target(
@@ -135,151 +143,67 @@ def from_target(
         )
     dtype = torch_dtype(dtype)
     folder, commit = fetch(folder_or_repo, revision, "folder_or_repo")
-    adapter = folder if (folder / "adapter_config.json").is_file() else folder / "adapter"
+    adapter = folder
+    # The folder of a whole run holds the adapter in a folder of its own.
+    if not (folder / "adapter_config.json").is_file():
+        adapter = folder / "adapter"
     base = AdapterBase.read(adapter)
     if base.borrowed_layers is None:
         raise ValueError(
             f"{folder_or_repo} borrows no layers of a target: use"
             f" load_drafter({str(folder_or_repo)!r})"
         )
-    _check_lender(target, base, folder_or_repo)
+    check_lender(target, base, folder_or_repo)
     given = json.loads((adapter / "config.json").read_text()) | {"borrowed_layers": None}
     config = config_class(given["model_type"]).from_dict(given)
+    # An adapter fits the layers it was trained on alone, so nothing may start afresh here.
     drafter = borrow(target, config, base.borrowed_layers, frozen=True)
-    with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
-        saved = set(file.keys())
-    redrawn = [
-        name
-        for name, tensor in (
-            drafter.state_dict().items()
-        )  # norms start as ones, everything else at random
-        if not name.startswith("layers.")
-        and tensor.dim() > 1
-        and f"base_model.model.{name}" not in saved
-    ]
-    if redrawn:
-        raise ValueError(
-            f"weights of {folder_or_repo} are neither borrowed nor in the adapter"
-            f" ({', '.join(redrawn)}) and would be random: train it again with their modules among"
-            " lora_modules_to_save (modules_to_save)"
-        )
+    check_nothing_stays_random(drafter, adapter, folder_or_repo)
     drafter = PeftModel.from_pretrained(drafter, str(adapter)).merge_and_unload()
     note_origin(drafter, Origin(absolute(folder_or_repo), commit, loadable=False))
     if dtype == "auto":
-        dtype = torch.bfloat16 if target.dtype == torch.float16 else target.dtype
+        dtype = target.dtype
+        # drafters accept nothing in fp16
+        if dtype == torch.float16:
+            dtype = torch.bfloat16
     return drafter.to(dtype).eval()
 
 
-def _check_lender(target: PreTrainedModel, base: AdapterBase, folder_or_repo: str | Path) -> None:
+def check_lender(target: PreTrainedModel, base: AdapterBase, folder_or_repo: str | Path) -> None:
     """Raise unless the target has the layers that were borrowed, and the weights around them."""
-    if weights_fingerprint(borrowed_tensors(target, base.borrowed_layers)) != base.fingerprint:
+    layers = base.borrowed_layers
+    if weights_fingerprint(borrowed_tensors(target, layers)) != base.fingerprint:
         at = f" at {base.revision}" if base.revision else ""
         raise ValueError(
-            f"{folder_or_repo} borrows layers {base.borrowed_layers} of {base.name_or_path}{at},"
-            " and this target's layers are other weights: load that target, at that revision"
+            f"{folder_or_repo} borrows layers {layers} of {base.name_or_path}{at}, and this"
+            " target's layers are other weights: load that target, at that revision"
         )
-    trained, found = Identity.read(base.trained_for), target_fingerprint(target)
+    trained = Identity.read(base.trained_for)
+    found = target_fingerprint(target)
+    # A quantised target has no fingerprint, and neither has one that an old record names.
     if trained.fingerprint and found and trained.fingerprint != found:
         raise ValueError(
-            f"this target's layers {base.borrowed_layers} are those {folder_or_repo} borrows, but"
-            f" other weights of it differ from {trained.name_or_path}, whose hidden states the"
-            " drafter was trained on: load that target, at that revision"
+            f"this target's layers {layers} are those {folder_or_repo} borrows, but other weights"
+            f" of it differ from {trained.name_or_path}, whose hidden states the drafter was"
+            " trained on: load that target, at that revision"
         )
 
 
-def named(odd: list[str]) -> str:
-    """The first five of some names."""
-    return ", ".join(odd[:5]) + (", ..." if len(odd) > 5 else "")
-
-
-def _foreign(folder: Path, config: dict, dtype: str | torch.dtype) -> PreTrainedModel:
-    """A DFlash or Domino folder of z-lab or SpecForge: same tensors, another config."""
-    drafter = AutoModel.from_config(foreign_config(config, folder), dtype=torch.float32)
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"{folder} holds no .safetensors file: pickled weights are not loaded")
-    given = {}
-    for file in files:
-        for name, tensor in load_file(file).items():
-            name = RENAMED.get(name, name)
-            if name in given:
-                raise ValueError(
-                    f"{folder} holds {name} twice (the second time in {file.name}), maybe under an"
-                    " older name: nothing says which one is meant. Remove the other"
-                )
-            given[name] = tensor
-    ours = drafter.state_dict()
-    odd = sorted(set(ours) ^ set(given)) or sorted(
-        n for n in ours if ours[n].shape != given[n].shape
-    )
-    if odd:
+def check_nothing_stays_random(
+    drafter: PreTrainedModel, adapter: Path, folder_or_repo: str | Path
+) -> None:
+    """Raise where a weight of a rebuilt drafter is neither borrowed nor in the adapter."""
+    with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
+        saved = set(file.keys())
+    random = []
+    for name, tensor in drafter.state_dict().items():
+        # the layers are borrowed, and norms, which have one dimension, start as ones
+        starts_at_random = not name.startswith("layers.") and tensor.dim() > 1
+        if starts_at_random and f"base_model.model.{name}" not in saved:
+            random.append(name)
+    if random:
         raise ValueError(
-            f"{folder} is not a plain DFlash drafter: {len(odd)} tensors are unknown, missing or of"
-            f" another shape than its config says ({named(odd)}). Leaving them out would change"
-            " what it drafts."
+            f"weights of {folder_or_repo} are neither borrowed nor in the adapter"
+            f" ({', '.join(random)}) and would be random: train it again with their modules among"
+            " lora_modules_to_save (modules_to_save)"
         )
-    if dtype == "auto":
-        stored = reduce(torch.promote_types, (tensor.dtype for tensor in given.values()))
-        dtype = torch.float32 if stored == torch.float16 else stored  # fp16 drafters accept nothing
-    drafter.to(dtype).load_state_dict(given)
-    return drafter
-
-
-def foreign_config(config: dict, folder: str | Path = "config.json") -> DFlashConfig:
-    """Our config (Domino's where its head is named) from one of z-lab or SpecForge, with nothing
-    taken for granted.
-
-    Raises:
-        ValueError: a key is missing, contradicts itself, or asks for a computation that a DFlash
-            drafter has not.
-    """
-    nested, head = (config.get(f"{name}_config") or {} for name in ("dflash", "domino"))
-    kind, _ = DRAFTERS.get(nested.get("projector_type"), DRAFTERS["dflash"])
-    # only drafters with a key for the alignment of labels have a choice of it
-    found = {} if "shift_label" in kind.own_keys else {"shift_label": False}
-    keys = set(kind.required_keys) - {"rope_parameters", *found}
-    must_be_nested = MUST_BE_NESTED | {"projector_type": kind.kind}
-    for name in sorted(keys):
-        values = [part[name] for part in (config, nested, head) if part.get(name) is not None]
-        if not values:
-            raise ValueError(
-                f"{folder} says nothing about {name}, which decides what a DFlash drafter computes"
-                " and is never guessed: it is not a DFlash drafter of z-lab or SpecForge, or its"
-                " config.json was cut"
-            )
-        if other := [value for value in values if value != values[0]]:
-            raise ValueError(
-                f"{folder} gives {name} twice, as {values[0]!r} and {other[0]!r}: correct"
-                " config.json"
-            )
-        found[name] = values[0]
-    rope = config.get("rope_parameters") or {"rope_type": "default"}
-    thetas = [part["rope_theta"] for part in (config, rope) if part.get("rope_theta") is not None]
-    if not thetas:
-        raise ValueError(f"{folder} says nothing about rope_theta, which is never guessed")
-    if thetas[0] != thetas[-1]:
-        raise ValueError(
-            f"{folder} gives rope_theta twice, as {thetas[0]!r} and {thetas[-1]!r}: correct"
-            " config.json"
-        )
-    special = {key: config.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    layers = config.get("layer_types")
-    known = keys | IGNORED | set(special) | {"dflash_config", "domino_config"}
-    known |= {"rope_parameters", "rope_theta", "layer_types"}
-    places = (("", config, known, MUST_BE), ("dflash_config.", nested, keys, must_be_nested),
-              ("domino_config.", head, keys, must_be_nested))  # fmt: skip
-    odd = [
-        place + key
-        for place, part, read, must_be in places
-        for key, value in sorted(part.items())
-        if key not in read and (key not in must_be or value not in (None, must_be[key]))
-    ]
-    if odd:
-        raise ValueError(
-            f"{folder} asks for what a DFlash drafter of this package does not compute, or nobody"
-            f" here knows: {', '.join(odd)}. Converted without it, the drafter would silently"
-            " accept little."
-        )
-    return kind(
-        **found, rope_parameters=rope | {"rope_theta": thetas[0]}, layer_types=layers, **special
-    )

@@ -92,7 +92,7 @@ def name_base(base: AdapterBase, config: DFlashConfig, options: PublishOptions) 
         if weights_fingerprint(drafter.state_dict()) != base.fingerprint:
             raise ValueError(
                 f"the base {name} at {commit} has other weights than the drafter this was adapted"
-                " from: give the right one with --base and --base-revision"
+                " from: give the right one with --base and --base_revision"
             )
         found = replace(found, loadable=origin_of(drafter).loadable)
     if options.small and not found.loadable:
@@ -111,5 +111,5 @@ def say_where_base_stops(name: str, commit: str, files: set[str]) -> None:
         print(
             f"the base {name} at {commit} was published by hf_specauf 0.1.0, whose code stops at"
             " transformers 5.23: who loads the adapter without hf_specauf needs that version. Push"
-            " the base again and name its new commit with --base-revision, or leave out --small."
+            " the base again and name its new commit with --base_revision, or leave out --small."
         )

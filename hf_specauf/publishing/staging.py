@@ -100,7 +100,7 @@ def check_folder(drafter: Path, allow_unmeasured: bool) -> None:
     if not allow_unmeasured and not any(drafter.glob("eval*.json")):
         raise ValueError(
             f"{drafter} holds no eval.json: measure it with `python -m hf_specauf.evaluate ..."
-            f" --out {drafter}`, or publish it as unmeasured with --allow-unmeasured"
+            f" --out {drafter}`, or publish it as unmeasured with --allow_unmeasured"
         )
 
 

@@ -2,6 +2,7 @@
 clock."""
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,7 +17,9 @@ from ..records import environment
 from .acceptance import TAU_DEFINITION, number
 from .decoding import attach
 
-NEAR_TIE = 1e-3  # fp32: a first difference is a tie of rounding if the target's two best logits are closer than this
+# In fp32, a first difference is a tie of rounding if the target's two best logits are closer than
+# this.
+NEAR_TIE = 1e-3
 
 
 def near_tie_bound(dtype: torch.dtype, logits: torch.Tensor) -> float:
@@ -24,6 +27,7 @@ def near_tie_bound(dtype: torch.dtype, logits: torch.Tensor) -> float:
     (vllm#54928)."""
     if dtype in (torch.float32, torch.float64):
         return NEAR_TIE
+    # Low precision rounds relative to the logits' size; the factor leaves room for several of them.
     return 4 * torch.finfo(dtype).eps * logits.abs().max().item()
 
 
@@ -34,6 +38,7 @@ def first_difference(target, plain: torch.Tensor, assisted: torch.Tensor) -> dic
         return None
     shorter = min(plain.shape[1], assisted.shape[1])
     differs = (plain[0, :shorter] != assisted[0, :shorter]).nonzero()
+    # Where one is the other's beginning, they part where it ends.
     at = differs[0].item() if len(differs) else shorter
     with torch.no_grad():
         logits = target(input_ids=plain[:, :at], use_cache=False).logits[0, -1].float()
@@ -46,55 +51,73 @@ def repetition(tokens: list[int], n: int = 4) -> float:
     """Share of n-grams that occurred before in the same output; high tau on a loop is no
     achievement (SwiftLM#88)."""
     grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+    if not grams:
+        return 0.0
+    return 1 - len(set(grams)) / len(grams)
 
 
 def decoding_config(
     target: PreTrainedModel, max_new_tokens: int, pad_token_id: int | None, temperature: float = 0.0
 ) -> GenerationConfig:
-    """What a measurement is decoded with: every field transformers' default, so that none is the
-    target's own (a repetition penalty or top-p shipped with it); only its end-of-sequence tokens,
-    past which nothing may be drafted.
+    """Generation settings for measuring: transformers' defaults and the target's end-of-sequence
+    tokens, past which nothing may be drafted.
+
+    Sampling settings that the target ships with (a repetition penalty, top-p) are ignored.
 
     Args:
         temperature (`float`, *optional*, defaults to 0): 0 is greedy.
     """
-    sampled = (
-        dict(do_sample=True, temperature=temperature, top_k=0)
-        if temperature > 0
-        else dict(do_sample=False)
-    )
+    sampling = {"do_sample": False}
+    if temperature > 0:
+        # all tokens, where transformers' default keeps 50
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0}
     config = GenerationConfig(
-        max_new_tokens=max_new_tokens, pad_token_id=pad_token_id, eos_token_id=target.generation_config.eos_token_id,
-        **sampled,
-    )  # fmt: skip
-    defaults = GenerationConfig._get_default_generation_params()
-    config.update(
-        **{key: value for key, value in defaults.items() if key != "max_length"}, defaults_only=True
+        max_new_tokens=max_new_tokens,
+        pad_token_id=pad_token_id,
+        eos_token_id=target.generation_config.eos_token_id,
+        **sampling,
     )
+    # `generate` fills a field that is None from the target's own config, so none may stay None.
+    defaults = GenerationConfig._get_default_generation_params()
+    # max_new_tokens stands in its place
+    defaults.pop("max_length", None)
+    config.update(**defaults, defaults_only=True)
     return config
 
 
+@dataclass(frozen=True)
+class Decoded:
+    """One output of `generate`."""
+
+    output: torch.Tensor  # (1, T), the prompt included
+    seconds: float
+
+
 def prompt_row(
-    prompt: torch.Tensor, plain: tuple, assisted: tuple, rounds: list[Round], difference
+    prompt: torch.Tensor,
+    plain: Decoded,
+    assisted: Decoded,
+    rounds: list[Round],
+    difference: dict | None,
 ) -> dict:
-    """What is noted of one prompt (1, S) and its (output (1, T), seconds), plain and assisted."""
+    """What is noted of one prompt (1, S), decoded plainly and with the drafter."""
+    length = prompt.shape[1]
+    tau = None
+    if rounds:
+        tau = sum(r.emitted for r in rounds) / len(rounds)
     return {
-        "prompt_tokens": prompt.shape[1],
-        "new_tokens": assisted[0].shape[1] - prompt.shape[1],
-        "tau": sum(r.emitted for r in rounds) / len(rounds) if rounds else None,
-        "plain_seconds": plain[1],
-        "assisted_seconds": assisted[1],
+        "prompt_tokens": length,
+        "new_tokens": assisted.output.shape[1] - length,
+        "tau": tau,
+        "plain_seconds": plain.seconds,
+        "assisted_seconds": assisted.seconds,
         "difference": difference,
-        "repetition": repetition(plain[0][0, prompt.shape[1] :].tolist()),
+        "repetition": repetition(plain.output[0, length:].tolist()),
     }
 
 
-def timed(
-    target, prompt: torch.Tensor, assistant, config: GenerationConfig, seed: int
-) -> tuple[torch.Tensor, float]:
-    """Generate after a prompt (1, S), plainly where `assistant` is `None` -> output (1, T) and
-    seconds."""
+def timed(target, prompt: torch.Tensor, assistant, config: GenerationConfig, seed: int) -> Decoded:
+    """Generate after a prompt (1, S), plainly where `assistant` is `None`."""
     torch.manual_seed(seed)
     start = time.perf_counter()
     output = target.generate(
@@ -103,9 +126,10 @@ def timed(
         generation_config=config,
         assistant_model=assistant,
     )
+    # the clock would else stop before the GPU does
     if output.is_cuda:
         torch.cuda.synchronize()
-    return output, time.perf_counter() - start
+    return Decoded(output, time.perf_counter() - start)
 
 
 def compare(
@@ -135,56 +159,66 @@ def compare(
         and a list of `prompts`.
     """
     model = innermost(target)
+    greedy = temperature == 0
     config = decoding_config(model, max_new_tokens, pad_token_id, temperature)
-    kinds = [("plain", None), ("assisted", drafter)]
-    tokens, rows, counts = (
-        {"plain": 0, "assisted": 0},
-        [],
-        {"identical": 0, "near_tie": 0, "different": 0},
-    )
 
+    def decode(prompt: torch.Tensor, assistant) -> Decoded:
+        return timed(target, prompt, assistant, config, seed)
+
+    rows, plain_tokens = [], 0
     with attach(target, drafter, max_draft_tokens=max_draft_tokens) as attachment, torch.no_grad():
-        for _, assistant in kinds:  # warm up, not counted
-            timed(target, prompts[0], assistant, config, seed)
+        # Both ways are warmed up, because the first calls of a process are slow.
+        decode(prompts[0], None)
+        decode(prompts[0], drafter)
         attachment.generations.clear()
-        for turn, prompt in enumerate(
-            track(prompts, "decoding", disable=not show_progress, transient=True)
-        ):
-            order = kinds if turn % 2 else kinds[::-1]
-            found = {
-                kind: timed(target, prompt, assistant, config, seed) for kind, assistant in order
-            }
-            difference = (
-                first_difference(model, found["plain"][0], found["assisted"][0])
-                if temperature == 0
-                else None
-            )
-            verdict = (
-                "identical"
-                if difference is None
-                else "near_tie"
-                if difference["near_tie"]
-                else "different"
-            )
-            counts[verdict] += temperature == 0
-            for kind, (output, _) in found.items():
-                tokens[kind] += output.shape[1] - prompt.shape[1]
-            rows.append(
-                prompt_row(
-                    prompt, **found, rounds=attachment.generations[-1], difference=difference
-                )
-            )
+        shown = track(prompts, "decoding", disable=not show_progress, transient=True)
+        for turn, prompt in enumerate(shown):
+            # Each way goes first in turn, so that a machine that slows down favours neither.
+            if turn % 2:
+                plain, assisted = decode(prompt, None), decode(prompt, drafter)
+            else:
+                assisted, plain = decode(prompt, drafter), decode(prompt, None)
+            difference = None
+            if greedy:
+                difference = first_difference(model, plain.output, assisted.output)
+            # only the decoding with the drafter has rounds
+            rounds = attachment.generations[-1]
+            rows.append(prompt_row(prompt, plain, assisted, rounds, difference))
+            plain_tokens += plain.output.shape[1] - prompt.shape[1]
         acceptance = attachment.acceptance()
-    rate = {kind: tokens[kind] / sum(row[f"{kind}_seconds"] for row in rows) for kind in tokens}
+    return {"acceptance": acceptance.to_dict()} | totals(rows, plain_tokens, greedy)
+
+
+def totals(rows: list[dict], plain_tokens: int, greedy: bool) -> dict:
+    """What `compare` returns of all prompts together, and the rows of each."""
+    # Rates are tokens over seconds of all prompts, not means of each prompt's rate.
+    plain_rate = plain_tokens / sum(row["plain_seconds"] for row in rows)
+    new_tokens = sum(row["new_tokens"] for row in rows)
+    assisted_rate = new_tokens / sum(row["assisted_seconds"] for row in rows)
+    lossless = "sampled: not comparable token by token"
+    if greedy:
+        lossless = count_verdicts(rows)
     return {
-        "acceptance": acceptance.to_dict(),
-        "plain_tokens_per_second": rate["plain"],
-        "tokens_per_second": rate["assisted"],
-        "speedup": rate["assisted"] / rate["plain"],
-        "lossless": counts if temperature == 0 else "sampled: not comparable token by token",
+        "plain_tokens_per_second": plain_rate,
+        "tokens_per_second": assisted_rate,
+        "speedup": assisted_rate / plain_rate,
+        "lossless": lossless,
         "repetition": sum(row["repetition"] for row in rows) / len(rows),
         "prompts": rows,
     }
+
+
+def count_verdicts(rows: list[dict]) -> dict[str, int]:
+    """How many greedy outputs were identical, parted at a near-tie of rounding, or differed."""
+    counts = {"identical": 0, "near_tie": 0, "different": 0}
+    for row in rows:
+        if row["difference"] is None:
+            counts["identical"] += 1
+        elif row["difference"]["near_tie"]:
+            counts["near_tie"] += 1
+        else:
+            counts["different"] += 1
+    return counts
 
 
 def evaluation_record(results: dict, target, *, prompts: str, **conditions) -> dict:
@@ -196,15 +230,16 @@ def evaluation_record(results: dict, target, *, prompts: str, **conditions) -> d
         prompts (`str`): what the prompts are, a Hub dataset's id where they come from one.
         conditions: `temperature`, `max_new_tokens`, ...; those that are `None` are left out.
     """
-    dtype, found = str(innermost(target).dtype).removeprefix("torch."), environment()
-    given = {key: value for key, value in conditions.items() if value is not None}
+    dtype = str(innermost(target).dtype).removeprefix("torch.")
+    found = environment()
+    noted = {"prompts": prompts, "batch_size": 1, "hardware": found["hardware"], "dtype": dtype}
+    for key, value in conditions.items():
+        if value is not None:
+            noted[key] = value
     return {
         "tau_definition": TAU_DEFINITION,
         "target": Identity.of(target).record() | {"dtype": dtype},
-        "conditions": (
-            {"prompts": prompts, "batch_size": 1, "hardware": found["hardware"], "dtype": dtype}
-            | given
-        ),
+        "conditions": noted,
         "environment": found,
         **results,
     }
@@ -265,9 +300,6 @@ def show(results: dict, console: Console) -> None:
     table.add_row("tau", "1.00", number(acceptance["tau"]))
     table.add_row("alpha_1, 2, 3", "", "  ".join(map(number, acceptance["alpha"][:3])))
     console.print(table)
-    faster = results["speedup"]
-    console.print(
-        f"{'faster' if faster > 1 else 'SLOWER than plain decoding'}: {faster:.2f}x."
-        f" {TAU_DEFINITION}."
-    )
+    faster = "faster" if results["speedup"] > 1 else "SLOWER than plain decoding"
+    console.print(f"{faster}: {results['speedup']:.2f}x. {TAU_DEFINITION}.")
     console.print(f"outputs: {results['lossless']}; repeated 4-grams: {results['repetition']:.0%}")

@@ -1,0 +1,150 @@
+"""`specauf`: one command, one spelling of each flag, and old spellings that are still read."""
+
+import argparse
+import subprocess
+import sys
+import tomllib
+from dataclasses import fields
+from importlib import import_module
+
+import pytest
+from conftest import ROOT, make_drafter, make_target
+
+from hf_specauf import hub, load_drafter, model_card
+from hf_specauf.cli import COMMANDS, main, parse_with_drafter, under_new_spelling
+from hf_specauf.evaluate import EvaluateArguments
+from hf_specauf.regenerate import RegenerateArguments
+
+
+@pytest.fixture(scope="module")
+def drafter(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli") / "drafter"
+    make_drafter(make_target()).save_pretrained(folder)
+    return folder
+
+
+def parsers(parser: argparse.ArgumentParser):
+    """A parser and those of its commands."""
+    yield parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            yield from action.choices.values()
+
+
+# ---- the command
+
+
+def test_the_package_installs_the_command():
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    module, _, name = scripts["specauf"].partition(":")
+    assert getattr(import_module(module), name) is main
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["-h"], ["help"]], ids=str)
+def test_help_lists_the_commands_with_a_line_each_and_says_how_to_go_on(words, capsys):
+    main(words)
+    printed = capsys.readouterr().out
+    assert set(COMMANDS) == set("train regenerate evaluate check push pull convert card quickstart".split())
+    for name, command in COMMANDS.items():
+        assert f"  {name:<12}{command.says}\n" in printed
+    assert printed.strip().endswith("specauf COMMAND --help explains the command's flags.")
+    assert all(len(line) <= 100 for line in printed.splitlines())
+
+
+def test_help_loads_no_command():
+    code = (
+        "import sys; from hf_specauf.cli import main; main(['--help'])\n"
+        "heavy = {'datasets', 'trl', 'matplotlib', 'peft'} & set(sys.modules)\n"
+        "heavy |= {f'hf_specauf.{name}' for name in ('train', 'hub', 'evaluate')} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "word, said",
+    [("evalaute", "did you mean evaluate"), ("trian", "did you mean train"), ("xyz", "specauf --help lists")],
+)
+def test_an_unknown_command_is_answered_with_the_nearest(word, said):
+    with pytest.raises(SystemExit, match=f"error: there is no command '{word}': {said}"):
+        main([word])
+
+
+@pytest.mark.parametrize("name", list(COMMANDS))
+def test_every_command_explains_itself(name, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([name, "--help"])
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    assert "usage: " in printed
+    assert ("accelerate launch -m hf_specauf.train" in printed) == (name == "train")
+
+
+def test_commands_of_one_module_are_told_apart_and_end_on_errors_in_one_line(drafter, tmp_path, capsys):
+    main(["convert", "--drafter", str(drafter), "--out", str(tmp_path / "out")])
+    assert load_drafter(tmp_path / "out").config.block_size == 4
+    with pytest.raises(SystemExit, match="error: .*holds no eval.json"):
+        main(["check", "--drafter", str(drafter), "--target", "alice/target"])
+    with pytest.raises(SystemExit, match="error: --drafter: 'no/such/thing' is neither a folder"):
+        main(["convert", "--drafter", "no/such/thing", "--out", str(tmp_path / "out")])
+    main(["card", "render", "--drafter", str(drafter), "--repo", "alice/drafter"])
+    assert f"written: {drafter / 'README.md'}" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        main(["card", "validate", str(drafter / "README.md")])
+    assert stop.value.code == 1 and "  - " in capsys.readouterr().out
+
+
+# ---- flags
+
+
+@pytest.mark.parametrize("parser", [hub.command_parser(), model_card.command_parser()], ids=["hub", "card"])
+def test_every_flag_has_underscores_and_is_explained(parser):
+    for part in parsers(parser):
+        for action in part._actions:
+            assert action.help or isinstance(action, argparse._SubParsersAction), action
+            assert not any("-" in flag.removeprefix("--") for flag in action.option_strings if flag != "-h")
+
+
+@pytest.mark.parametrize("arguments", [EvaluateArguments, RegenerateArguments])
+def test_every_key_is_explained(arguments):
+    assert [field.name for field in fields(arguments) if not field.metadata.get("help")] == []
+
+
+def test_old_spellings_are_read_and_each_is_named_once(capsys):
+    words = ["push", "--target-revision", "a-b", "--base-revision=v1-0", "--create-pr", "--repo", "a/b-c", "--small"]
+    assert under_new_spelling(words) == [
+        "push", "--target_revision", "a-b", "--base_revision=v1-0", "--create_pr", "--repo", "a/b-c", "--small"
+    ]  # fmt: skip
+    assert capsys.readouterr().out.splitlines() == [
+        "--target-revision is spelt --target_revision now",
+        "--base-revision is spelt --base_revision now",
+        "--create-pr is spelt --create_pr now",
+    ]
+    assert under_new_spelling(["--revision", "v1"], {"--revision": "--drafter_revision"})[0] == "--drafter_revision"
+
+
+def test_a_bare_folder_is_still_the_drafter_wherever_it_stands(capsys):
+    for words in (["check", "DIR", "--target", "a/b"], ["check", "--target", "a/b", "--small", "DIR"]):
+        assert parse_with_drafter(hub.command_parser(), words).drafter == "DIR"
+        assert capsys.readouterr().out == "DIR is spelt --drafter DIR now\n"
+    args = parse_with_drafter(model_card.command_parser(), ["render", "DIR", "--repo", "a/b"])
+    assert args.drafter == "DIR"
+    parse_with_drafter(hub.command_parser(), ["check", "--drafter", "DIR"])
+    assert "is spelt" not in capsys.readouterr().out.replace("DIR is spelt --drafter DIR now", "", 1)
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["check"], "give the drafter's folder: --drafter DIR"),
+        (["check", "--drafter", "DIR", "OTHER"], "unrecognized arguments: OTHER"),
+        (["check", "ONE", "TWO"], "give the drafter's folder"),
+        (["pull", "--repo", "a/b", "--into", "DIR", "--tag", "v1"], "unrecognized arguments: --tag v1"),
+    ],
+    ids=str,
+)
+def test_a_command_line_that_says_too_little_or_too_much_is_refused(words, said, capsys):
+    with pytest.raises(SystemExit) as stop:
+        hub.main(words)
+    assert stop.value.code == 2 and said in capsys.readouterr().err
