@@ -4,14 +4,12 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import BASE, ROOT, make_domino, make_drafter, make_target, random_prompts
+from conftest import BASE, make_domino, make_drafter, make_target, random_prompts
 from huggingface_hub import constants
 from huggingface_hub.errors import RepositoryNotFoundError
 from loopback_hub import LoopbackHub
@@ -101,11 +99,7 @@ def run(hub, tmp_path_factory):
     """Runs python in a process of its own, as a user of the Hub -> (exit code, printed)."""
 
     def run(*words: str, user: str | None = "alice", home: str = "home", **environment) -> tuple[int, str]:
-        given = hub.environment(tmp_path_factory.getbasetemp() / home, user) | environment
-        done = subprocess.run(
-            [sys.executable, *words], cwd=ROOT, env=given, capture_output=True, text=True, timeout=300
-        )
-        return done.returncode, done.stdout + done.stderr
+        return hub.run(*words, home=tmp_path_factory.getbasetemp() / home, user=user, **environment)
 
     return run
 
@@ -309,7 +303,7 @@ def test_recipe_pushes_checkpoints_and_the_finished_drafter(files, run, hub, tra
     keys |= dict(output_dir=files / "pushed", push_to_hub="true", hub_model_id="alice/auto", hub_strategy="every_save")
     keys |= dict(save_steps=2, max_steps=3, eval_prompts=2)
     words = [word for key, value in keys.items() for word in (f"--{key}", *str(value).split())]
-    code, printed = run("-m", "hf_specauf.train", *words, HF_DATASETS_CACHE=str(files / "cache"))
+    code, printed = run("-m", "hf_specauf.train", *words)
     assert code == 0, printed
     history = hub.repository("alice/auto").history("main")
     messages = [commit["message"] for commit in history]
@@ -326,7 +320,7 @@ def test_a_checkpoint_that_cannot_be_published_is_kept_and_training_goes_on(file
     keys = dict(target=files / "target", dataset_name=files / "text.jsonl") | BASE
     keys |= dict(output_dir=files / "unpushed", push_to_hub="true", hub_model_id="alice/local", save_steps=1)
     words = [word for key, value in keys.items() for word in (f"--{key}", *str(value).split())]
-    code, printed = run("-m", "hf_specauf.train", *words, HF_DATASETS_CACHE=str(files / "cache"))
+    code, printed = run("-m", "hf_specauf.train", *words)
     refused = [line for line in printed.splitlines() if "checkpoint-1 was not published: the drafter's target" in line]
     assert len(refused) == 1 and "--target OWNER/NAME" in refused[0]
     assert code == 1 and printed.splitlines()[-1].startswith("error: the drafter's target is the local path")

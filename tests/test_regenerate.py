@@ -14,11 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CHAT_TEMPLATE, ROOT, byte_level_tokenizer, make_target
+from conftest import CHAT_TEMPLATE, byte_level_tokenizer, make_target, warm_python
 from test_tokens import GOLDEN, model_tokenizer
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.import_utils import is_serve_available
+from warm_python import Process
 
 from hf_specauf import train
 from hf_specauf.data.answers import generate_continuously, generate_in_batches, until_end
@@ -292,12 +293,8 @@ def test_an_answer_ends_with_its_end_token():
     assert until_end([5, 6, 7, 8], {7, 9}) == [5, 6, 7] and until_end([5, 6], {7}) == [5, 6]
 
 
-def start(arguments: list[str], **environment) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "hf_specauf.regenerate", *arguments], cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+def start(arguments: list[str], **environment: str) -> Process:
+    return warm_python().start("-m", "hf_specauf.regenerate", *arguments, **environment)
 
 
 def test_killed_twice_and_resumed_is_byte_for_byte_an_uninterrupted_run(words, files, tmp_path):
