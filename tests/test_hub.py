@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -104,6 +105,18 @@ def run(hub, tmp_path_factory):
     return run
 
 
+# Pushes whose reload in a clean process another test judges: they cost a second instead of six.
+WITHOUT_RELOAD = """
+import sys, time
+from hf_specauf.hub import main
+from hf_specauf.publishing.hub import stage
+sys.modules[stage.__module__].check_reload = lambda model, folder: None
+time.sleep = lambda seconds: None  # the client's pauses between two tries
+main(sys.argv[1:])
+"""
+PUSH_QUICKLY = ("-c", WITHOUT_RELOAD, "push")
+
+
 @pytest.fixture(scope="module")
 def trained(files, hub, run, tmp_path_factory):
     """A drafter trained by the command with a token in its recipe, and its target on the Hub."""
@@ -138,6 +151,12 @@ def online(hub, trained, monkeypatch, tmp_path_factory):
     )
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path_factory.mktemp("hub-cache")))
+
+
+@pytest.fixture
+def without_reload(monkeypatch):
+    """As `WITHOUT_RELOAD`, in this process."""
+    monkeypatch.setattr(sys.modules[stage.__module__], "check_reload", lambda model, folder: None)
 
 
 def contents(repository, revision="main") -> dict[str, bytes]:
@@ -177,7 +196,7 @@ def test_card_says_what_eval_json_says(published, tmp_path):
 
 def test_the_same_folder_again_makes_no_commit(published, run):
     before = len(published.repository.history("main"))
-    code, printed = run("-m", "hf_specauf.hub", "push", *published.words)
+    code, printed = run(*PUSH_QUICKLY, *published.words)
     assert code == 0, printed
     assert len(published.repository.history("main")) == before
 
@@ -188,7 +207,7 @@ def test_a_tag_is_never_left_on_another_drafter_than_its_card_describes(publishe
     record = json.loads((changed / "eval.json").read_text())
     (changed / "eval.json").write_text(json.dumps(record | {"repetition": 0.5}))
     words = ["--repo", "alice/drafter", "--target", "alice/target", "--drafter", str(changed), "--tag"]
-    code, printed = run("-m", "hf_specauf.hub", "push", *words, "v1")
+    code, printed = run(*PUSH_QUICKLY, *words, "v1")
     assert code == 1 and "error: the tag v1 of alice/drafter exists and holds another" in printed.splitlines()[-1]
     assert published.repository.resolve("main") == published.commit
 
@@ -219,12 +238,12 @@ def test_three_ways_to_load_generate_the_targets_own_text(published, run, tmp_pa
 
 def test_private_repository_is_refused_without_a_token(published, trained, run, hub, tmp_path):
     words = ["--drafter", str(trained), "--repo", "alice/secret", "--target", "alice/target", "--private"]
-    code, printed = run("-m", "hf_specauf.hub", "push", *words)
+    code, printed = run(*PUSH_QUICKLY, *words)
     assert code == 0, printed
     assert hub.repository("alice/secret").read("settings")["private"]
     pull = ["-m", "hf_specauf.hub", "pull", "--repo", "alice/secret", "--into"]
     for user in (None, "bob"):
-        code, printed = run(*pull, str(tmp_path / str(user)), user=user, home=f"home-{user}")
+        code, printed = run(*pull, str(tmp_path / str(user)), user=user, home="home-errors")
         assert code == 1 and "error: there is no such repository, or it is private" in printed
     assert run(*pull, str(tmp_path / "alice"))[0] == 0
 
@@ -233,13 +252,13 @@ def test_connection_cut_in_an_upload_leaves_nothing_half_and_the_next_try_all(tr
     words = ["--drafter", str(trained), "--repo", "alice/cut", "--target", "alice/target"]
     hub.cut_uploads = 100
     try:
-        code, printed = run("-m", "hf_specauf.hub", "push", *words)
+        code, printed = run(*PUSH_QUICKLY, *words)
     finally:
         hub.cut_uploads = 0
     assert code == 1 and printed.splitlines()[-1].startswith("error: the upload broke off")
     assert set(contents(hub.repository("alice/cut"))) == {".gitattributes"}
     hub.cut_uploads = 1  # the client tries again by itself
-    code, printed = run("-m", "hf_specauf.hub", "push", *words)
+    code, printed = run(*PUSH_QUICKLY, *words)
     assert code == 0, printed
     assert hub.cut_uploads == 0
     assert set(contents(hub.repository("alice/cut"))) == PUBLISHED
@@ -249,7 +268,7 @@ def test_connection_cut_in_an_upload_leaves_nothing_half_and_the_next_try_all(tr
 def test_pull_request_and_a_contributed_card_merged(published, trained, run, hub):
     words = ["--drafter", str(trained), "--repo", "alice/drafter", "--target", "alice/target", "--create-pr"]
     before = contents(published.repository)
-    code, printed = run("-m", "hf_specauf.hub", "push", *words, user="bob")
+    code, printed = run(*PUSH_QUICKLY, *words, user="bob")
     assert code == 0, printed
     assert "/discussions/1" in printed and contents(published.repository) == before
     contribute = (
@@ -292,7 +311,7 @@ def test_errors_of_the_client_are_one_line_and_keep_the_folder(
     drafter = ["--drafter", str(trained), "--target", "alice/target"]
     rest += drafter if command == "push" else ["--into", str(tmp_path / "into")]
     before = {path.name: path.stat().st_mtime_ns for path in trained.iterdir()}
-    code, printed = run("-m", "hf_specauf.hub", command, *rest, home="home-errors", **keys)
+    code, printed = run("-c", WITHOUT_RELOAD, command, *rest, home="home-errors", **keys)
     assert code == 1 and "Traceback" not in printed
     assert printed.splitlines()[-1].startswith("error: ") and message in printed.splitlines()[-1]
     assert {path.name: path.stat().st_mtime_ns for path in trained.iterdir()} == before
@@ -524,7 +543,7 @@ def test_an_adapter_on_a_z_lab_drafter_is_published_small_once_that_is_converted
     convert = ["--drafter", "alice/z-lab", "--revision", right, "--target", "alice/target"]
     for words in (
         ["-m", "hf_specauf.convert", *convert, "--out", str(tmp_path / "ours")],
-        [*push, str(tmp_path / "ours"), "--repo", "alice/converted", "--allow-unmeasured"],
+        [*PUSH_QUICKLY, *push[3:], str(tmp_path / "ours"), "--repo", "alice/converted", "--allow-unmeasured"],
         [*small, "alice/converted"],
     ):
         code, printed = run(*words)
@@ -608,12 +627,13 @@ def test_a_target_that_the_hub_does_not_have_is_refused(folder, online):
 
 
 def test_no_network_ends_the_check_in_one_line(folder, run):
-    code, printed = run("-m", "hf_specauf.hub", "check", str(folder), HF_ENDPOINT="http://127.0.0.1:9")
+    words = ["-m", "hf_specauf.hub", "check", str(folder)]
+    code, printed = run(*words, home="home-errors", HF_ENDPOINT="http://127.0.0.1:9")
     assert code == 1 and "Traceback" not in printed
     assert "cannot be reached" in printed.splitlines()[-1]
 
 
-def test_what_was_measured_on_another_target_is_not_published(folder, online):
+def test_what_was_measured_on_another_target_is_not_published(folder, online, without_reload):
     record = json.loads((folder / "eval.json").read_text())
     other = record | {"target": record["target"] | {"fingerprint": "0" * 16, "name_or_path": "a/fine-tune"}}
     (folder / "eval_other.json").write_text(json.dumps(other))
@@ -661,7 +681,7 @@ def test_rounding_of_bf16_is_the_same_drafter_and_other_weights_are_not(tmp_path
         check_same(drafter, outputs_of(other), "another")
 
 
-def test_local_target_missing_evaluation_and_pickles_are_refused(folder, trained, online):
+def test_local_target_missing_evaluation_and_pickles_are_refused(folder, trained, online, without_reload):
     with pytest.raises(ValueError, match="target is the local path.*--target OWNER/NAME"):
         check(trained)
     torch.save({}, folder / "pytorch_model.bin")

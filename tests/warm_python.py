@@ -42,6 +42,7 @@ class WarmPython:
     """
 
     def __init__(self, python: str = sys.executable, environment: dict[str, str] | None = None):
+        self.outputs = tempfile.TemporaryDirectory(prefix="warm-python-")
         ours, theirs = socket.socketpair()
         self.server = subprocess.Popen(
             [python, __file__, str(theirs.fileno())], cwd=ROOT, env=environment, pass_fds=[theirs.fileno()]
@@ -60,8 +61,7 @@ class WarmPython:
 
     def start(self, *words: str, **environment: str) -> "Process":
         """Start what `python *words` would start (`-m MODULE`, `-c CODE` or a path), with more variables."""
-        handle, output = tempfile.mkstemp(prefix="warm-python-")
-        os.close(handle)
+        output = tempfile.mkdtemp(prefix="process-", dir=self.outputs.name)
         pid = self.ask(do="start", words=[str(word) for word in words], environment=environment, output=output)
         return Process(self, pid, Path(output))
 
@@ -74,6 +74,7 @@ class WarmPython:
         """End the server. It also ends by itself when this process does."""
         self.stream.close()
         self.server.wait()
+        self.outputs.cleanup()
 
 
 class Process:
@@ -83,8 +84,9 @@ class Process:
         self.python, self.pid, self.output, self.returncode = python, pid, output, None
 
     def printed(self) -> str:
-        """What it has written to stdout and stderr so far."""
-        return self.output.read_text(errors="replace")
+        """What it has written so far, first to stdout and then to stderr."""
+        files = [self.output / name for name in ("stdout", "stderr")]
+        return "".join(path.read_text(errors="replace") for path in files if path.exists())
 
     def poll(self) -> int | None:
         if self.returncode is None:
@@ -113,7 +115,7 @@ class Process:
 
 
 def serve(stream) -> tuple[list[str], dict[str, str], str]:
-    """Answer requests for ever. Returns in a forked process alone -> its words, its variables, its output file."""
+    """Answer requests for ever. Returns in a forked process alone -> its words, its variables, its output folder."""
     for line in stream:
         request = json.loads(line)
         if request["do"] == "start":
@@ -131,10 +133,9 @@ def serve(stream) -> tuple[list[str], dict[str, str], str]:
 def become(words: list[str], environment: dict[str, str], output: str) -> None:
     """Do in this process what a fresh interpreter would do with these words."""
     os.environ.update(environment)
-    for source, flags, ours in ((os.devnull, os.O_RDONLY, [0]), (output, os.O_WRONLY | os.O_APPEND, [1, 2])):
-        handle = os.open(source, flags)
-        for number in ours:
-            os.dup2(handle, number)
+    for number, path in enumerate((os.devnull, f"{output}/stdout", f"{output}/stderr")):
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+        os.dup2(handle, number)
         os.close(handle)
     sys.stdout.reconfigure(line_buffering=True)  # for who reads along
     first, *rest = words
