@@ -179,6 +179,7 @@ def test_published_folder_holds_what_a_stranger_needs_and_no_trace_of_its_maker(
     assert record["target"]["name_or_path"] == record["recipe"]["target"] == "alice/target"
 
 
+@pytest.mark.own
 def test_card_says_what_eval_json_says(published, tmp_path):
     found = contents(published.repository)
     record, text = json.loads(found["eval.json"]), found["README.md"].decode()
@@ -194,6 +195,7 @@ def test_card_says_what_eval_json_says(published, tmp_path):
     assert "num_draft_layers: 1" in text and "hub_token" not in text
 
 
+@pytest.mark.own
 def test_the_same_folder_again_makes_no_commit(published, run):
     before = len(published.repository.history("main"))
     code, printed = run(*PUSH_QUICKLY, *published.words)
@@ -201,6 +203,7 @@ def test_the_same_folder_again_makes_no_commit(published, run):
     assert len(published.repository.history("main")) == before
 
 
+@pytest.mark.own
 def test_a_tag_is_never_left_on_another_drafter_than_its_card_describes(published, trained, run, tmp_path):
     changed = tmp_path / "changed"
     shutil.copytree(trained, changed)
@@ -236,6 +239,7 @@ def test_three_ways_to_load_generate_the_targets_own_text(published, run, tmp_pa
     assert code != 0 and "trust_remote_code" in printed
 
 
+@pytest.mark.own
 def test_private_repository_is_refused_without_a_token(published, trained, run, hub, tmp_path):
     words = ["--drafter", str(trained), "--repo", "alice/secret", "--target", "alice/target", "--private"]
     code, printed = run(*PUSH_QUICKLY, *words)
@@ -248,6 +252,7 @@ def test_private_repository_is_refused_without_a_token(published, trained, run, 
     assert run(*pull, str(tmp_path / "alice"))[0] == 0
 
 
+@pytest.mark.own
 def test_connection_cut_in_an_upload_leaves_nothing_half_and_the_next_try_all(trained, run, hub):
     words = ["--drafter", str(trained), "--repo", "alice/cut", "--target", "alice/target"]
     hub.cut_uploads = 100
@@ -265,6 +270,7 @@ def test_connection_cut_in_an_upload_leaves_nothing_half_and_the_next_try_all(tr
     assert len(hub.repository("alice/cut").history("main")) == 2
 
 
+@pytest.mark.own
 def test_pull_request_and_a_contributed_card_merged(published, trained, run, hub):
     words = ["--drafter", str(trained), "--repo", "alice/drafter", "--target", "alice/target", "--create-pr"]
     before = contents(published.repository)
@@ -288,6 +294,7 @@ def test_pull_request_and_a_contributed_card_merged(published, trained, run, hub
     assert {name for name in after if after[name] != before[name]} == {"README.md"}
 
 
+@pytest.mark.own
 @pytest.mark.parametrize(
     "words, keys, message",
     [
@@ -335,6 +342,7 @@ def test_recipe_pushes_checkpoints_and_the_finished_drafter(files, run, hub, tra
     assert config["target_revision"] == hub.repository("alice/target").resolve("main")
 
 
+@pytest.mark.own
 def test_a_checkpoint_that_cannot_be_published_is_kept_and_training_goes_on(files, run, hub, trained):
     keys = dict(target=files / "target", dataset_name=files / "text.jsonl") | BASE
     keys |= dict(output_dir=files / "unpushed", push_to_hub="true", hub_model_id="alice/local", save_steps=1)
@@ -521,6 +529,7 @@ def test_adapter_is_published_alone_or_merged_and_pins_its_base(published, train
     assert drafts[0] == drafts[2] and drafts[1] == drafts[3] and drafts[0] != drafts[1]
 
 
+@pytest.mark.own
 def test_an_adapter_on_a_z_lab_drafter_is_published_small_once_that_is_converted(
     published, trained, lora, run, hub, tmp_path
 ):
@@ -616,6 +625,7 @@ def rename_target(folder, name) -> None:
     (folder / "config.json").write_text(json.dumps(config | {"target_model_name_or_path": name}))
 
 
+@pytest.mark.own
 def test_a_target_that_the_hub_does_not_have_is_refused(folder, online):
     for path in ("../target", "./target", "target"):
         rename_target(folder, path)
@@ -626,6 +636,7 @@ def test_a_target_that_the_hub_does_not_have_is_refused(folder, online):
         check(folder)
 
 
+@pytest.mark.own
 def test_no_network_ends_the_check_in_one_line(folder, run):
     words = ["-m", "hf_specauf.hub", "check", str(folder)]
     code, printed = run(*words, home="home-errors", HF_ENDPOINT="http://127.0.0.1:9")
@@ -633,6 +644,7 @@ def test_no_network_ends_the_check_in_one_line(folder, run):
     assert "cannot be reached" in printed.splitlines()[-1]
 
 
+@pytest.mark.own
 def test_what_was_measured_on_another_target_is_not_published(folder, online, without_reload):
     record = json.loads((folder / "eval.json").read_text())
     other = record | {"target": record["target"] | {"fingerprint": "0" * 16, "name_or_path": "a/fine-tune"}}
@@ -648,12 +660,14 @@ def test_what_was_measured_on_another_target_is_not_published(folder, online, wi
     assert "eval_other.json" in check(folder)
 
 
+@pytest.mark.own
 def test_a_card_rendered_by_itself_names_no_folder_of_its_maker(trained, files, tmp_path):
     card_command(["render", str(trained), "--repo", "alice/drafter", "--out", str(tmp_path / "card.md")])
     text = (tmp_path / "card.md").read_text()
     assert str(files) not in text and "dataset_name: text.jsonl" in text and "target: target" in text
 
 
+@pytest.mark.own
 def test_a_drafter_trained_anew_is_not_published_with_what_the_one_before_reached(files, trained, tmp_path):
     (tmp_path / "adapter").mkdir()
     for name in ("eval.json", "eval_mine.json", "alpha.png", "adapter/base.json"):
@@ -665,6 +679,7 @@ def test_a_drafter_trained_anew_is_not_published_with_what_the_one_before_reache
     assert not [*tmp_path.glob("eval*.json"), *tmp_path.glob("alpha.png"), *tmp_path.glob("adapter")]
 
 
+@pytest.mark.own
 def test_rounding_of_bf16_is_the_same_drafter_and_other_weights_are_not(tmp_path):
     drafter = make_drafter(make_target(dtype=torch.float32), layers=5, dtype=torch.bfloat16)
     elsewhere, other = (make_drafter(make_target(dtype=torch.float32), layers=5, dtype=torch.bfloat16) for _ in "ab")
@@ -681,6 +696,7 @@ def test_rounding_of_bf16_is_the_same_drafter_and_other_weights_are_not(tmp_path
         check_same(drafter, outputs_of(other), "another")
 
 
+@pytest.mark.own
 def test_local_target_missing_evaluation_and_pickles_are_refused(folder, trained, online, without_reload):
     with pytest.raises(ValueError, match="target is the local path.*--target OWNER/NAME"):
         check(trained)
@@ -696,6 +712,7 @@ def test_local_target_missing_evaluation_and_pickles_are_refused(folder, trained
         check(folder / "nowhere")
 
 
+@pytest.mark.own
 def test_folder_whose_reload_gives_other_outputs_is_refused(folder, tmp_path):
     drafter = make_drafter(make_target(dtype=torch.float32))
     drafter.save_pretrained(tmp_path / "good")
@@ -710,6 +727,7 @@ def test_folder_whose_reload_gives_other_outputs_is_refused(folder, tmp_path):
         check_reload(drafter, tmp_path / "good")
 
 
+@pytest.mark.own
 def test_a_causal_head_that_reloads_otherwise_is_refused(tmp_path):
     drafter = make_domino(make_target(dtype=torch.float32))
     drafter.save_pretrained(tmp_path)
@@ -721,6 +739,7 @@ def test_a_causal_head_that_reloads_otherwise_is_refused(tmp_path):
         check_reload(drafter, tmp_path)
 
 
+@pytest.mark.own
 def test_secrets_in_text_are_found_and_refused(folder, online, tmp_path, monkeypatch):
     monkeypatch.setattr("getpass.getuser", lambda: "grace")
     (tmp_path / "into").mkdir()
@@ -733,6 +752,7 @@ def test_secrets_in_text_are_found_and_refused(folder, online, tmp_path, monkeyp
     assert "eval.json: something that looks like a token" in find_secrets(tmp_path / "into")
 
 
+@pytest.mark.own
 def test_paths_and_tokens_leave_a_record():
     record = {"data": "/home/grace/rows.jsonl", "hub_token": "x", "output_dir": "out", "nested": [{"p": "../a/b.txt"}]}
     record |= {"id": "Qwen/Qwen3-8B", "mixed": "org/data + /mnt/x.jsonl + a/b", "hub_model_id": "me/x", "why": "a + b"}

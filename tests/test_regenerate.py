@@ -289,6 +289,7 @@ def test_the_mask_token_is_never_written(words, tmp_path, continuous):
 # ---- ends
 
 
+@pytest.mark.own
 def test_an_answer_ends_with_its_end_token():
     assert until_end([5, 6, 7, 8], {7, 9}) == [5, 6, 7] and until_end([5, 6], {7}) == [5, 6]
 
@@ -320,6 +321,7 @@ def test_killed_twice_and_resumed_is_byte_for_byte_an_uninterrupted_run(words, f
     assert [row["source_row"] for row in written(tmp_path / "own.jsonl")] == list(range(36))
 
 
+@pytest.mark.own
 def test_texts_with_other_line_ends_are_put_together(words, files, tmp_path):
     odd = ["a\u2028b", "a\u2029b", "a\u0085b", "a\x0bb\x0cb", "a\r\nb"]
     data = save_rows(files / "line_ends.jsonl", [{"messages": [turn("user", text)]} for text in odd])
@@ -337,6 +339,7 @@ def test_two_processes_share_the_rows_and_write_the_file_of_one(words, tmp_path)
     assert sum("rows answered," in text for text in printed) == 1  # the last one put it together
 
 
+@pytest.mark.own
 def test_srun_shares_the_rows_and_a_batch_script_does_all(words, tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_NTASKS", "2")
     monkeypatch.setenv("SLURM_PROCID", "0")
@@ -349,6 +352,7 @@ def test_srun_shares_the_rows_and_a_batch_script_does_all(words, tmp_path, monke
     assert (tmp_path / "own.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
+@pytest.mark.own
 @pytest.mark.parametrize("left", [["chunk-000003.jsonl"], ["chunk-000003.jsonl", "settings.json"]])
 def test_killed_while_tidying_up_is_finished(words, tmp_path, left, capsys):
     main(words())
@@ -365,6 +369,7 @@ def test_killed_while_tidying_up_is_finished(words, tmp_path, left, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["own.jsonl", "own.settings.json"]
 
 
+@pytest.mark.own
 def test_killed_while_putting_together_is_finished_by_the_same_command(words, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
@@ -384,6 +389,7 @@ def test_killed_while_putting_together_is_finished_by_the_same_command(words, tm
     assert sorted(path.name for path in tmp_path.iterdir()) == names
 
 
+@pytest.mark.own
 def test_answers_of_other_settings_are_not_mixed(words, files, prompts, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     main(words())
@@ -407,6 +413,7 @@ def test_answers_of_other_settings_are_not_mixed(words, files, prompts, tmp_path
     assert "is finished" in capsys.readouterr().out and (tmp_path / "own.jsonl").read_bytes() == done
 
 
+@pytest.mark.own
 def test_answers_of_another_layer_are_not_mixed(words, pair, tmp_path, monkeypatch):
     """Same name, same head: only the weights tell."""
     target, tokenizer = copy.deepcopy(pair[0]), pair[1]
@@ -422,6 +429,7 @@ def test_answers_of_another_layer_are_not_mixed(words, pair, tmp_path, monkeypat
         main(words(target=tmp_path / "target"))
 
 
+@pytest.mark.own
 def test_a_file_that_is_there_already_is_not_overwritten(words, tmp_path):
     (tmp_path / "own.jsonl").write_text("mine\n")
     with pytest.raises(SystemExit, match="own.jsonl is there already and was not written by this command"):
@@ -429,6 +437,7 @@ def test_a_file_that_is_there_already_is_not_overwritten(words, tmp_path):
     assert (tmp_path / "own.jsonl").read_text() == "mine\n"
 
 
+@pytest.mark.own
 def test_rows_without_an_answer_are_listed_apart_and_none_is_lost(words, files, tmp_path, capsys):
     ask = {"role": "user", "content": "Question?"}
     call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
@@ -463,6 +472,7 @@ def test_plain_text_is_continued_after_its_first_tokens(words, files, pair, tmp_
         assert (row["input_ids"], row["supervised"]) == (out, [0] * 5 + [1] * NEW)
 
 
+@pytest.mark.own
 def test_answers_are_prompts_for_another_target(words, tmp_path):
     """Where `messages` stand beside tokens, the tokens are not in the way; rows of tokens alone are named."""
     main(words())
@@ -474,6 +484,7 @@ def test_answers_are_prompts_for_another_target(words, tmp_path):
     assert [row["skipped"] for row in skipped] == ["it has tokens and no text"] * len(alone)
 
 
+@pytest.mark.own
 def test_mistyped_rows_are_named_and_the_others_answered(words, files, tmp_path):
     rows = [[FOX], json.dumps([FOX]), "no JSON", [turn("user", ["a"])], [turn("critic", "a")], 5]
     main(words(dataset_name=save_rows(files / "mistyped.jsonl", [{"messages": turns} for turns in rows])))
@@ -497,6 +508,7 @@ def test_a_drafter_trains_on_the_answers(words, command, tmp_path, capsys):
     assert "the target's own first choice on 100%" in printed
 
 
+@pytest.mark.own
 @pytest.mark.parametrize(
     "overrides, message",
     [
@@ -571,6 +583,7 @@ def server(pair, failures: list[int], **more):
         served.server_close()
 
 
+@pytest.mark.own
 def test_a_servers_answers_are_those_of_the_target_itself(words, pair, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_PLANTED")
     monkeypatch.setattr("hf_specauf.data.answers.PATIENCE", 0.01)
@@ -587,6 +600,7 @@ def test_a_servers_answers_are_those_of_the_target_itself(words, pair, tmp_path,
         assert wanted.items() <= body.items()
 
 
+@pytest.mark.own
 def test_a_refused_question_is_skipped_and_a_dead_server_stops_with_all_kept(words, pair, tmp_path, monkeypatch):
     monkeypatch.setattr("hf_specauf.data.answers.PATIENCE", 0.01)
     keys = dict(target="tiny", max_rows=6, concurrency=1)
@@ -599,6 +613,7 @@ def test_a_refused_question_is_skipped_and_a_dead_server_stops_with_all_kept(wor
     assert (tmp_path / "dead.parts" / "settings.json").is_file()
 
 
+@pytest.mark.own
 @pytest.mark.parametrize(
     "failure, message",
     [
@@ -615,6 +630,7 @@ def test_a_server_that_cannot_help_is_asked_once(words, pair, tmp_path, monkeypa
     assert len(seen) == 1
 
 
+@pytest.mark.own
 def test_no_pause_follows_the_last_try(words, pair, monkeypatch):
     pauses = []
     monkeypatch.setattr("hf_specauf.data.answers.time.sleep", pauses.append)
@@ -624,6 +640,7 @@ def test_no_pause_follows_the_last_try(words, pair, monkeypatch):
     assert [pause for pause in pauses if pause >= 2] == [2, 4, 8, 16]
 
 
+@pytest.mark.own
 def test_a_server_that_refuses_everything_is_no_success(words, pair, tmp_path):
     keys = dict(target="tiny", max_rows=4, concurrency=1)
     with server(pair, failures=[400] * 4) as (url, seen):
@@ -636,6 +653,7 @@ def test_a_server_that_refuses_everything_is_no_success(words, pair, tmp_path):
         assert len(seen) == 4
 
 
+@pytest.mark.own
 @pytest.mark.parametrize("name", ["reasoning", "reasoning_content"])
 def test_a_servers_thoughts_are_found_by_every_template(words, pair, tmp_path, name):
     with server(pair, [], **{name: "Foxes."}) as (url, _):
