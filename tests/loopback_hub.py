@@ -419,7 +419,8 @@ class LoopbackHub:
 
     def environment(self, home: Path, user: str | None = None) -> dict[str, str]:
         """Environment of a process whose client talks to this Hub; `home` is its own cache."""
-        given = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
+        own = ("HF_", "HUGGING", "PYTEST_CURRENT_TEST")  # the last one would make each test a server of its own
+        given = {key: value for key, value in os.environ.items() if not key.startswith(own)}
         given |= {
             "HF_ENDPOINT": self.endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1",
             "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false",
