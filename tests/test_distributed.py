@@ -1,9 +1,6 @@
 """Several real processes over gloo: one loss, one gradient, whatever the split; checkpoints that load anywhere."""
 
 import json
-import signal
-import socket
-import time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -41,38 +38,22 @@ def folder(tmp_path_factory, tokenizer):
     return folder
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def launch(folder: Path, out: Path, processes: int, rows_each: int, accumulation: int = 1, **keys) -> dict:
     """Run the worker in one real process, or several that torch joins -> its logs.json.
 
-    `torchrun` itself is run by the tests of `accelerate launch`, in test_resume.py and test_train.py.
+    `torchrun` itself is run by the test of `accelerate launch` in test_resume.py.
     """
     keys |= dict(per_device_train_batch_size=rows_each, gradient_accumulation_steps=accumulation)
     words = [str(WORKER), str(folder), str(out), *(f"{key}={json.dumps(value)}" for key, value in keys.items())]
     many = processes > 1 or "deepspeed" in keys or keys.get("launched_with") == "zero2.yaml"
-    environment = {"GLOO_SOCKET_IFNAME": "lo"}
+    environment = {}
     if not torch.cuda.is_available():
         environment["DS_ACCELERATOR"] = "cpu"
-    if many:  # what torchrun sets
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(processes)}
-        environment |= {"LOCAL_WORLD_SIZE": str(processes)}
-    ranks = []
-    for rank in range(processes):
-        own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if many else {}
-        ranks.append(warm_python().start(*words, **environment, **own))
-    deadline = time.monotonic() + 300
-    while any(rank.poll() is None for rank in ranks):
-        if time.monotonic() > deadline or any(rank.returncode for rank in ranks):
-            for rank in ranks:  # the others would wait for the one that failed
-                rank.send_signal(signal.SIGKILL)
-        time.sleep(0.02)
-    printed = "".join(f"rank {number}: {rank.printed()[-6000:]}" for number, rank in enumerate(ranks))
-    assert not any(rank.returncode for rank in ranks), printed
+    if many:
+        code, printed = warm_python().run_ranks(processes, *words, **environment)
+    else:
+        code, printed = warm_python().run(*words, **environment)
+    assert code == 0, printed
     record = json.loads((out / "logs.json").read_text())
     assert record["processes"] == processes
     return record

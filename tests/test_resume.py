@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import BASE, final, same, start
+from conftest import BASE, final, same, start, warm_python
 from transformers import AutoModel, TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -72,15 +72,18 @@ def test_killed_at_random_steps_and_inside_saves_ends_in_the_same_drafter(comman
 
 
 def test_two_processes_of_accelerate_launch_train_resume_and_leave_a_drafter(command, tmp_path):
-    def launch(out: Path, **keys):
-        launcher = ("accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes", "2")
-        words = command(output_dir=out, max_steps=4, save_steps=2, per_device_train_batch_size=1, **keys)
-        process = start(*launcher, "-m", "hf_specauf.train", *words)
-        printed, _ = process.communicate(timeout=400)
-        assert process.returncode == 0, printed
-        return printed
+    def words(out: Path, **keys) -> list[str]:
+        keys |= dict(output_dir=out, max_steps=4, save_steps=2, per_device_train_batch_size=1)
+        return ["-m", "hf_specauf.train", *command(**keys)]
 
-    launch(tmp_path / "whole")
+    def launch(out: Path, **keys):
+        code, printed = warm_python().run_ranks(2, *words(out, **keys))
+        assert code == 0, printed
+
+    launcher = ("accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes", "2")
+    process = start(*launcher, *words(tmp_path / "whole"))
+    printed, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, printed
     record = (tmp_path / "whole" / "provenance.json").read_text()
     assert '"processes": 2' in record
     launch(tmp_path / "part", learning_rate=0)  # another run's checkpoints are replaced, not mixed

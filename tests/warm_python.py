@@ -70,6 +70,27 @@ class WarmPython:
         process = self.start(*words, **environment)
         return process.wait(timeout), process.printed()
 
+    def run_ranks(self, count: int, *words: str, timeout: float = 300, **environment: str) -> tuple[int, str]:
+        """Start it `count` times, as ranks that torch joins -> (an exit code that is not 0 if there is one, what all printed).
+
+        This is what `torchrun` does, with one difference: its own processes would import everything anew.
+        """
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+        environment |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+        ranks = [self.start(*words, **environment, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(count)]
+        deadline = time.monotonic() + timeout
+        while any(rank.poll() is None for rank in ranks):
+            if any(rank.returncode for rank in ranks) or time.monotonic() > deadline:
+                for rank in ranks:  # the others would wait for the one that failed
+                    rank.send_signal(signal.SIGKILL)
+            time.sleep(0.01)
+        codes = [rank.returncode for rank in ranks if rank.returncode]
+        printed = "".join(f"rank {number}: {rank.printed()}" for number, rank in enumerate(ranks))
+        return codes[0] if codes else 0, printed
+
     def close(self) -> None:
         """End the server. It also ends by itself when this process does."""
         self.stream.close()
