@@ -71,7 +71,7 @@ class WarmPython:
         return process.wait(timeout), process.printed()
 
     def run_ranks(self, count: int, *words: str, timeout: float = 300, **environment: str) -> tuple[int, str]:
-        """Start it `count` times, as ranks that torch joins -> (an exit code that is not 0 if there is one, what all printed).
+        """Start it `count` times, as ranks that torch joins -> (0 or a failed one's exit code, what all printed).
 
         This is what `torchrun` does, with one difference: its own processes would import everything anew.
         """
