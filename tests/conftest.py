@@ -60,6 +60,18 @@ CHAT_TEMPLATE = (
 )
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by marker
+def pytest_collection_modifyitems(items):
+    """Put the marker `own` on all but the first of a test's parameters, where `own_parameters` asks for it."""
+    seen = set()
+    for item in items:
+        if item.get_closest_marker("own_parameters"):
+            test = item.path, item.originalname
+            if test in seen:
+                item.add_marker("own")
+            seen.add(test)
+
+
 def make_target(architecture: str = "qwen3", dtype: torch.dtype = torch.float64, seed: int = 0, **overrides):
     """A tiny target with random weights spread enough that its greedy text is not one token for ever."""
     set_seed(seed)

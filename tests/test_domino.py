@@ -325,6 +325,7 @@ def test_the_logits_a_draft_comes_with_are_the_corrected_ones_each_token_was_dra
         assert torch.isfinite(claimed.gather(1, draft.T)).all()
 
 
+@pytest.mark.own_parameters
 @pytest.mark.parametrize(
     ("temperature", "top_k", "shift_label"),
     [(1.0, 0, True), (1.0, 0, False), (1.3, 4, True)],

@@ -555,6 +555,7 @@ def test_the_logits_a_draft_comes_with_are_those_each_token_was_drawn_from(optio
         assert torch.isfinite(claimed.gather(1, draft.T)).all()  # no token of chance 0
 
 
+@pytest.mark.own_parameters
 @pytest.mark.parametrize(("temperature", "top_k"), [(1.0, 0), (1.3, 4)], ids=["plain", "temperature and top-k"])
 def test_sampling_follows_the_targets_exact_distribution(temperature, top_k):
     p_value, accepted = sampled_p_value(sampling_pair()[1], 600, temperature, top_k)
