@@ -1,28 +1,34 @@
 """Tiny real models for the tests: built here from real architectures, trained here, never downloaded."""
 
+import atexit
 import json
 import os
-import subprocess
+import shutil
 import sys
+import tempfile
+from functools import cache
 from pathlib import Path
 
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="specauf-datasets-")  # read when `datasets` is imported
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # models this small are slower in threads
 
-import datasets
 import pytest
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast, set_seed
+from warm_python import Process, WarmPython
 
 import hf_specauf  # noqa: F401  registers the drafter
 from hf_specauf.drafters.modeling_dflash import DFlashDraftModel
 from hf_specauf.drafters.modeling_domino import DominoDraftModel
 from hf_specauf.losses.blocks import make_blocks, sample_anchors
 from hf_specauf.target import FrozenTarget, drafter_config
+
+atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 ROOT = Path(__file__).parents[1]
 BASE = dict(
@@ -52,6 +58,18 @@ CHAT_TEMPLATE = (
     "{% else %}{{ m['content'] }}<|end|>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by marker
+def pytest_collection_modifyitems(items):
+    """Put the marker `own` on all but the first of a test's parameters, where `own_parameters` asks for it."""
+    seen = set()
+    for item in items:
+        if item.get_closest_marker("own_parameters"):
+            test = item.path, item.originalname
+            if test in seen:
+                item.add_marker("own")
+            seen.add(test)
 
 
 def make_target(architecture: str = "qwen3", dtype: torch.dtype = torch.float64, seed: int = 0, **overrides):
@@ -177,7 +195,7 @@ def load_rows_file(path):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory, tokenizer):
-    """A folder with a target, `text.jsonl` and `chat.jsonl`; what `datasets` caches lies there too."""
+    """A folder with a target, `text.jsonl` and `chat.jsonl`."""
     folder = tmp_path_factory.mktemp("files")
     ids = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None)
     target = make_target(dtype=torch.float32, vocab_size=len(tokenizer), num_hidden_layers=8, **ids)
@@ -194,9 +212,7 @@ def files(tmp_path_factory, tokenizer):
     (folder / "single.jsonl").write_text('{"text": "only one row"}\n')
     (folder / "broken.jsonl").write_text('{"text": "a row"}\n{"text": "a trunc')
     (folder / "broken.yaml").write_text("objective: [auf\nseed: 1\n")
-    cache, datasets.config.HF_DATASETS_CACHE = datasets.config.HF_DATASETS_CACHE, folder / "cache"
-    yield folder
-    datasets.config.HF_DATASETS_CACHE = cache
+    return folder
 
 
 @pytest.fixture
@@ -211,12 +227,15 @@ def command(files, tmp_path):
     return command
 
 
-def start(files, *words: str) -> subprocess.Popen:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(files / "cache")}
-    return subprocess.Popen(
-        [sys.executable, "-m", *words], cwd=ROOT, env=environment,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+@cache
+def warm_python(python: str = sys.executable) -> WarmPython:
+    """The server of an interpreter's processes in this environment; one for all tests."""
+    return WarmPython(python)
+
+
+def start(*words: str) -> Process:
+    """`python -m` some words, in a process of its own."""
+    return warm_python().start("-m", *words)
 
 
 def final(folder) -> dict[str, torch.Tensor]:

@@ -14,11 +14,14 @@ import hashlib
 import json
 import os
 import re
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
+
+from warm_python import WarmPython
 
 SMALL_FILE = 10_000  # bytes; larger files and safetensors travel by LFS
 
@@ -382,6 +385,7 @@ class LoopbackHub:
     def __init__(self, folder: Path, users: tuple[str, ...] = ("alice", "bob")):
         self.folder, self.users = Path(folder), users
         self.lock, self.cut_uploads, self.requests = threading.Lock(), 0, []
+        self.pythons: dict[str, WarmPython] = {}
         handler = type("BoundHandler", (Handler,), {"hub": self})
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.endpoint = f"http://127.0.0.1:{self.server.server_address[1]}"
@@ -393,14 +397,30 @@ class LoopbackHub:
     def __exit__(self, *exception) -> None:
         self.server.shutdown()
         self.server.server_close()
+        for python in self.pythons.values():
+            python.close()
 
     def repository(self, name: str) -> Repository:
         """A repository, to look at from a test."""
         return Repository(self.folder / name)
 
+    def run(
+        self, *words: str, home: Path, user: str | None = None, python: str = sys.executable, **environment: str
+    ) -> tuple[int, str]:
+        """Run an interpreter whose client talks to this Hub and keeps its cache in `home` -> (exit code, printed)."""
+        environment = self.environment(home, user) | environment
+        token = {}
+        if "HF_TOKEN" in environment:  # alone is read when it is needed, not when the client is imported
+            token["HF_TOKEN"] = environment.pop("HF_TOKEN")
+        key = json.dumps([python, environment], sort_keys=True)
+        if key not in self.pythons:
+            self.pythons[key] = WarmPython(python, environment)
+        return self.pythons[key].run(*words, **token)
+
     def environment(self, home: Path, user: str | None = None) -> dict[str, str]:
         """Environment of a process whose client talks to this Hub; `home` is its own cache."""
-        given = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
+        own = ("HF_", "HUGGING", "PYTEST_CURRENT_TEST")  # the last one would make each test a server of its own
+        given = {key: value for key, value in os.environ.items() if not key.startswith(own)}
         given |= {
             "HF_ENDPOINT": self.endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1",
             "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false",

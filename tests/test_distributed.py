@@ -1,21 +1,17 @@
 """Several real processes over gloo: one loss, one gradient, whatever the split; checkpoints that load anywhere."""
 
 import json
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_domino, make_drafter, make_target, random_prompts
+from conftest import make_domino, make_drafter, make_target, random_prompts, warm_python
 from safetensors.torch import load_file
 from transformers import AutoModel
 
 pytestmark = pytest.mark.internals
 
-ROOT = Path(__file__).parents[1]
 WORKER = Path(__file__).with_name("distributed_worker.py")
 # sharded by accelerate's plugin, as the recipe asks, instead of by transformers' loader; its optimizer has no one file
 FSDP2 = dict(launched_with="fsdp2.yaml", save_only_model=False)
@@ -43,19 +39,21 @@ def folder(tmp_path_factory, tokenizer):
 
 
 def launch(folder: Path, out: Path, processes: int, rows_each: int, accumulation: int = 1, **keys) -> dict:
-    """Run the worker for real -> its logs.json."""
+    """Run the worker in one real process, or several that torch joins -> its logs.json.
+
+    `torchrun` itself is run by the test of `accelerate launch` in test_resume.py.
+    """
     keys |= dict(per_device_train_batch_size=rows_each, gradient_accumulation_steps=accumulation)
     words = [str(WORKER), str(folder), str(out), *(f"{key}={json.dumps(value)}" for key, value in keys.items())]
     many = processes > 1 or "deepspeed" in keys or keys.get("launched_with") == "zero2.yaml"
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] * many
-    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "GLOO_SOCKET_IFNAME": "lo"}
+    environment = {}
     if not torch.cuda.is_available():
         environment["DS_ACCELERATOR"] = "cpu"
-    done = subprocess.run(
-        [sys.executable, *launcher, *words], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    if many:
+        code, printed = warm_python().run_ranks(processes, *words, **environment)
+    else:
+        code, printed = warm_python().run(*words, **environment)
+    assert code == 0, printed
     record = json.loads((out / "logs.json").read_text())
     assert record["processes"] == processes
     return record

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import MASK, make_domino, make_target, overfit, random_prompts
 from peft import LoraConfig, get_peft_model
-from test_generate import GREEDY, NEW, PROMPT, FollowOn, decode, plain, sampled_p_value
+from test_generate import GREEDY, NEW, PROMPT, SAMPLING, FollowOn, decode, plain, recorded, sampled_p_value
 from torch import nn
 from torch.nn.functional import silu
 from transformers import AutoConfig, AutoModel, set_seed
@@ -312,11 +312,20 @@ class ClaimsTheBase(BlockCandidateGenerator):
 def test_a_draft_that_claims_the_base_distribution_is_detected():
     drafter = sampling_drafter(True)
     drafter.get_candidate_generator = lambda target, config, **keys: ClaimsTheBase(drafter, target, config, **keys)
-    p_value, accepted = sampled_p_value(drafter, 1500, 1.0, 0)
+    p_value, accepted = sampled_p_value(drafter, 900, 1.0, 0)
     assert p_value < 1e-6
     assert 0 < accepted < 1
 
 
+@pytest.mark.parametrize("options", SAMPLING, ids=str)
+@ALIGNMENTS
+def test_the_logits_a_draft_comes_with_are_the_corrected_ones_each_token_was_drawn_from(shift_label, options):
+    for draft, drawn_from, claimed in recorded(sampling_drafter(shift_label), **options):
+        torch.testing.assert_close(claimed, drawn_from, rtol=0, atol=0)
+        assert torch.isfinite(claimed.gather(1, draft.T)).all()
+
+
+@pytest.mark.own_parameters
 @pytest.mark.parametrize(
     ("temperature", "top_k", "shift_label"),
     [(1.0, 0, True), (1.0, 0, False), (1.3, 4, True)],
@@ -324,7 +333,7 @@ def test_a_draft_that_claims_the_base_distribution_is_detected():
 )
 def test_sampling_follows_the_targets_exact_distribution(temperature, top_k, shift_label):
     drafter = sampling_drafter(shift_label)
-    p_value, accepted = sampled_p_value(drafter, 2500, temperature, top_k)
+    p_value, accepted = sampled_p_value(drafter, 900, temperature, top_k)
     assert p_value > 1e-3
     assert 0.1 < accepted < 0.9
 

@@ -96,6 +96,7 @@ def by_hand(trainer, drafter, rows, step: int, of_base: float):
     return of_base * means["base"] + (1 - of_base) * means["final"], means, sums
 
 
+@pytest.mark.own_parameters
 @pytest.mark.parametrize("shift_label", [True, False], ids=["shifted", "unshifted"])
 @pytest.mark.parametrize("objective", objectives_for(2))
 def test_one_step_equals_a_computation_of_all_logits_by_hand(build, pair, objective, shift_label):
@@ -132,6 +133,7 @@ WAYS = {
 }
 
 
+@pytest.mark.own_parameters
 @pytest.mark.parametrize("max_grad_norm", [0.0, 0.5], ids=["unclipped", "clipped"])
 @pytest.mark.parametrize(
     "objective, normalisation",

@@ -5,13 +5,22 @@ import json
 import os
 import shlex
 import shutil
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import CHAT_TEMPLATE, EOS, MASK, PAD, make_domino, make_drafter, make_target, overfit, random_prompts
+from conftest import (
+    CHAT_TEMPLATE,
+    EOS,
+    MASK,
+    PAD,
+    make_domino,
+    make_drafter,
+    make_target,
+    overfit,
+    random_prompts,
+    warm_python,
+)
 from safetensors.torch import save_file
 from test_convert import z_lab
 from transformers import AutoModelForCausalLM, GenerationConfig, set_seed
@@ -201,11 +210,8 @@ def arguments(folders, out, prompts="text.jsonl", drafter="drafter", **more) -> 
     return [word for key, value in given.items() for word in (f"--{key}", str(value))]
 
 
-def evaluate_in_a_process(folders, out, **more) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "hf_specauf.evaluate", *arguments(folders, out, **more)], cwd=out.parent,
-        capture_output=True, text=True, timeout=400, env=os.environ | {"HF_DATASETS_CACHE": str(out.parent / "cache")},
-    )  # fmt: skip
+def evaluate_in_a_process(folders, out, **more) -> tuple[int, str]:
+    return warm_python().run("-m", "hf_specauf.evaluate", *arguments(folders, out, **more))
 
 
 def check_written(folders, out, prompt_tokens: list[int]) -> dict:
@@ -222,11 +228,11 @@ def check_written(folders, out, prompt_tokens: list[int]) -> dict:
 
 
 def test_the_command_line_writes_results_and_a_plot(folders, tmp_path):
-    done = evaluate_in_a_process(folders, tmp_path / "out")
-    assert done.returncode == 0, done.stderr
+    code, printed = evaluate_in_a_process(folders, tmp_path / "out")
+    assert code == 0, printed
     record = check_written(folders, tmp_path / "out", [10, 10])
-    assert f"{record['speedup']:.2f}x" in done.stdout and "tau" in done.stdout
-    assert ("SLOWER" in done.stdout) == (record["speedup"] <= 1)
+    assert f"{record['speedup']:.2f}x" in printed and "tau" in printed
+    assert ("SLOWER" in printed) == (record["speedup"] <= 1)
 
 
 @pytest.mark.parametrize("drafter", ["drafter", "domino"])
@@ -261,9 +267,9 @@ def test_rows_of_several_schemas_are_prompts_and_those_that_are_none_are_counted
 
 
 def test_the_command_line_fails_in_one_clear_line(folders, tmp_path):
-    done = evaluate_in_a_process(folders, tmp_path / "out", prompts="nowhere.jsonl")
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    last = done.stderr.splitlines()[-1]
+    code, printed = evaluate_in_a_process(folders, tmp_path / "out", prompts="nowhere.jsonl")
+    assert code == 1 and "Traceback" not in printed
+    last = printed.splitlines()[-1]
     assert last.startswith("error: ") and "there is none at" in last and str(folders / "nowhere.jsonl") in last
     assert not (tmp_path / "out").exists()
 

@@ -4,14 +4,13 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import BASE, ROOT, make_domino, make_drafter, make_target, random_prompts
+from conftest import BASE, make_domino, make_drafter, make_target, random_prompts
 from huggingface_hub import constants
 from huggingface_hub.errors import RepositoryNotFoundError
 from loopback_hub import LoopbackHub
@@ -106,13 +105,21 @@ def run(hub, tmp_path_factory):
     """Runs python in a process of its own, as a user of the Hub -> (exit code, printed)."""
 
     def run(*words: str, user: str | None = "alice", home: str = "home", **environment) -> tuple[int, str]:
-        given = hub.environment(tmp_path_factory.getbasetemp() / home, user) | environment
-        done = subprocess.run(
-            [sys.executable, *words], cwd=ROOT, env=given, capture_output=True, text=True, timeout=300
-        )
-        return done.returncode, done.stdout + done.stderr
+        return hub.run(*words, home=tmp_path_factory.getbasetemp() / home, user=user, **environment)
 
     return run
+
+
+# Pushes whose reload in a clean process another test judges: they cost a second instead of six.
+WITHOUT_RELOAD = """
+import sys, time
+from hf_specauf.hub import main
+from hf_specauf.publishing.hub import stage
+sys.modules[stage.__module__].check_reload = lambda model, folder: None
+time.sleep = lambda seconds: None  # the client's pauses between two tries
+main(sys.argv[1:])
+"""
+PUSH_QUICKLY = ("-c", WITHOUT_RELOAD, "push")
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +158,12 @@ def online(hub, trained, monkeypatch, tmp_path_factory):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path_factory.mktemp("hub-cache")))
 
 
+@pytest.fixture
+def without_reload(monkeypatch):
+    """As `WITHOUT_RELOAD`, in this process."""
+    monkeypatch.setattr(sys.modules[stage.__module__], "check_reload", lambda model, folder: None)
+
+
 def contents(repository, revision="main") -> dict[str, bytes]:
     files = repository.files(repository.resolve(revision))
     return {path: (repository.folder / "blobs" / entry["sha256"]).read_bytes() for path, entry in files.items()}
@@ -171,6 +184,7 @@ def test_published_folder_holds_what_a_stranger_needs_and_no_trace_of_its_maker(
     assert record["target"]["name_or_path"] == record["recipe"]["target"] == "alice/target"
 
 
+@pytest.mark.own
 def test_card_says_what_eval_json_says(published, tmp_path):
     found = contents(published.repository)
     record, text = json.loads(found["eval.json"]), found["README.md"].decode()
@@ -186,20 +200,22 @@ def test_card_says_what_eval_json_says(published, tmp_path):
     assert "num_draft_layers: 1" in text and "hub_token" not in text
 
 
+@pytest.mark.own
 def test_the_same_folder_again_makes_no_commit(published, run):
     before = len(published.repository.history("main"))
-    code, printed = run("-m", "hf_specauf.hub", "push", *published.words)
+    code, printed = run(*PUSH_QUICKLY, *published.words)
     assert code == 0, printed
     assert len(published.repository.history("main")) == before
 
 
+@pytest.mark.own
 def test_a_tag_is_never_left_on_another_drafter_than_its_card_describes(published, trained, run, tmp_path):
     changed = tmp_path / "changed"
     shutil.copytree(trained, changed)
     record = json.loads((changed / "eval.json").read_text())
     (changed / "eval.json").write_text(json.dumps(record | {"repetition": 0.5}))
     words = ["--repo", "alice/drafter", "--target", "alice/target", "--drafter", str(changed), "--tag"]
-    code, printed = run("-m", "hf_specauf.hub", "push", *words, "v1")
+    code, printed = run(*PUSH_QUICKLY, *words, "v1")
     assert code == 1 and "error: the tag v1 of alice/drafter exists and holds another" in printed.splitlines()[-1]
     assert published.repository.resolve("main") == published.commit
 
@@ -228,39 +244,42 @@ def test_three_ways_to_load_generate_the_targets_own_text(published, run, tmp_pa
     assert code != 0 and "trust_remote_code" in printed
 
 
+@pytest.mark.own
 def test_private_repository_is_refused_without_a_token(published, trained, run, hub, tmp_path):
     words = ["--drafter", str(trained), "--repo", "alice/secret", "--target", "alice/target", "--private"]
-    code, printed = run("-m", "hf_specauf.hub", "push", *words)
+    code, printed = run(*PUSH_QUICKLY, *words)
     assert code == 0, printed
     assert hub.repository("alice/secret").read("settings")["private"]
     pull = ["-m", "hf_specauf.hub", "pull", "--repo", "alice/secret", "--into"]
     for user in (None, "bob"):
-        code, printed = run(*pull, str(tmp_path / str(user)), user=user, home=f"home-{user}")
+        code, printed = run(*pull, str(tmp_path / str(user)), user=user, home="home-errors")
         assert code == 1 and "error: there is no such repository, or it is private" in printed
     assert run(*pull, str(tmp_path / "alice"))[0] == 0
 
 
+@pytest.mark.own
 def test_connection_cut_in_an_upload_leaves_nothing_half_and_the_next_try_all(trained, run, hub):
     words = ["--drafter", str(trained), "--repo", "alice/cut", "--target", "alice/target"]
     hub.cut_uploads = 100
     try:
-        code, printed = run("-m", "hf_specauf.hub", "push", *words)
+        code, printed = run(*PUSH_QUICKLY, *words)
     finally:
         hub.cut_uploads = 0
     assert code == 1 and printed.splitlines()[-1].startswith("error: the upload broke off")
     assert set(contents(hub.repository("alice/cut"))) == {".gitattributes"}
     hub.cut_uploads = 1  # the client tries again by itself
-    code, printed = run("-m", "hf_specauf.hub", "push", *words)
+    code, printed = run(*PUSH_QUICKLY, *words)
     assert code == 0, printed
     assert hub.cut_uploads == 0
     assert set(contents(hub.repository("alice/cut"))) == PUBLISHED
     assert len(hub.repository("alice/cut").history("main")) == 2
 
 
+@pytest.mark.own
 def test_pull_request_and_a_contributed_card_merged(published, trained, run, hub):
     words = ["--drafter", str(trained), "--repo", "alice/drafter", "--target", "alice/target", "--create_pr"]
     before = contents(published.repository)
-    code, printed = run("-m", "hf_specauf.hub", "push", *words, user="bob")
+    code, printed = run(*PUSH_QUICKLY, *words, user="bob")
     assert code == 0, printed
     assert "/discussions/1" in printed and contents(published.repository) == before
     contribute = (
@@ -280,6 +299,7 @@ def test_pull_request_and_a_contributed_card_merged(published, trained, run, hub
     assert {name for name in after if after[name] != before[name]} == {"README.md"}
 
 
+@pytest.mark.own
 @pytest.mark.parametrize(
     "words, keys, message",
     [
@@ -303,7 +323,7 @@ def test_errors_of_the_client_are_one_line_and_keep_the_folder(
     drafter = ["--drafter", str(trained), "--target", "alice/target"]
     rest += drafter if command == "push" else ["--into", str(tmp_path / "into")]
     before = {path.name: path.stat().st_mtime_ns for path in trained.iterdir()}
-    code, printed = run("-m", "hf_specauf.hub", command, *rest, home="home-errors", **keys)
+    code, printed = run("-c", WITHOUT_RELOAD, command, *rest, home="home-errors", **keys)
     assert code == 1 and "Traceback" not in printed
     assert printed.splitlines()[-1].startswith("error: ") and message in printed.splitlines()[-1]
     assert {path.name: path.stat().st_mtime_ns for path in trained.iterdir()} == before
@@ -314,7 +334,7 @@ def test_recipe_pushes_checkpoints_and_the_finished_drafter(files, run, hub, tra
     keys |= dict(output_dir=files / "pushed", push_to_hub="true", hub_model_id="alice/auto", hub_strategy="every_save")
     keys |= dict(save_steps=2, max_steps=3, eval_prompts=2)
     words = [word for key, value in keys.items() for word in (f"--{key}", *str(value).split())]
-    code, printed = run("-m", "hf_specauf.train", *words, HF_DATASETS_CACHE=str(files / "cache"))
+    code, printed = run("-m", "hf_specauf.train", *words)
     assert code == 0, printed
     history = hub.repository("alice/auto").history("main")
     messages = [commit["message"] for commit in history]
@@ -327,11 +347,12 @@ def test_recipe_pushes_checkpoints_and_the_finished_drafter(files, run, hub, tra
     assert config["target_revision"] == hub.repository("alice/target").resolve("main")
 
 
+@pytest.mark.own
 def test_a_checkpoint_that_cannot_be_published_is_kept_and_training_goes_on(files, run, hub, trained):
     keys = dict(target=files / "target", dataset_name=files / "text.jsonl") | BASE
     keys |= dict(output_dir=files / "unpushed", push_to_hub="true", hub_model_id="alice/local", save_steps=1)
     words = [word for key, value in keys.items() for word in (f"--{key}", *str(value).split())]
-    code, printed = run("-m", "hf_specauf.train", *words, HF_DATASETS_CACHE=str(files / "cache"))
+    code, printed = run("-m", "hf_specauf.train", *words)
     refused = [line for line in printed.splitlines() if "checkpoint-1 was not published: the drafter's target" in line]
     assert len(refused) == 1 and "--target OWNER/NAME" in refused[0]
     assert code == 1 and printed.splitlines()[-1].startswith("error: the drafter's target is the local path")
@@ -513,6 +534,7 @@ def test_adapter_is_published_alone_or_merged_and_pins_its_base(published, train
     assert drafts[0] == drafts[2] and drafts[1] == drafts[3] and drafts[0] != drafts[1]
 
 
+@pytest.mark.own
 def test_an_adapter_on_a_z_lab_drafter_is_published_small_once_that_is_converted(
     published, trained, lora, run, hub, tmp_path
 ):
@@ -535,7 +557,7 @@ def test_an_adapter_on_a_z_lab_drafter_is_published_small_once_that_is_converted
     convert = ["--drafter", "alice/z-lab", "--drafter_revision", right, "--target", "alice/target"]
     for words in (
         ["-m", "hf_specauf.convert", *convert, "--out", str(tmp_path / "ours")],
-        [*push, str(tmp_path / "ours"), "--repo", "alice/converted", "--allow_unmeasured"],
+        [*PUSH_QUICKLY, *push[3:], str(tmp_path / "ours"), "--repo", "alice/converted", "--allow_unmeasured"],
         [*small, "alice/converted"],
     ):
         code, printed = run(*words)
@@ -608,6 +630,7 @@ def rename_target(folder, name) -> None:
     (folder / "config.json").write_text(json.dumps(config | {"target_model_name_or_path": name}))
 
 
+@pytest.mark.own
 def test_a_target_that_the_hub_does_not_have_is_refused(folder, online):
     for path in ("../target", "./target", "target"):
         rename_target(folder, path)
@@ -618,13 +641,16 @@ def test_a_target_that_the_hub_does_not_have_is_refused(folder, online):
         check(folder)
 
 
+@pytest.mark.own
 def test_no_network_ends_the_check_in_one_line(folder, run):
-    code, printed = run("-m", "hf_specauf.hub", "check", str(folder), HF_ENDPOINT="http://127.0.0.1:9")
+    words = ["-m", "hf_specauf.hub", "check", str(folder)]
+    code, printed = run(*words, home="home-errors", HF_ENDPOINT="http://127.0.0.1:9")
     assert code == 1 and "Traceback" not in printed
     assert "cannot be reached" in printed.splitlines()[-1]
 
 
-def test_what_was_measured_on_another_target_is_not_published(folder, online):
+@pytest.mark.own
+def test_what_was_measured_on_another_target_is_not_published(folder, online, without_reload):
     record = json.loads((folder / "eval.json").read_text())
     other = record | {"target": record["target"] | {"fingerprint": "0" * 16, "name_or_path": "a/fine-tune"}}
     (folder / "eval_other.json").write_text(json.dumps(other))
@@ -639,12 +665,14 @@ def test_what_was_measured_on_another_target_is_not_published(folder, online):
     assert "eval_other.json" in check(folder)
 
 
+@pytest.mark.own
 def test_a_card_rendered_by_itself_names_no_folder_of_its_maker(trained, files, tmp_path):
     card_command(["render", str(trained), "--repo", "alice/drafter", "--out", str(tmp_path / "card.md")])
     text = (tmp_path / "card.md").read_text()
     assert str(files) not in text and "dataset_name: text.jsonl" in text and "target: target" in text
 
 
+@pytest.mark.own
 def test_a_drafter_trained_anew_is_not_published_with_what_the_one_before_reached(files, trained, tmp_path):
     (tmp_path / "adapter").mkdir()
     for name in ("eval.json", "eval_mine.json", "alpha.png", "adapter/base.json"):
@@ -656,6 +684,7 @@ def test_a_drafter_trained_anew_is_not_published_with_what_the_one_before_reache
     assert not [*tmp_path.glob("eval*.json"), *tmp_path.glob("alpha.png"), *tmp_path.glob("adapter")]
 
 
+@pytest.mark.own
 def test_rounding_of_bf16_is_the_same_drafter_and_other_weights_are_not(tmp_path):
     drafter = make_drafter(make_target(dtype=torch.float32), layers=5, dtype=torch.bfloat16)
     elsewhere, other = (make_drafter(make_target(dtype=torch.float32), layers=5, dtype=torch.bfloat16) for _ in "ab")
@@ -672,7 +701,8 @@ def test_rounding_of_bf16_is_the_same_drafter_and_other_weights_are_not(tmp_path
         check_same(drafter, outputs_of(other), "another")
 
 
-def test_local_target_missing_evaluation_and_pickles_are_refused(folder, trained, online):
+@pytest.mark.own
+def test_local_target_missing_evaluation_and_pickles_are_refused(folder, trained, online, without_reload):
     with pytest.raises(ValueError, match="target is the local path.*--target OWNER/NAME"):
         check(trained)
     torch.save({}, folder / "pytorch_model.bin")
@@ -687,6 +717,7 @@ def test_local_target_missing_evaluation_and_pickles_are_refused(folder, trained
         check(folder / "nowhere")
 
 
+@pytest.mark.own
 def test_folder_whose_reload_gives_other_outputs_is_refused(folder, tmp_path):
     drafter = make_drafter(make_target(dtype=torch.float32))
     drafter.save_pretrained(tmp_path / "good")
@@ -701,6 +732,7 @@ def test_folder_whose_reload_gives_other_outputs_is_refused(folder, tmp_path):
         check_reload(drafter, tmp_path / "good")
 
 
+@pytest.mark.own
 def test_a_causal_head_that_reloads_otherwise_is_refused(tmp_path):
     drafter = make_domino(make_target(dtype=torch.float32))
     drafter.save_pretrained(tmp_path)
@@ -712,6 +744,7 @@ def test_a_causal_head_that_reloads_otherwise_is_refused(tmp_path):
         check_reload(drafter, tmp_path)
 
 
+@pytest.mark.own
 def test_secrets_in_text_are_found_and_refused(folder, online, tmp_path, monkeypatch):
     monkeypatch.setattr("getpass.getuser", lambda: "grace")
     (tmp_path / "into").mkdir()
@@ -724,6 +757,7 @@ def test_secrets_in_text_are_found_and_refused(folder, online, tmp_path, monkeyp
     assert "eval.json: something that looks like a token" in find_secrets(tmp_path / "into")
 
 
+@pytest.mark.own
 def test_paths_and_tokens_leave_a_record():
     record = {"data": "/home/grace/rows.jsonl", "hub_token": "x", "output_dir": "out", "nested": [{"p": "../a/b.txt"}]}
     record |= {"id": "Qwen/Qwen3-8B", "mixed": "org/data + /mnt/x.jsonl + a/b", "hub_model_id": "me/x", "why": "a + b"}

@@ -62,6 +62,7 @@ def adapter_on(drafter, folder, seed=0, **keys):
 # ---- adapt
 
 
+@pytest.mark.own_parameters
 @pytest.mark.parametrize(
     "keys", [{}, dict(use_dora="true"), dict(use_rslora="true"), dict(lora_modules_to_save="fc norm")],
     ids=["lora", "dora", "rslora", "fc and norms in full"],
@@ -510,6 +511,7 @@ def test_warm_start_trains_the_released_drafter_in_full(command, base, tmp_path)
     torch.testing.assert_close(before["fc.weight"], after["fc.weight"], atol=2e-3, rtol=0)  # one step away
 
 
+@pytest.mark.own_parameters
 @pytest.mark.parametrize("kind", ["dflash", "domino"])
 def test_the_recorded_recipe_parses_and_makes_the_same_drafter_again(command, tmp_path, kind):
     own = dict(num_draft_layers=2, block_size=6) | dict(learning_rate=0.05)

@@ -14,11 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CHAT_TEMPLATE, ROOT, byte_level_tokenizer, make_target
+from conftest import CHAT_TEMPLATE, byte_level_tokenizer, make_target, warm_python
 from test_tokens import GOLDEN, model_tokenizer
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.import_utils import is_serve_available
+from warm_python import Process
 
 from hf_specauf import train
 from hf_specauf.data.answers import TargetWriter, generate_continuously, generate_in_batches, until_end
@@ -301,26 +302,23 @@ def test_the_mask_token_is_never_written(words, tmp_path, continuous):
 # ---- ends
 
 
+@pytest.mark.own
 def test_an_answer_ends_with_its_end_token():
     assert until_end([5, 6, 7, 8], {7, 9}) == [5, 6, 7] and until_end([5, 6], {7}) == [5, 6]
 
 
-def start(arguments: list[str], **environment) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "hf_specauf.regenerate", *arguments], cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+def start(arguments: list[str], **environment: str) -> Process:
+    return warm_python().start("-m", "hf_specauf.regenerate", *arguments, **environment)
 
 
 def test_killed_twice_and_resumed_is_byte_for_byte_an_uninterrupted_run(words, files, tmp_path):
     data = files / "many.jsonl"
     data.write_text(
-        "".join(json.dumps({"messages": [{"role": "user", "content": f"{i}?"}]}) + "\n" for i in range(36))
+        "".join(json.dumps({"messages": [{"role": "user", "content": f"{i}?"}]}) + "\n" for i in range(20))
     )
     keys = dict(dataset_name=data, temperature=1, rows_per_chunk=2, continuous_batching="true")
     parts = tmp_path / "own.parts"
-    for killed in (2, 7):
+    for killed in (2, 5):
         process = start(words(**keys))
         deadline = time.monotonic() + 240
         while process.poll() is None and len(list(parts.glob("chunk-*.jsonl"))) < killed:
@@ -329,13 +327,14 @@ def test_killed_twice_and_resumed_is_byte_for_byte_an_uninterrupted_run(words, f
         process.send_signal(signal.SIGKILL)
         process.communicate()
         assert process.returncode == -signal.SIGKILL and not (tmp_path / "own.jsonl").exists()
-        assert killed <= len(list(parts.glob("chunk-*.jsonl"))) < 18
+        assert killed <= len(list(parts.glob("chunk-*.jsonl"))) < 10
     main(words(**keys))
     main(words(**keys, out=tmp_path / "whole.jsonl"))
     assert (tmp_path / "own.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
-    assert [row["source_row"] for row in written(tmp_path / "own.jsonl")] == list(range(36))
+    assert [row["source_row"] for row in written(tmp_path / "own.jsonl")] == list(range(20))
 
 
+@pytest.mark.own
 def test_texts_with_other_line_ends_are_put_together(words, files, tmp_path):
     odd = ["a\u2028b", "a\u2029b", "a\u0085b", "a\x0bb\x0cb", "a\r\nb"]
     data = save_rows(files / "line_ends.jsonl", [{"messages": [turn("user", text)]} for text in odd])
@@ -353,6 +352,7 @@ def test_two_processes_share_the_rows_and_write_the_file_of_one(words, tmp_path)
     assert sum("rows answered," in text for text in printed) == 1  # the last one put it together
 
 
+@pytest.mark.own
 def test_srun_shares_the_rows_and_a_batch_script_does_all(words, tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_NTASKS", "2")
     monkeypatch.setenv("SLURM_PROCID", "0")
@@ -365,6 +365,7 @@ def test_srun_shares_the_rows_and_a_batch_script_does_all(words, tmp_path, monke
     assert (tmp_path / "own.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
+@pytest.mark.own
 @pytest.mark.parametrize("left", [["chunk-000003.jsonl"], ["chunk-000003.jsonl", "settings.json"]])
 def test_killed_while_tidying_up_is_finished(words, tmp_path, left, capsys):
     main(words())
@@ -381,6 +382,7 @@ def test_killed_while_tidying_up_is_finished(words, tmp_path, left, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["own.jsonl", "own.settings.json"]
 
 
+@pytest.mark.own
 def test_killed_while_putting_together_is_finished_by_the_same_command(words, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
@@ -400,6 +402,7 @@ def test_killed_while_putting_together_is_finished_by_the_same_command(words, tm
     assert sorted(path.name for path in tmp_path.iterdir()) == names
 
 
+@pytest.mark.own
 def test_answers_of_other_settings_are_not_mixed(words, files, prompts, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     main(words())
@@ -423,6 +426,7 @@ def test_answers_of_other_settings_are_not_mixed(words, files, prompts, tmp_path
     assert "is finished" in capsys.readouterr().out and (tmp_path / "own.jsonl").read_bytes() == done
 
 
+@pytest.mark.own
 def test_answers_of_another_layer_are_not_mixed(words, pair, tmp_path, monkeypatch):
     """Same name, same head: only the weights tell."""
     target, tokenizer = copy.deepcopy(pair[0]), pair[1]
@@ -438,6 +442,7 @@ def test_answers_of_another_layer_are_not_mixed(words, pair, tmp_path, monkeypat
         main(words(target=tmp_path / "target"))
 
 
+@pytest.mark.own
 def test_a_file_that_is_there_already_is_not_overwritten(words, tmp_path):
     (tmp_path / "own.jsonl").write_text("mine\n")
     with pytest.raises(SystemExit, match="own.jsonl is there already and was not written by this command"):
@@ -445,6 +450,7 @@ def test_a_file_that_is_there_already_is_not_overwritten(words, tmp_path):
     assert (tmp_path / "own.jsonl").read_text() == "mine\n"
 
 
+@pytest.mark.own
 def test_rows_without_an_answer_are_listed_apart_and_none_is_lost(words, files, tmp_path, capsys):
     ask = {"role": "user", "content": "Question?"}
     call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
@@ -479,6 +485,7 @@ def test_plain_text_is_continued_after_its_first_tokens(words, files, pair, tmp_
         assert (row["input_ids"], row["supervised"]) == (out, [0] * 5 + [1] * NEW)
 
 
+@pytest.mark.own
 def test_answers_are_prompts_for_another_target(words, tmp_path):
     """Where `messages` stand beside tokens, the tokens are not in the way; rows of tokens alone are named."""
     main(words())
@@ -490,6 +497,7 @@ def test_answers_are_prompts_for_another_target(words, tmp_path):
     assert [row["skipped"] for row in skipped] == ["it has tokens and no text"] * len(alone)
 
 
+@pytest.mark.own
 def test_mistyped_rows_are_named_and_the_others_answered(words, files, tmp_path):
     rows = [[FOX], json.dumps([FOX]), "no JSON", [turn("user", ["a"])], [turn("critic", "a")], 5]
     main(words(dataset_name=save_rows(files / "mistyped.jsonl", [{"messages": turns} for turns in rows])))
@@ -513,6 +521,7 @@ def test_a_drafter_trains_on_the_answers(words, command, tmp_path, capsys):
     assert "the target's own first choice on 100%" in printed
 
 
+@pytest.mark.own
 @pytest.mark.parametrize(
     "overrides, message",
     [
@@ -587,6 +596,7 @@ def server(pair, failures: list[int], **more):
         served.server_close()
 
 
+@pytest.mark.own
 def test_a_servers_answers_are_those_of_the_target_itself(words, pair, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_PLANTED")
     monkeypatch.setattr("hf_specauf.data.server.PATIENCE", 0.01)
@@ -603,6 +613,7 @@ def test_a_servers_answers_are_those_of_the_target_itself(words, pair, tmp_path,
         assert wanted.items() <= body.items()
 
 
+@pytest.mark.own
 def test_a_refused_question_is_skipped_and_a_dead_server_stops_with_all_kept(words, pair, tmp_path, monkeypatch):
     monkeypatch.setattr("hf_specauf.data.server.PATIENCE", 0.01)
     keys = dict(target="tiny", max_rows=6, concurrency=1)
@@ -615,6 +626,7 @@ def test_a_refused_question_is_skipped_and_a_dead_server_stops_with_all_kept(wor
     assert (tmp_path / "dead.parts" / "settings.json").is_file()
 
 
+@pytest.mark.own
 @pytest.mark.parametrize(
     "failure, message",
     [
@@ -631,6 +643,7 @@ def test_a_server_that_cannot_help_is_asked_once(words, pair, tmp_path, monkeypa
     assert len(seen) == 1
 
 
+@pytest.mark.own
 def test_no_pause_follows_the_last_try(words, pair, monkeypatch):
     pauses = []
     monkeypatch.setattr("hf_specauf.data.server.time.sleep", pauses.append)
@@ -640,6 +653,7 @@ def test_no_pause_follows_the_last_try(words, pair, monkeypatch):
     assert [pause for pause in pauses if pause >= 2] == [2, 4, 8, 16]
 
 
+@pytest.mark.own
 def test_a_server_that_refuses_everything_is_no_success(words, pair, tmp_path):
     keys = dict(target="tiny", max_rows=4, concurrency=1)
     with server(pair, failures=[400] * 4) as (url, seen):
@@ -652,6 +666,7 @@ def test_a_server_that_refuses_everything_is_no_success(words, pair, tmp_path):
         assert len(seen) == 4
 
 
+@pytest.mark.own
 @pytest.mark.parametrize("name", ["reasoning", "reasoning_content"])
 def test_a_servers_thoughts_are_found_by_every_template(words, pair, tmp_path, name):
     with server(pair, [], **{name: "Foxes."}) as (url, _):

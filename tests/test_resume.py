@@ -3,14 +3,12 @@
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import BASE, ROOT, final, same, start
+from conftest import BASE, final, same, start, warm_python
 from transformers import AutoModel, TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -37,34 +35,29 @@ def check_checkpoints(out: Path) -> int:
     return int(newest.rsplit("-", 1)[1]) if newest else 0
 
 
-def run_until_killed(command, files, out: Path, log: Path, inside_a_save: bool, rng) -> tuple[int, bool]:
+def run_until_killed(command, out: Path, inside_a_save: bool, rng) -> tuple[int, bool]:
     """Start or go on, kill -9 -> (steps finished, whether a save was under way); (STEPS, ...) when done."""
     keys = dict(max_steps=STEPS, save_steps=EVERY, save_total_limit=2, resume_from_checkpoint="true", output_dir=out)
     before = check_checkpoints(out)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(files / "cache")}
-    with open(log, "w") as stream:
-        process = subprocess.Popen(
-            [sys.executable, "-u", "-m", "hf_specauf.train", *command(**keys)],
-            cwd=ROOT, env=environment, stdout=stream, stderr=subprocess.STDOUT,
-        )  # fmt: skip
-        wanted = before + rng.randrange(1, STEPS // 3)
-        while process.poll() is None:
-            steps = before + log.read_text().count("{'loss'")
-            if steps >= wanted and (not inside_a_save or (out / ".saving").exists()):
-                process.send_signal(signal.SIGKILL)
-                break
-            time.sleep(0.0005 if steps >= wanted else 0.005)
-        process.wait()
+    process = start("hf_specauf.train", *command(**keys))
+    wanted = before + rng.randrange(1, STEPS // 3)
+    while process.poll() is None:
+        steps = before + process.printed().count("{'loss'")
+        if steps >= wanted and (not inside_a_save or (out / ".saving").exists()):
+            process.send_signal(signal.SIGKILL)
+            break
+        time.sleep(0.0005 if steps >= wanted else 0.005)
+    process.wait()
     if process.returncode == 0:
         return STEPS, False
-    assert process.returncode == -signal.SIGKILL, log.read_text()
-    return before + log.read_text().count("{'loss'"), (out / ".saving").exists()
+    assert process.returncode == -signal.SIGKILL, process.printed()
+    return before + process.printed().count("{'loss'"), (out / ".saving").exists()
 
 
-def test_killed_at_random_steps_and_inside_saves_ends_in_the_same_drafter(command, files, tmp_path):
+def test_killed_at_random_steps_and_inside_saves_ends_in_the_same_drafter(command, tmp_path):
     out, rng, kills, inside = tmp_path / "out", random.Random(0), 0, 0
     for attempt in range(12):
-        steps, was_saving = run_until_killed(command, files, out, tmp_path / "log", attempt % 2 == 0, rng)
+        steps, was_saving = run_until_killed(command, out, attempt % 2 == 0, rng)
         if steps == STEPS:
             break
         kills, inside = kills + 1, inside + was_saving
@@ -78,16 +71,19 @@ def test_killed_at_random_steps_and_inside_saves_ends_in_the_same_drafter(comman
     assert same(final(out), final(tmp_path / "whole"))
 
 
-def test_two_processes_of_accelerate_launch_train_resume_and_leave_a_drafter(command, files, tmp_path):
-    def launch(out: Path, **keys):
-        launcher = ("accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes", "2")
-        words = command(output_dir=out, max_steps=4, save_steps=2, per_device_train_batch_size=1, **keys)
-        process = start(files, *launcher, "-m", "hf_specauf.train", *words)
-        printed, _ = process.communicate(timeout=400)
-        assert process.returncode == 0, printed
-        return printed
+def test_two_processes_of_accelerate_launch_train_resume_and_leave_a_drafter(command, tmp_path):
+    def words(out: Path, **keys) -> list[str]:
+        keys |= dict(output_dir=out, max_steps=4, save_steps=2, per_device_train_batch_size=1)
+        return ["-m", "hf_specauf.train", *command(**keys)]
 
-    launch(tmp_path / "whole")
+    def launch(out: Path, **keys):
+        code, printed = warm_python().run_ranks(2, *words(out, **keys))
+        assert code == 0, printed
+
+    launcher = ("accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes", "2")
+    process = start(*launcher, *words(tmp_path / "whole"))
+    printed, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, printed
     record = (tmp_path / "whole" / "provenance.json").read_text()
     assert '"processes": 2' in record
     launch(tmp_path / "part", learning_rate=0)  # another run's checkpoints are replaced, not mixed

@@ -2,17 +2,15 @@
 
 import json
 import os
-import subprocess
-import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from conftest import ROOT
 from datasets import Dataset
 from loopback_hub import LoopbackHub, Repository
+from warm_python import WarmPython
 
 from hf_specauf.data.messages import row_format
 from hf_specauf.data.sources import load_rows, take_shares
@@ -175,13 +173,10 @@ def test_a_dataset_on_the_hub_is_loaded_by_its_id_revision_and_split(tmp_path):
             "    try:\n        print(load_rows('alice/chats', **keys)['text'][:])\n"
             "    except ValueError as error:\n        print(error)\n"
         )
-        done = subprocess.run(
-            [sys.executable, "-c", code, json.dumps(asked)], cwd=ROOT, env=hub.environment(tmp_path / "home", "alice"),
-            capture_output=True, text=True,
-        )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+        code, printed = hub.run("-c", code, json.dumps(asked), home=tmp_path / "home", user="alice")
+    assert code == 0, printed
     again = ". Mend that and start the same command again"
-    assert done.stdout.splitlines() == [
+    assert printed.splitlines()[: len(asked)] == [
         "['new train', 'new train']", "['new test', 'new test']", "['old train', 'old train']", "['new train']",
         "alice/chats: Unknown split \"tset\". Should be one of ['train', 'test']" + again,
         "alice/chats: BuilderConfig 'en' not found. Available: ['default']" + again,
@@ -205,21 +200,25 @@ class ClosedHub(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.mark.parametrize("name", ["someone/gated", "someone/private"])
-def test_a_dataset_that_needs_a_login_says_so_in_one_line(name, tmp_path):
+@pytest.fixture(scope="module")
+def closed(tmp_path_factory):
+    """Python on a machine whose Hub is closed to it."""
     served = ThreadingHTTPServer(("127.0.0.1", 0), ClosedHub)
     threading.Thread(target=served.serve_forever, daemon=True).start()
-    hub = dict(HF_ENDPOINT=f"http://127.0.0.1:{served.server_port}", HF_HOME=str(tmp_path), HF_HUB_OFFLINE="0")
-    hub |= dict(HF_HUB_DISABLE_TELEMETRY="1", NO_PROXY="127.0.0.1")
-    code = "import sys, hf_specauf.train; hf_specauf.train.main(sys.argv[1:])"
-    words = ["--dataset_name", name, "--target", "t", "--output_dir", str(tmp_path / "out")]
-    done = subprocess.run(
-        [sys.executable, "-c", code, *words, "--use_cpu", "true"], cwd=ROOT, env=os.environ | hub,
-        capture_output=True, text=True,
-    )  # fmt: skip
+    hub = dict(HF_ENDPOINT=f"http://127.0.0.1:{served.server_port}", HF_HUB_OFFLINE="0")
+    hub |= dict(HF_HOME=str(tmp_path_factory.mktemp("home")), HF_HUB_DISABLE_TELEMETRY="1", NO_PROXY="127.0.0.1")
+    python = WarmPython(environment=os.environ | hub)
+    yield python
+    python.close()
     served.shutdown()
     served.server_close()
-    assert done.returncode == 1
-    last = done.stderr.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("name", ["someone/gated", "someone/private"])
+def test_a_dataset_that_needs_a_login_says_so_in_one_line(name, closed, tmp_path):
+    words = ["--dataset_name", name, "--target", "t", "--output_dir", str(tmp_path / "out"), "--use_cpu", "true"]
+    code, printed = closed.run("-m", "hf_specauf.train", *words)
+    assert code == 1
+    last = printed.strip().splitlines()[-1]
     assert last.startswith(f"error: dataset_name: '{name}' is not on the Hub, or you may not see it")
-    assert "`hf auth login`" in last and "Traceback" not in done.stderr
+    assert "`hf auth login`" in last and "Traceback" not in printed

@@ -138,10 +138,10 @@ def test_drafters_of_all_objectives_and_no_other_seed_start_alike(command, tmp_p
     assert not same(first["auf"], first["other"])
 
 
-def test_interrupted_command_resumes_to_a_finished_run(command, files, tmp_path, capsys):
+def test_interrupted_command_resumes_to_a_finished_run(command, tmp_path, capsys):
     out, whole = tmp_path / "out", tmp_path / "whole"
     keys = dict(max_steps=120, save_steps=10, save_total_limit=1, logging_steps=10)
-    process = start(files, "hf_specauf.train", *command(**keys))
+    process = start("hf_specauf.train", *command(**keys))
     deadline = time.monotonic() + 300
     while process.poll() is None and not list(out.glob("checkpoint-*/trainer_state.json")):
         assert time.monotonic() < deadline
@@ -162,11 +162,11 @@ def test_interrupted_command_resumes_to_a_finished_run(command, files, tmp_path,
     assert same(final(out), final(whole))
 
 
-def test_accelerate_launch_runs_a_recipe(command, files, tmp_path):
+def test_accelerate_launch_runs_a_recipe(command, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(BASE | dict(target_layer_ids=[0, 2], use_cpu=True)))
     launcher = ("accelerate.commands.accelerate_cli", "launch", "--num_processes", "1", "--cpu")
-    process = start(files, *launcher, "-m", "hf_specauf.train", "--config", str(recipe), *command(base={}))
+    process = start(*launcher, "-m", "hf_specauf.train", "--config", str(recipe), *command(base={}))
     printed, _ = process.communicate(timeout=300)
     assert process.returncode == 0, printed
     assert strict((tmp_path / "out" / "provenance.json").read_text())["steps"] == 3
@@ -213,8 +213,8 @@ def test_a_handful_of_rows_and_no_held_out_ones(command, files, tmp_path):
         assert any("eval_tau" in entry for entry in record["history"]) == (not keys)
 
 
-def test_error_of_the_command_itself_shows_no_traceback(command, files):
-    process = start(files, "hf_specauf.train", *command(dataset_name="nowhere/rows.jsonl"))
+def test_error_of_the_command_itself_shows_no_traceback(command):
+    process = start("hf_specauf.train", *command(dataset_name="nowhere/rows.jsonl"))
     printed, _ = process.communicate(timeout=300)
     assert process.returncode == 1
     assert "Traceback" not in printed

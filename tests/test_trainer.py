@@ -175,6 +175,7 @@ OBJECTIVES = [
 ]
 
 
+@pytest.mark.own_parameters
 @pytest.mark.parametrize("objective, gamma, normalisation", OBJECTIVES)
 def test_one_step_equals_a_computation_of_all_logits_by_hand(build, pair, objective, gamma, normalisation):
     trainer = build(
@@ -207,6 +208,7 @@ WAYS = {
 }
 
 
+@pytest.mark.own_parameters
 @pytest.mark.parametrize("max_grad_norm", [0.0, 0.5], ids=["unclipped", "clipped"])
 @pytest.mark.parametrize(
     "objective, gamma, normalisation, ways",
@@ -677,6 +679,7 @@ def test_flex_attention_is_refused_where_it_cannot_train(build, pair):
         build(model=drafter)
 
 
+@pytest.mark.own
 def test_largest_micro_batch_is_tried_and_the_anchors_that_fit_are_named(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     words = [str(tmp_path / "tokenizer"), str(tmp_path / "out"), "1", "900", "20000"]

@@ -15,9 +15,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, final, make_domino, make_drafter, make_target, overfit, random_prompts
+from conftest import ROOT, final, make_domino, make_drafter, make_target, overfit, random_prompts, warm_python
 from loopback_hub import LoopbackHub
 from transformers import AutoModel, AutoModelForCausalLM
+from warm_python import WarmPython
 
 import hf_specauf
 from hf_specauf.drafters import transformers_internals
@@ -51,19 +52,24 @@ tokens = target.generate(torch.tensor(prompt), assistant_model=drafter, **keys)[
 found = dict(version=transformers.__version__, module=type(drafter).__module__, tokens=tokens, passes=len(passes))
 print("FOUND", json.dumps(found))
 """
+UPLOAD = """
+import sys
+from huggingface_hub import HfApi
+HfApi().create_repo(sys.argv[1])
+HfApi().upload_folder(repo_id=sys.argv[1], folder_path=sys.argv[2])
+"""
 
 
-def run(python: str, *words: str, environment: dict | None = None, **more) -> tuple[int, str]:
-    """Run an interpreter, in this environment or another one -> (exit code, printed)."""
-    environment = (environment or dict(os.environ)) | more
-    done = subprocess.run([python, *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
-    return done.returncode, done.stdout + done.stderr
+def run(python: str, *words: str) -> tuple[int, str]:
+    """Run an interpreter -> (exit code, printed)."""
+    return warm_python(python).run(*words)
 
 
-def stranger(python: str, pair, drafter: str, target: str | None = None, environment: dict | None = None) -> dict:
-    """What a process without this package makes of a drafter."""
-    given = [target or str(pair.folder / "target"), drafter, pair.prompt.tolist(), KEYS]
-    code, printed = run(python, "-c", STRANGER, json.dumps(given), environment=environment)
+def stranger(python: str, pair, drafter: str, hub: LoopbackHub | None = None) -> dict:
+    """What a process without this package makes of a drafter: of a folder, or of a repository of a Hub."""
+    target = str(pair.folder / "target") if hub is None else "alice/target"
+    words = ["-c", STRANGER, json.dumps([target, drafter, pair.prompt.tolist(), KEYS])]
+    code, printed = run(python, *words) if hub is None else hub.run(*words, python=python, home=pair.folder / "reader")
     assert code == 0, printed
     return json.loads(next(line for line in printed.splitlines() if line.startswith("FOUND"))[6:])
 
@@ -80,6 +86,25 @@ def pair(tmp_path_factory):
         overfit(make(target), target, texts, prompt.shape[1], steps=60).save_pretrained(folder / name)
     plain = target.generate(prompt[:1], **KEYS)[0].tolist()
     return SimpleNamespace(folder=folder, target=target, prompt=prompt[:1], plain=plain)
+
+
+@pytest.fixture(scope="module")
+def hub(pair):
+    """A Hub that has alice/target."""
+    with LoopbackHub(pair.folder / "hub") as hub:
+        upload(hub, "alice/target", pair.folder / "target")
+        yield hub
+
+
+def as_alice(hub: LoopbackHub, *words: str) -> str:
+    """Run python as she does -> what it printed."""
+    code, printed = hub.run(*words, home=hub.folder / "home", user="alice")
+    assert code == 0, printed
+    return printed
+
+
+def upload(hub: LoopbackHub, repo: str, folder: Path) -> None:
+    as_alice(hub, "-c", UPLOAD, repo, str(folder))
 
 
 def with_code_of_0_1_0(pair, kind: str, into: Path) -> Path:
@@ -114,34 +139,21 @@ def test_a_folder_saved_here_generates_the_same_tokens_there_without_the_package
 
 
 @needs_other
-def test_what_is_pushed_here_is_loaded_from_the_hub_there(pair, tmp_path):
-    with LoopbackHub(tmp_path / "hub") as hub:
-        alice = hub.environment(tmp_path / "home", "alice")
-        push = (
-            f"from transformers import AutoModelForCausalLM as M; M.from_pretrained({str(pair.folder / 'target')!r})"
-        )
-        code, printed = run(sys.executable, "-c", push + ".push_to_hub('alice/target')", environment=alice)
-        assert code == 0, printed
-        for kind in ("dflash", "domino"):
-            words = ["--drafter", str(pair.folder / kind), "--repo", f"alice/{kind}", "--allow_unmeasured"]
-            code, printed = run(
-                sys.executable, "-m", "hf_specauf.hub", "push", *words, "--target", "alice/target", environment=alice
-            )
-            assert code == 0, printed
-            reader = hub.environment(tmp_path / "reader", None)
-            found = stranger(OTHER, pair, f"alice/{kind}", "alice/target", reader)
-            assert found["tokens"] == pair.plain and found["passes"] < 24 - 6
-            into = str(tmp_path / kind)
-            code, printed = run(
-                OTHER, "-m", "hf_specauf.hub", "pull", "--repo", f"alice/{kind}", "--into", into, environment=reader
-            )
-            assert code == 0 and "its own code" not in printed, printed
+@pytest.mark.parametrize("kind", ["dflash", "domino"])
+def test_what_is_pushed_here_is_loaded_from_the_hub_there(pair, hub, kind, tmp_path):
+    words = ["--drafter", str(pair.folder / kind), "--repo", f"alice/{kind}", "--allow_unmeasured"]
+    as_alice(hub, "-m", "hf_specauf.hub", "push", *words, "--target", "alice/target")
+    found = stranger(OTHER, pair, f"alice/{kind}", hub)
+    assert found["tokens"] == pair.plain and found["passes"] < 24 - 6
+    words = ["--repo", f"alice/{kind}", "--into", str(tmp_path / kind)]
+    code, printed = hub.run("-m", "hf_specauf.hub", "pull", *words, python=OTHER, home=pair.folder / "reader")
+    assert code == 0 and "its own code" not in printed, printed
 
 
 @needs_other
 def test_training_begun_there_goes_on_here(command, files, tmp_path):
     words = command(max_steps=4, save_steps=2, output_dir=tmp_path / "there")
-    code, printed = run(OTHER, "-m", "hf_specauf.train", *words, HF_DATASETS_CACHE=str(tmp_path / "cache"))
+    code, printed = run(OTHER, "-m", "hf_specauf.train", *words)
     assert code == 0, printed
     resume = tmp_path / "there" / "checkpoint-2"
     train(command(max_steps=4, save_steps=2, output_dir=tmp_path / "here", resume_from_checkpoint=resume))
@@ -239,24 +251,13 @@ def test_without_the_package_a_folder_of_0_1_0_stops_at_5_23_as_the_readme_says(
         assert "unexpected keyword argument 'cache'" in readme and "transformers==5.23.*" in readme
 
 
-def test_hub_check_says_where_the_code_of_a_folder_stops_and_what_mends_it(pair, tmp_path):
+def test_hub_check_says_where_the_code_of_a_folder_stops_and_what_mends_it(pair, hub, tmp_path):
     folder = with_code_of_0_1_0(pair, "domino", tmp_path / "domino")
-    with LoopbackHub(tmp_path / "hub") as hub:
-        alice = hub.environment(tmp_path / "home", "alice")
-        push = (
-            f"from transformers import AutoModelForCausalLM as M; M.from_pretrained({str(pair.folder / 'target')!r})"
-        )
-        code, printed = run(sys.executable, "-c", push + ".push_to_hub('alice/target')", environment=alice)
-        assert code == 0, printed
-        words = ["--target", "alice/target", "--allow_unmeasured"]
-        code, printed = run(sys.executable, "-m", "hf_specauf.hub", "check", str(folder), *words, environment=alice)
-        assert code == 0, printed
-        assert f"its own code (*.py) stops at transformers 5.23, and this package's goes to {TESTED[1]}" in printed
-        assert "pushing it again" in printed and "modeling_domino.py, transformers_internals.py" in printed
-        code, printed = run(
-            sys.executable, "-m", "hf_specauf.hub", "check", str(pair.folder / "domino"), *words, environment=alice
-        )
-        assert code == 0 and "stops at" not in printed, printed
+    words = ["--target", "alice/target", "--allow_unmeasured"]
+    printed = as_alice(hub, "-m", "hf_specauf.hub", "check", str(folder), *words)
+    assert f"its own code (*.py) stops at transformers 5.23, and this package's goes to {TESTED[1]}" in printed
+    assert "pushing it again" in printed and "modeling_domino.py, transformers_internals.py" in printed
+    assert "stops at" not in as_alice(hub, "-m", "hf_specauf.hub", "check", str(pair.folder / "domino"), *words)
 
 
 ADAPT = """
@@ -269,27 +270,15 @@ base = AdapterBase.of_drafter(drafter)
 get_peft_model(drafter, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(sys.argv[1])
 finish_adapter(sys.argv[1], base, drafter.config)
 """
-UPLOAD = """
-import sys
-from huggingface_hub import HfApi
-for repo, folder in (("alice/target", sys.argv[1]), ("alice/old", sys.argv[2])):
-    HfApi().create_repo(repo)
-    HfApi().upload_folder(repo_id=repo, folder_path=folder)
-"""
 
 
-def test_an_adapter_alone_on_a_base_of_0_1_0_says_who_needs_which_version(pair, tmp_path):
-    folder = with_code_of_0_1_0(pair, "dflash", tmp_path / "dflash")
-    with LoopbackHub(tmp_path / "hub") as hub:
-        alice = hub.environment(tmp_path / "home", "alice")
-        for script, *words in ((UPLOAD, str(pair.folder / "target"), str(folder)), (ADAPT, str(tmp_path / "adapter"))):
-            code, printed = run(sys.executable, "-c", script, *words, environment=alice)
-            assert code == 0, printed
-        words = ["check", str(tmp_path / "adapter"), "--target", "alice/target", "--allow_unmeasured", "--small"]
-        code, printed = run(sys.executable, "-m", "hf_specauf.hub", *words, environment=alice)
-        assert code == 0, printed
-        assert "the base alice/old at " in printed and "whose code stops at transformers 5.23" in printed
-        assert "Push the base again and name its new commit with --base_revision" in printed
+def test_an_adapter_alone_on_a_base_of_0_1_0_says_who_needs_which_version(pair, hub, tmp_path):
+    upload(hub, "alice/old", with_code_of_0_1_0(pair, "dflash", tmp_path / "dflash"))
+    as_alice(hub, "-c", ADAPT, str(tmp_path / "adapter"))
+    words = ["check", str(tmp_path / "adapter"), "--target", "alice/target", "--allow_unmeasured", "--small"]
+    printed = as_alice(hub, "-m", "hf_specauf.hub", *words)
+    assert "the base alice/old at " in printed and "whose code stops at transformers 5.23" in printed
+    assert "Push the base again and name its new commit with --base_revision" in printed
 
 
 # ---- versions this code does not know
@@ -325,7 +314,8 @@ def test_a_version_without_what_is_imported_says_which_to_install():
 
 
 def test_training_decoding_and_answers_use_nothing_deprecated(files, command, tmp_path):
-    """In processes of their own, since transformers says each thing once in a process."""
+    """In processes of their own, since transformers says each thing once in a process. The first one starts cold: what
+    the imports themselves say is heard there."""
     out = tmp_path / "out"
     words = command(output_dir=out, activation_checkpointing="true", eval_strategy="steps", eval_steps=2)
     lora = dict(use_peft="true", init_from_target_layers="6", num_draft_layers=1)
@@ -338,12 +328,19 @@ def test_training_decoding_and_answers_use_nothing_deprecated(files, command, tm
         "regenerate": [*common, "--dataset_name", str(files / "chat.jsonl"), "--out", str(tmp_path / "own.jsonl"),
                        "--max_rows", "2"],
     }  # fmt: skip
-    cache = dict(HF_DATASETS_CACHE=str(files / "cache"), TRANSFORMERS_VERBOSITY="info")
+    environment = os.environ | {"PYTHONWARNINGS": "default", "TRANSFORMERS_VERBOSITY": "info"}
+    python = WarmPython(environment=environment)
     for name, given in runs.items():
-        code, printed = run(sys.executable, "-W", "default", "-m", f"hf_specauf.{name.split()[0]}", *given, **cache)
+        words = ["-m", f"hf_specauf.{name.split()[0]}", *given]
+        if name == "train":
+            done = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True)
+            code, printed = done.returncode, done.stdout + done.stderr
+        else:
+            code, printed = python.run(*words)
         assert code == 0, printed
         ours = [line for line in printed.splitlines() if "deprecat" in line.lower() and "torch.jit" not in line]
         assert ours == [], name
+    python.close()
 
 
 def test_the_old_name_of_activation_checkpointing_still_works(command, tmp_path):
