@@ -1,7 +1,7 @@
 """What differs on a GPU: kernels, low precision, compiled passes and memory.
 
-Each test runs on the CPU too, tiny, where there is such a thing there. On a GPU machine `cuda_tests.py` picks the names
-with `cuda`.
+Each test runs on the CPU too, tiny, where there is such a thing there. On a GPU machine `cuda_tests.py` picks the
+names with `cuda`.
 """
 
 from copy import deepcopy
