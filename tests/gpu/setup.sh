@@ -34,4 +34,3 @@ export PYTHONPATH=$PWD:$KEEP/site
 if command -v nvidia-smi > /dev/null; then
     nvidia-smi -L
 fi
-"$PYTHON" -c 'import hf_specauf.train, hf_specauf.evaluate, hf_specauf.regenerate, psutil, pytest, hypothesis'
