@@ -132,7 +132,11 @@ def test_a_shape_that_fails_is_noted_and_one_past_the_time_is_left_out(tmp_path,
     record = shapes.main(["tiny", "--device", "cpu", "--json", str(tmp_path / "found.json")])
     assert "ValueError" in record["jobs"]["tiny"]["failed"] and record["headline"] == "tiny failed"
     assert json.loads((tmp_path / "found.json").read_text())["jobs"].keys() == {"tiny"}
-    assert shapes.main(["tiny", "--device", "cpu", "--seconds", "-1"])["left_out"] == ["tiny"]
+    # without names, the jobs that a GPU machine runs
+    assert shapes.main(["--device", "cpu", "--seconds", "-1"])["left_out"] == list(shapes.DEFAULT)
+    assert {*shapes.DEFAULT} == {*shapes.JOBS, "heads"} - {"tiny", "tiny_checkpointing"}
+    with pytest.raises(SystemExit):
+        shapes.main(["tinny"])
 
 
 def test_heads_are_compared_with_the_plain_one_at_the_same_ratio():

@@ -7,6 +7,7 @@ The selection is pytest's `-k`. Parametrised tests carry their device in their n
 
 import argparse
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -46,18 +47,13 @@ def main(argv: list[str] | None = None) -> int:
     # the checkout may be read-only or thrown away, so pytest's cache is left out
     words = ["-p", "no:cacheprovider", "-k", args.select, *files]
     code = int(pytest.main(words, plugins=[outcomes]))
-    counts = {
-        name: sum(test["outcome"] == name for test in outcomes.tests) for name in ("passed", "failed", "skipped")
-    }
-    said = ", ".join(f"{count} {name}" for name, count in counts.items())
+    counts = Counter(test["outcome"] for test in outcomes.tests)
+    record = conditions(default_device()) | {"headline": "", "exit_code": code, "seconds": time.perf_counter() - begin}
+    record |= {name: counts[name] for name in ("passed", "failed", "skipped")}
+    record["headline"] = f"{counts['passed']} passed, {counts['failed']} failed, {counts['skipped']} skipped"
+    record["tests"] = outcomes.tests
     if args.json is not None:
-        record = conditions(default_device()) | {
-            "headline": said,
-            "exit_code": code,
-            **counts,
-            "tests": outcomes.tests,
-        }
-        write_record(args.json, record | {"seconds": time.perf_counter() - begin})
+        write_record(args.json, record)
     return code
 
 

@@ -96,7 +96,6 @@ SMOL = dict(
     batch=8, head_rows_per_chunk=4096,
 )  # fmt: skip
 TINY = dict(target="tiny", target_layer_ids=(1, 2), num_draft_layers=1, length=64, anchors_per_row=4, block_size=4)
-# Jobs of one target stand together, because it is made once for all of them.
 JOBS = {
     "smollm2": Job(**SMOL),
     "smollm2_repeating": Job(**SMOL, repeating=True, decode=True, compared_with="smollm2"),
@@ -107,6 +106,8 @@ JOBS = {
     "tiny": Job(**TINY, decode=True),
     "tiny_checkpointing": Job(**TINY, activation_checkpointing=True, repeating=True, compared_with="tiny"),
 }
+# What is worth most comes first, because the time may end before the list does.
+DEFAULT = ("smollm2", "smollm2_repeating", "heads", "qwen3", "qwen3_decay", "qwen3_no_checkpointing", "qwen3_flex")
 # head and loss alone: ways of training_step.py and slots whose logits are held at once
 HEADS = [("plain", 1024), ("chunked", 1024), ("progressive", 256), ("progressive", 1024), ("progressive", 4096)]
 ACTIVE_RATIOS = (0.08, 0.16, 0.4)
@@ -141,7 +142,7 @@ def placeholder_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", pad_token="<pad>")
 
 
-@lru_cache(maxsize=1)  # the next target takes the place of this one
+@lru_cache(maxsize=1)  # jobs of one target stand together, and the next target takes its place
 def random_target(name: str, device: str):
     """A frozen bf16 target of these shapes, made where it will stay. A CPU gets fp32, which is faster there."""
     torch.manual_seed(SEED)
@@ -298,7 +299,7 @@ def attempt(name: str, args: argparse.Namespace) -> dict:
 
 def main(argv: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("jobs", nargs="*", choices=[*JOBS, "heads"], help="by default all but tiny ones")
+    parser.add_argument("jobs", nargs="*", help=f"of {', '.join([*JOBS, 'heads'])}; by default all but the tiny ones")
     parser.add_argument("--json", type=Path, help="write the results here, after every job")
     parser.add_argument("--device", default=default_device(), help="cuda or cpu")
     parser.add_argument("--steps", type=int, default=3, help="steps that count, of each job")
@@ -307,10 +308,12 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--head_hidden", type=int, default=4096, help="H of heads")
     parser.add_argument("--head_vocabulary", type=int, default=151_936, help="V of heads")
     args = parser.parse_args(argv)
-    names = args.jobs or [name for name in (*JOBS, "heads") if not name.startswith("tiny")]
+    unknown = set(args.jobs) - {*JOBS, "heads"}  # argparse's own `choices` refuse an empty list
+    if unknown:
+        parser.error(f"there is no job {', '.join(sorted(unknown))}: choose of {', '.join([*JOBS, 'heads'])}")
     begin = time.perf_counter()
     record = conditions(args.device) | {"seed": SEED, "headline": "", "jobs": {}, "left_out": []}
-    for name in names:
+    for name in args.jobs or DEFAULT:
         if time.perf_counter() - begin > args.seconds:
             record["left_out"].append(name)
             continue
