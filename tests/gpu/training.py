@@ -63,23 +63,30 @@ class Phase:
         return time.monotonic() - start
 
 
-def train(name: str, phase: Phase, args: argparse.Namespace) -> dict:
+def regenerate(phase: Phase, args: argparse.Namespace) -> dict:
+    """Let the target answer the data's questions -> how, or why it did not."""
+    row = {"rows": args.rows, "max_new_tokens": args.answer_tokens, "temperature": TEMPERATURE}
+    try:
+        row["seconds"] = phase.command(
+            "regenerate", "hf_specauf.regenerate", "--target", args.target, "--dataset_name", args.data,
+            "--out", args.work / "own.jsonl", "--max_rows", args.rows, "--max_new_tokens", args.answer_tokens,
+            "--temperature", TEMPERATURE, "--device", args.device,
+        )  # fmt: skip
+    except Failed as error:
+        row["failed"] = str(error)
+    return row
+
+
+def train(name: str, phase: Phase, args: argparse.Namespace, regeneration: dict) -> dict:
     """Train one run's drafter -> what is known of its training."""
     objective, own_answers = RUNS[name]
-    data, row = args.data, {"objective": objective, "answers": "the target's" if own_answers else "the data's"}
+    data, row = args.data, {"objective": objective, "answers": "the data's"}
+    if own_answers:
+        data = args.work / "own.jsonl"
+        row |= {"answers": "the target's", "regeneration": regeneration}
+        if "failed" in regeneration:
+            return row | {"failed": regeneration["failed"]}
     try:
-        if own_answers:
-            data = args.work / "own.jsonl"
-            row["regeneration"] = {
-                "rows": args.rows,
-                "max_new_tokens": args.answer_tokens,
-                "temperature": TEMPERATURE,
-                "seconds": phase.command(
-                    "regenerate", "hf_specauf.regenerate", "--target", args.target, "--dataset_name", args.data,
-                    "--out", data, "--max_rows", args.rows, "--max_new_tokens", args.answer_tokens,
-                    "--temperature", TEMPERATURE, "--device", args.device,
-                ),
-            }  # fmt: skip
         row["seconds_of_command"] = phase.command(
             f"train-{name}", "hf_specauf.train", "--config", args.recipe, "--target", args.target,
             "--dataset_name", data, "--objective", objective, "--max_steps", args.steps,
@@ -164,9 +171,13 @@ def main(argv: list[str] | None = None) -> dict:
     recipe = yaml.safe_load(args.recipe.read_text())
     record = conditions(args.device) | {"headline": "", "seed": recipe["seed"]}
     record |= {"side_by_side": min(args.side_by_side, len(args.runs)), "steps": args.steps, "recipe": recipe}
+    training = Phase(args.work, time.monotonic() + args.training_seconds)
+    regeneration = {}
+    # Before the trainings, and not beside them: on a GPU, continuous batching takes most of the memory that is free.
+    if any(RUNS[name][1] for name in args.runs):
+        regeneration = regenerate(training, args)
     with ThreadPoolExecutor(args.side_by_side) as threads:
-        training = Phase(args.work, time.monotonic() + args.training_seconds)
-        rows = threads.map(lambda name: train(name, training, args), args.runs)
+        rows = threads.map(lambda name: train(name, training, args, regeneration), args.runs)
         record["runs"] = dict(zip(args.runs, rows))
         # before decoding, so that a stop in the middle of it leaves what training gave
         write_record(args.json, record)
