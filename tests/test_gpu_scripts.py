@@ -102,6 +102,7 @@ def test_the_second_call_trains_on_the_targets_own_answers_and_decodes(machine):
     figures = row["decoding"]["HumanEval"]
     assert "failed" not in figures, figures
     assert figures["tau"] >= 1.0 and figures["speedup"] > 0 and figures["prompts"] == 2
+    assert figures["conditions"]["prompts"] == "humaneval.jsonl"
     # what comes back beside it: no data, and the drafter in parts
     assert sorted(path.name for path in out.iterdir()) == ["drafter.tar.part.aa", "gpu_training.json", "logs.tar.gz"]
     inside = subprocess.run(["tar", "tzf", out / "logs.tar.gz"], capture_output=True, text=True, check=True).stdout

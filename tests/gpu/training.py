@@ -21,7 +21,7 @@ from pathlib import Path
 import yaml
 from conditions import ROOT, conditions, default_device
 
-from hf_specauf.records import write_record
+from hf_specauf.records import public, write_record
 
 # what a run is trained by, and whether on the target's own answers
 RUNS = {"decay": ("decay", False), "auf": ("auf", False), "own": ("auf", True)}
@@ -122,7 +122,7 @@ def decode(name: str, phase: Phase, args: argparse.Namespace) -> dict:
             "alpha": record["acceptance"]["alpha"],
             **{key: record[key] for key in kept},
             "prompts": len(record["prompts"]),
-            "conditions": record["conditions"],
+            "conditions": public(record["conditions"]),  # without local paths
         }
     return found
 
