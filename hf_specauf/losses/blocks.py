@@ -16,6 +16,7 @@ predicts that position's token. The leak rule: a block sees the context of its o
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
@@ -175,7 +176,7 @@ def make_blocks(
 
     same_document = take(document_ids) == rule.anchor_documents[:, :, None]
     has_label = inside & take(supervised) & same_document & real[:, :, None]
-    # after the first token that is no label, none is: decoding would not get past it either
+    # a block ends at its first token that is no label, as the answer does there
     valid = has_label[:, :, 1:].long().cumprod(-1).bool()  # (B, N, P)
 
     block_ids = take(input_ids)  # (B, N, P + 1)
@@ -220,7 +221,7 @@ class AttentionRule:
     document_ids: torch.Tensor
     block_size: int
 
-    @property
+    @cached_property  # each group asks for it
     def anchor_documents(self) -> torch.Tensor:
         """The document each block lies in, (B, N)."""
         return self.document_ids.gather(1, self.anchors)
