@@ -252,7 +252,9 @@ def test_hub_check_says_where_the_code_of_a_folder_stops_and_what_mends_it(pair,
         code, printed = run(sys.executable, "-m", "hf_specauf.hub", "check", str(folder), *words, environment=alice)
         assert code == 0, printed
         assert f"its own code (*.py) stops at transformers 5.23, and this package's goes to {TESTED[1]}" in printed
-        assert "pushing it again" in printed and "modeling_domino.py, overrides.py, transformers_internals.py" in printed
+        assert (
+            "pushing it again" in printed and "modeling_domino.py, overrides.py, transformers_internals.py" in printed
+        )
         code, printed = run(
             sys.executable, "-m", "hf_specauf.hub", "check", str(pair.folder / "domino"), *words, environment=alice
         )
