@@ -115,6 +115,17 @@ def under_new_spelling(argv: list[str] | None, renamed: dict[str, str] | None = 
     return found
 
 
+class OneSpelling:
+    """Mixed into trl's parser of dataclasses, which lists and takes each flag with dashes too."""
+
+    def add_argument(self, *names: str, **options):
+        kept = [name for name in names if "-" not in name.lstrip("-")]
+        return super().add_argument(*kept, **options)
+
+    def parse_args_and_config(self, args: list[str] | None = None, **options):
+        return super().parse_args_and_config(under_new_spelling(args), **options)
+
+
 def parse_with_drafter(parser: ArgumentParser, words: list[str]) -> Namespace:
     """The parsed words of a command whose `--drafter DIR` was a bare `DIR` in 0.1.0."""
     args, rest = parser.parse_known_args(words)

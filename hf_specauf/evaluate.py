@@ -12,7 +12,7 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import TrlParser
 
-from .cli import errors_in_one_line
+from .cli import OneSpelling, errors_in_one_line
 from .identity import Identity
 from .layouts.folders import fetch
 from .layouts.load import load_drafter, torch_dtype
@@ -137,6 +137,10 @@ class EvaluateArguments:
         default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "cuda or cpu."}
     )
     out: str = field(default="eval", metadata={"help": "Folder for eval.json and alpha.png."})
+
+
+class EvaluateParser(OneSpelling, TrlParser):
+    """The parser of `specauf evaluate`; `--config FILE` may hold the flags."""
 
 
 def adapting(args: EvaluateArguments) -> str:
@@ -270,7 +274,12 @@ def evaluate(args: EvaluateArguments) -> tuple[dict, str]:
 @errors_in_one_line()
 def main(argv: list[str] | None = None) -> None:
     """Command line of `specauf evaluate` and of `python -m hf_specauf.evaluate`."""
-    parser = TrlParser(EvaluateArguments, prog="specauf evaluate")
+    parser = EvaluateParser(
+        EvaluateArguments,
+        prog="specauf evaluate",
+        description="Decode prompts plainly and with a drafter, and compare: tau, tokens a second,"
+        " and whether the outputs are equal.",
+    )
     (args,) = parser.parse_args_and_config(argv)
     record, verdict = evaluate(args)
     console = Console()

@@ -106,6 +106,17 @@ def test_every_flag_has_underscores_and_is_explained(parser):
             assert not any("-" in flag.removeprefix("--") for flag in action.option_strings if flag != "-h")
 
 
+def test_evaluate_lists_each_flag_once_and_reads_the_spelling_with_dashes(capsys):
+    with pytest.raises(SystemExit):
+        main(["evaluate", "--help"])
+    printed = capsys.readouterr().out
+    assert "--prompts_column" in printed and "--prompts-column" not in printed and "-h, --help" in printed
+    with pytest.raises(SystemExit, match="dtype is 'bf16'"):
+        words = ["--target", "a/b", "--drafter", str(ROOT), "--prompts", "gsm8k", "--prompts-column=a-b"]
+        main(["evaluate", *words, "--dtype", "bf16"])
+    assert "--prompts-column is spelt --prompts_column now" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("arguments", [EvaluateArguments, RegenerateArguments])
 def test_every_key_is_explained(arguments):
     assert [field.name for field in fields(arguments) if not field.metadata.get("help")] == []
