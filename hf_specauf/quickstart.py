@@ -24,6 +24,7 @@ from .serving.acceptance import TAU_DEFINITION
 from .serving.compare import compare, evaluation_record, plot_alpha, plot_curves
 from .train import train
 
+# what DFlash was published with, and what replaces it
 OBJECTIVES = ("decay", "auf")
 HELDOUT_PROMPT_TOKENS = 96  # of a held-out prompt
 
@@ -32,6 +33,9 @@ def recipes_folder() -> Path:
     """`recipes/` inside an installed package, or beside it in a checkout."""
     here = Path(__file__).parent
     return here / "recipes" if (here / "recipes").is_dir() else here.parent / "recipes"
+
+
+# ---- the drafters
 
 
 def train_drafter(target: Path, recipe: Path, out: Path, *overrides: str) -> dict:
@@ -88,6 +92,9 @@ def is_of_recipe(provenance: dict, arguments: tuple) -> bool:
     return all(made[key] == value for key, value in wanted.items() if value is not None)
 
 
+# ---- what came of it
+
+
 def last(history: list[dict], key: str) -> float:
     """The newest logged value of a metric."""
     return [entry[key] for entry in history if key in entry][-1]
@@ -99,6 +106,7 @@ def evaluate_drafter(
     """Compare plain and assisted decoding of one drafter on held-out prompts; writes `eval.json`
     beside it. Returns its row of the report."""
     target = AutoModelForCausalLM.from_pretrained(target_folder).eval()
+    # from its folder, so that what is measured is what was saved
     drafter = AutoModel.from_pretrained(folder)
     results = compare(
         target,
@@ -189,6 +197,9 @@ def show_report(rows: list[dict], title: str, console: Console) -> None:
             "yes" if row["lossless"] else "NO",
         )
     console.print(table)
+
+
+# ---- the command
 
 
 def command_parser() -> argparse.ArgumentParser:

@@ -11,6 +11,7 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData
 
 from ..drafters import config_class
+from ..drafters.configuration_dflash import DFlashConfig
 from ..drafters.transformers_internals import TESTED
 from ..records import HUB_ID, public
 from .card_evaluation import eval_results, measured_words
@@ -57,32 +58,25 @@ def published_form(config: dict, small: dict | None) -> str:
     return "borrowed" if small["borrowed_layers"] else "adapter"
 
 
-def drafter_words(config: dict) -> dict:
-    """What the template says of the drafter and its target."""
-    kind = config_class(config["model_type"])
-    commit = config.get("target_revision")
-    template_kwargs = config.get("chat_template_kwargs")
-    return {
+def target_words(config: dict) -> dict:
+    """What the template says of the target, from a drafter's config.json."""
+    words = {
         "target": config["target_model_name_or_path"] or "unnamed target",
-        "pinned_target": f', revision="{commit}"' if commit else "",
-        "target_revision": commit or NOT_RECORDED,
-        "chat_template_kwargs": json.dumps(template_kwargs) if template_kwargs else "",
-        "layers": config["num_hidden_layers"],
-        "block_size": config["block_size"],
-        "taps": config["target_layer_ids"],
-        "mask_token_id": config["mask_token_id"],
-        "dtype": config.get("dtype"),
-        "native": kind.runs_in_native_generator,
-        "card_rows": kind.card_rows(config),
-        "card_method": kind.card_method,
-        "oldest": TESTED[0],
-        "newest": TESTED[1],
+        "target_revision": NOT_RECORDED,
+        # goes into the usage lines, behind the target's name
+        "pinned_target": "",
+        "chat_template_kwargs": "",
     }
+    if config.get("target_revision"):
+        words["target_revision"] = config["target_revision"]
+        words["pinned_target"] = f', revision="{config["target_revision"]}"'
+    if config.get("chat_template_kwargs"):
+        words["chat_template_kwargs"] = json.dumps(config["chat_template_kwargs"])
+    return words
 
 
-def card_tags(config: dict, provenance: dict) -> list[str]:
-    """The Hub's tags: drafter, method and the two papers, and LoRA where it was used."""
-    kind = config_class(config["model_type"])
+def card_tags(kind: type[DFlashConfig], provenance: dict) -> list[str]:
+    """The Hub's tags of a drafter: its kind, the method, and the papers of Spec-AUF and DFlash."""
     tags = ["speculative-decoding", *kind.card_tags, "spec-auf", "custom_code"]
     tags += ["arxiv:2607.01893", "arxiv:2602.06036"]
     if provenance.get("recipe", {}).get("use_peft"):
@@ -116,20 +110,22 @@ def render(
     records = [read(folder, path.name) for path in sorted(folder.glob("eval*.json"))]
     base = small or provenance.get("base") or {}
     form = published_form(config, small)
-    drafter = drafter_words(config)
+    kind = config_class(config["model_type"])
+    words = target_words(config) | measured_words(records) | training_words(provenance)
+    # a local file is no dataset that the Hub could link
     datasets = [name for name in sources(provenance) if HUB_ID.fullmatch(name)]
     header = ModelCardData(
-        base_model=base["name_or_path"] if form == "adapter" else drafter["target"],
+        base_model=base["name_or_path"] if form == "adapter" else words["target"],
+        # The Hub has no relation for drafters. This one lists it on the base model's page.
         base_model_relation="adapter",
         library_name="transformers",
         license=licence,
-        tags=card_tags(config, provenance),
+        tags=card_tags(kind, provenance),
         # `None` leaves a key out of the header
         datasets=datasets or None,
         model_name=repo.split("/")[-1],
         eval_results=eval_results(records) or None,
     )
-    words = drafter | measured_words(records) | training_words(provenance)
     return ModelCard.from_template(
         header,
         template_path=str(TEMPLATE),
@@ -138,6 +134,11 @@ def render(
         form=form,
         base=base.get("name_or_path"),
         base_revision=base.get("revision"),
+        config=config,
+        kind=kind,
+        card_rows=kind.card_rows(config),
+        oldest=TESTED[0],
+        newest=TESTED[1],
         alpha_plot=(folder / "alpha.png").is_file(),
         **words,
     )

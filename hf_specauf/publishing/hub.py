@@ -18,15 +18,8 @@ from .options import PublishOptions
 from .staging import PICKLES, stage
 
 # What an earlier version of a drafter may have left in its repository, in this form or the other
-REPLACED = [
-    "*.safetensors",
-    "*.index.json",
-    "*.py",
-    "eval*.json",
-    "*config.json",
-    "*base.json",
-    "provenance.json",
-]
+REPLACED = ["*.safetensors", "*.index.json", "*.py"]
+REPLACED += ["eval*.json", "*config.json", "*base.json", "provenance.json"]
 
 
 def check(drafter: str | Path, repo: str = "owner/name", **keys) -> list[str]:
@@ -55,8 +48,7 @@ def push(
     commit_message: str = "Upload drafter",
     **keys,
 ) -> CommitInfo:
-    """Publish a drafter as one commit: all of it or nothing. The same folder again makes no new
-    commit.
+    """Publish a drafter as one commit, whole or not at all. The same folder again makes none.
 
     Args:
         drafter (`str` or `Path`): the folder that `train` and `evaluate` left; only read.
@@ -83,6 +75,7 @@ def push(
             api.create_repo(repo, private=private, exist_ok=True)
         if revision and not create_pr:
             api.create_branch(repo, branch=revision, exist_ok=True)
+        # after `create_repo`, because only a repository that is there can be asked for its tags
         if tag:
             check_tag(api, repo, tag, Path(folder))
         try:
@@ -100,6 +93,7 @@ def push(
                 f"the upload broke off ({error}). {repo} is as it was before, {drafter} is kept,"
                 " and the same command tries again"
             ) from error
+    # a tag that exists names these very files, by `check_tag`
     if tag:
         api.create_tag(repo, tag=tag, revision=info.oid, exist_ok=True)
     return info
@@ -141,12 +135,9 @@ def pull(
     Raises:
         ValueError: the repository holds no drafter of this package.
     """
+    pickles = [f"*{ending}" for ending in PICKLES]
     folder = snapshot_download(
-        repo,
-        revision=revision,
-        local_dir=into,
-        token=token,
-        ignore_patterns=[f"*{ending}" for ending in PICKLES],
+        repo, revision=revision, local_dir=into, token=token, ignore_patterns=pickles
     )
     config = Path(folder, "config.json")
     kind = json.loads(config.read_text()).get("model_type") if config.is_file() else None

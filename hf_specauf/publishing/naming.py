@@ -41,6 +41,7 @@ def name_target(config: DFlashConfig, options: PublishOptions) -> None:
         wanted = config.target_revision
     commit = HfApi(token=options.token).model_info(name, revision=wanted).sha
     theirs = AutoConfig.from_pretrained(name, revision=commit, token=options.token)
+    # a multimodal target keeps the shape of its language model in a config within
     theirs = theirs.get_text_config(decoder=True)
     found = Identity(hidden_size=theirs.hidden_size, num_layers=theirs.num_hidden_layers)
     differing = found.differences(Identity.of_target_of(config))
@@ -86,7 +87,8 @@ def name_base(base: AdapterBase, config: DFlashConfig, options: PublishOptions) 
         files = {file.rfilename for file in info.siblings or []}
         say_where_base_stops(name, commit, files)
     found = replace(base, name_or_path=name, revision=commit)
-    # Training compared the commit that it loaded. Nobody has compared another one yet.
+    # An adapter lies on exactly the weights it was trained on. Training compared the commit that it
+    # loaded. Nobody has compared another one yet.
     if options.base is not None or commit != base.revision:
         drafter = load_drafter(name, commit, key="--base")
         if weights_fingerprint(drafter.state_dict()) != base.fingerprint:

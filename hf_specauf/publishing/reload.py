@@ -50,6 +50,7 @@ def check_reload(drafter: PreTrainedModel, folder: Path) -> None:
     with TemporaryDirectory() as scratch:
         inputs = Path(scratch, "in.safetensors")
         outputs = Path(scratch, "out.safetensors")
+        # The other process reads its inputs, because its torch need not draw the same numbers.
         save_file(drafter.config.probe(), inputs)
         # Nothing may come from the Hub, nor from code that an earlier folder left in the cache.
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": scratch}

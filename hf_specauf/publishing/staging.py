@@ -47,6 +47,7 @@ def stage(
     """
     drafter = Path(drafter)
     check_folder(drafter, options.allow_unmeasured)
+    # as a user would load it: an adapter comes merged on its base
     model = load_drafter(drafter, target=options.target_model, key="drafter")
     # the evaluations were recorded under this name, which may be a local folder's
     own = model.config.target_model_name_or_path
