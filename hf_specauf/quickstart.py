@@ -205,7 +205,7 @@ def show_report(rows: list[dict], title: str, console: Console) -> None:
 def command_parser() -> argparse.ArgumentParser:
     """The command's flags."""
     parser = argparse.ArgumentParser(
-        prog="python -m hf_specauf.quickstart", description=__doc__.split("\n\n")[1]
+        prog="specauf quickstart", description=__doc__.split("\n\n")[1]
     )
     add = parser.add_argument
     add("--out", default="out/quickstart", help="folder for report, plots and drafters")

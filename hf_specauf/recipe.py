@@ -15,6 +15,7 @@ from transformers import BitsAndBytesConfig
 from transformers.utils import is_bitsandbytes_available
 from trl import TrlParser
 
+from .cli import OneSpelling
 from .data.config import DataArguments
 from .drafters import DRAFTERS
 from .drafters.configuration_dflash import DFlashConfig
@@ -355,15 +356,14 @@ def under_new_names(recipe: dict) -> dict:
     return {renamed.get(key, key): value for key, value in recipe.items()}
 
 
-class RecipeParser(TrlParser):
-    """trl's parser of `--config recipe.yaml` and flags. It reads 0.1.0's keys too, and names the
-    new ones."""
+class RecipeParser(OneSpelling, TrlParser):
+    """trl's parser of a recipe and of flags. It reads 0.1.0's keys too, and names the new ones."""
 
     def parse_args_and_config(self, args: list[str], **options):
         words = list(args)
         for i, word in enumerate(words):
             flag, equals, value = word.partition("=")
-            new = RENAMED_KEYS.get(flag.removeprefix("--"))
+            new = RENAMED_KEYS.get(flag.removeprefix("--").replace("-", "_"))
             if new is not None and flag.startswith("--"):
                 print(f"{flag} is called --{new} now")
                 words[i] = f"--{new}{equals}{value}"
@@ -386,7 +386,7 @@ def parse(argv: list[str]) -> tuple[TargetArguments, DrafterArguments, DataArgum
     """
     parser = RecipeParser(
         (TargetArguments, drafter_arguments(), DataArguments, AUFConfig),
-        prog="python -m hf_specauf.train",
+        prog="specauf train",
         description=(
             "Train an Accept-Until-Fail drafter for a causal LM. Give a recipe with --config"
             " recipe.yaml; any of its keys can be overridden here, e.g. --objective decay"

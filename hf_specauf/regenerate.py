@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers.trainer_utils import set_seed
 from trl import TrlParser
 
-from .cli import errors_in_one_line
+from .cli import OneSpelling, errors_in_one_line
 from .data.answers import TargetWriter
 from .data.chunks import ChunkFiles
 from .data.conversation import Answer, Conversation, Sampling
@@ -282,12 +282,15 @@ def answer_rows(rows: list[dict], first: int, write: Writer, seed: int) -> list[
     return finished
 
 
+class RegenerateParser(OneSpelling, TrlParser):
+    """trl's parser, with each flag in its one spelling."""
+
+
 @errors_in_one_line()
 def main(argv: list[str] | None = None) -> None:
-    """Command line of `python -m hf_specauf.regenerate`."""
-    (args,) = TrlParser(
-        RegenerateArguments, prog="python -m hf_specauf.regenerate"
-    ).parse_args_and_config(argv)
+    """Command line of `specauf regenerate` and of `python -m hf_specauf.regenerate`."""
+    parser = RegenerateParser(RegenerateArguments, prog="specauf regenerate")
+    (args,) = parser.parse_args_and_config(argv)
     counts = regenerate(args)
     if counts is None:
         print("this process is done; the file is put together when the last one is")

@@ -1,5 +1,4 @@
-"""`accelerate launch -m hf_specauf.train --config recipe.yaml`: recipe -> objects -> train ->
-evaluate -> save.
+"""The command that trains a drafter: recipe -> objects -> train -> evaluate -> save.
 
 `train` is the whole run. The functions below it stand in the order in which it calls them.
 """
@@ -389,7 +388,7 @@ def measure_decoding(trainer: AUFTrainer, data: DataArguments) -> None:
 
 @errors_in_one_line()
 def main(argv: list[str] | None = None) -> None:
-    """Command line of `python -m hf_specauf.train`."""
+    """Command line of `specauf train` and of `python -m hf_specauf.train`."""
     trainer = train(*parse(sys.argv[1:] if argv is None else argv))
     if trainer.args.world_size > 1 and trainer.args.device.type == "cpu":
         # torch deadlocks if gloo's thread lets go of the last collective as its group is destroyed.

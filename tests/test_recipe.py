@@ -93,7 +93,8 @@ def test_a_recipe_of_0_1_0_is_read_and_the_new_keys_are_named(tmp_path, capsys):
     target, draft, _, _ = parse(["--config", str(file), *words])
     assert (target.target, draft.drafter, draft.drafter_revision) == ("t", "c/d", "v1")
     assert "--drafter_name_or_path is called --drafter now" in capsys.readouterr().out
-    target, draft, _, _ = parse(["--config", str(file), "--drafter", "dflash"])
+    target, draft, _, _ = parse(["--config", str(file), "--target-model-name-or-path", "t", "--drafter", "dflash"])
+    assert target.target == "t"
     assert draft.drafter_type == "dflash"
 
 
