@@ -344,8 +344,8 @@ RENAMED_KEYS = {"target_model_name_or_path": "target", "drafter_name_or_path": "
 def renamed_keys(recipe: dict) -> dict[str, str]:
     """The keys of a recipe that have another name now -> that name."""
     renamed = {old: new for old, new in RENAMED_KEYS.items() if old in recipe}
-    # `drafter` meant the kind of drafter in 0.1.0. It means the drafter to start from now.
-    if recipe.get("drafter") in DRAFTERS:
+    # `drafter` was the kind of drafter in 0.1.0, which had no `drafter_type`.
+    if recipe.get("drafter") in DRAFTERS and "drafter_type" not in recipe:
         renamed["drafter"] = "drafter_type"
     return renamed
 

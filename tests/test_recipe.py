@@ -12,7 +12,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils.constants import FSDP_STATE_DICT_TYPE
 
 from hf_specauf.drafters import modeling_dflash
-from hf_specauf.recipe import DrafterArguments, parse
+from hf_specauf.recipe import DrafterArguments, parse, under_new_names
 
 ROOT = Path(__file__).parents[1]
 LAUNCHES = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
@@ -95,6 +95,8 @@ def test_a_recipe_of_0_1_0_is_read_and_the_new_keys_are_named(tmp_path, capsys):
     assert "--drafter_name_or_path is called --drafter now" in capsys.readouterr().out
     target, draft, _, _ = parse(["--config", str(file), "--target-model-name-or-path", "t", "--drafter", "dflash"])
     assert target.target == "t"
+    now = {"drafter": "dflash", "drafter_type": "dflash"}  # of a record: adapted from a folder of that name
+    assert under_new_names(now) == now
     assert draft.drafter_type == "dflash"
 
 
