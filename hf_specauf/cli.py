@@ -194,7 +194,17 @@ def unreachable(error: Exception) -> str:
     from huggingface_hub import constants
 
     said = " ".join(str(error).split())
-    return f"the Hub at {constants.ENDPOINT} cannot be reached, and nothing was changed ({said})"
+    return f"the Hub at {constants.ENDPOINT} cannot be reached ({said})"
+
+
+def said_by_hub(error: Exception) -> str:
+    """The Hub's own words for a refusal (an `HfHubHTTPError`), or of an error on the way to it."""
+    response = getattr(error, "response", None)
+    if response is None:
+        return " ".join(str(error).split())
+    # what follows the question mark may be a signature
+    url = str(response.url).split("?")[0]
+    return " ".join(f"{response.status_code}: {error.server_message or ''} {url}".split())
 
 
 def hub_words(error: Exception) -> str:
@@ -206,11 +216,9 @@ def hub_words(error: Exception) -> str:
         RevisionNotFoundError,
     )
 
-    status, url = None, ""
+    status = None
     if error.response is not None:
         status = error.response.status_code
-        # what follows the question mark may be a signature
-        url = str(error.response.url).split("?")[0]
     if isinstance(error, GatedRepoError):
         words = (
             "access to this repository is restricted: ask for it on its page, then log in with `hf"
@@ -237,8 +245,7 @@ def hub_words(error: Exception) -> str:
             "the Hub refused; what was made locally is kept, and the same command can be tried"
             " again"
         )
-    said = error.server_message or ""
-    return " ".join(f"{words} ({status}: {said} {url})".split())
+    return f"{words} ({said_by_hub(error)})"
 
 
 if __name__ == "__main__":

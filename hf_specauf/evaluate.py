@@ -214,7 +214,7 @@ def measure(
     count = source.count if args.count is None else args.count
     template_kwargs = drafter.config.chat_template_kwargs
     prompts = encode_prompts(
-        source.rows, tokenizer, count, args.prompt_tokens, template_kwargs, source.columns
+        source.rows, tokenizer, count, args.prompt_tokens, template_kwargs, source.wording
     )
     pad = tokenizer.pad_token_id
     if pad is None:

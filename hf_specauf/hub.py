@@ -29,6 +29,12 @@ def command_parser() -> argparse.ArgumentParser:
         add("--base", help="Hub id of the drafter it was adapted from, where that was a folder")
         add("--base_revision", help="the base's branch, tag or commit")
         add("--small", action="store_true", help="of a LoRA drafter, only the adapter: megabytes")
+        add(
+            "--license",
+            dest="licence",
+            default="apache-2.0",
+            help="of the drafter, by the Hub's name for it, for the card (default apache-2.0)",
+        )
         add("--allow_unmeasured", action="store_true", help="publish without eval.json")
     add = pushed.add_argument
     add("--repo", required=True, help="OWNER/NAME on the Hub")

@@ -26,6 +26,12 @@ def command_parser() -> argparse.ArgumentParser:
     one.add_argument(
         "--revision", default="main", help="tag or commit that the card's usage lines name"
     )
+    one.add_argument(
+        "--license",
+        dest="licence",
+        default="apache-2.0",
+        help="of the drafter, by the Hub's name for it (default apache-2.0)",
+    )
     one.add_argument("--out", type=Path, help="file to write (default: README.md in the folder)")
     many = commands.add_parser("validate", help="check cards; exit code 1 if one is not good")
     many.add_argument("cards", metavar="FILE", type=Path, nargs="+", help="a card to check")
@@ -39,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.command == "render":
         drafter = Path(args.drafter)
         out = args.out or drafter / "README.md"
-        render(drafter, args.repo, args.revision).save(out)
+        render(drafter, args.repo, args.revision, args.licence).save(out)
         print(f"written: {out}")
         return
     any_bad = False

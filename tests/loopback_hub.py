@@ -6,6 +6,7 @@
 
 Users are tokens: `hf_<name>` is the token of <name>. A repository is a folder of blobs (named by content), commits
 (one JSON file each, written whole or not at all) and references; nothing becomes visible before its commit does.
+`hub.refuse = "/tag/"` answers every request whose path has it with 404, as a server that knows no such page.
 `hub.cut_uploads = n` breaks the connection in the middle of the next n uploads of large files.
 """
 
@@ -136,6 +137,9 @@ class Handler(BaseHTTPRequestHandler):
         try:
             if self.command == "PUT":
                 return self._put_blob(path, size, chunked)
+            if self.hub.refuse and self.hub.refuse in path:
+                self.rfile.read(size)
+                raise HubError(404, f"no such page: {self.command} {path}")
             self.body = self._read_chunks() if chunked else self.rfile.read(size)
             with self.hub.lock:
                 for method, pattern, action in ROUTES:
@@ -384,7 +388,7 @@ class LoopbackHub:
 
     def __init__(self, folder: Path, users: tuple[str, ...] = ("alice", "bob")):
         self.folder, self.users = Path(folder), users
-        self.lock, self.cut_uploads, self.requests = threading.Lock(), 0, []
+        self.lock, self.cut_uploads, self.refuse, self.requests = threading.Lock(), 0, None, []
         self.pythons: dict[str, WarmPython] = {}
         handler = type("BoundHandler", (Handler,), {"hub": self})
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)

@@ -10,14 +10,14 @@ from conftest import ROOT, make_drafter
 from loopback_hub import LoopbackHub, Repository
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from hf_specauf.evaluate import main
+from hf_specauf.evaluate import differing_conditions, main
 from hf_specauf.serving.benchmarks import BENCHMARKS, encode_prompts, load_prompts
 
 # Two rows of each set, in its own columns. The first row's question is in `QUESTIONS`.
 ROWS = {
     "gsm8k": [{"question": "How many apples?", "answer": "#### 4"}, {"question": "And pears?", "answer": "#### 2"}],
     "math500": [
-        {"problem": "Find $x$.", "solution": "It is $3$.", "answer": "3", "subject": "Algebra", "level": 2},
+        {"problem": "Find $x^{2}$.", "solution": "It is $3$.", "answer": "3", "subject": "Algebra", "level": 2},
         {"problem": "Find $y$.", "solution": "It is $4$.", "answer": "4", "subject": "Algebra", "level": 3},
     ],
     "humaneval": [
@@ -38,13 +38,15 @@ ROWS = {
         {"instruction": "Greet me.", "input": "", "output": "Hello.", "text": "Below is ..."},
     ],
 }  # fmt: skip
+BOXED = "\nPlease reason step by step, and put your final answer within \\boxed{}."
+SOLVE = "Write a solution to the following problem and make sure that it passes the tests:\n```python\n"
 QUESTIONS = {
-    "gsm8k": ["How many apples?", "And pears?"],
-    "math500": ["Find $x$.", "Find $y$."],
-    "humaneval": ["def f0(x):\n", "def f1(x):\n"],
+    "gsm8k": ["How many apples?" + BOXED, "And pears?" + BOXED],
+    "math500": ["Find $x^{2}$." + BOXED, "Find $y$." + BOXED],
+    "humaneval": [SOLVE + "def f0(x):\n\n```", SOLVE + "def f1(x):\n\n```"],
     "mbpp": ["Write a function, 0.", "Write a function, 1."],
     "mt_bench": ["Compose a blog.", "Draft a mail."],
-    "alpaca": ["Name the animal.\n\nIt barks.", "Greet me."],
+    "alpaca": ["Name the animal.\n\nInput:\nIt barks.", "Greet me."],
 }
 
 
@@ -62,7 +64,7 @@ def local(monkeypatch, tmp_path):
 
 
 def encode(source, tokenizer, count=2) -> list[list[int]]:
-    prompts = encode_prompts(source.rows, tokenizer, count, 3, None, source.columns)
+    prompts = encode_prompts(source.rows, tokenizer, count, 3, None, source.wording)
     return [prompt[0].tolist() for prompt in prompts]
 
 
@@ -72,7 +74,7 @@ def test_the_table_has_the_papers_six_sets_with_its_numbers_of_prompts():
 
 
 @pytest.mark.parametrize("name", list(ROWS))
-def test_a_benchmarks_questions_are_asked_as_chats_and_whole(local, files, tokenizer, name):
+def test_a_benchmarks_questions_are_asked_as_chats_whole_and_in_the_words_of_dflash(local, files, tokenizer, name):
     asked = [tokenizer(f"<|user|>{text}<|end|><|assistant|>")["input_ids"] for text in QUESTIONS[name]]
     assert encode(load_prompts(name), tokenizer) == asked
     bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)  # of a base model: no chat template
@@ -112,7 +114,7 @@ def test_a_benchmark_comes_before_a_folder_of_its_name_and_a_file_with_an_extens
         capsys.readouterr().out
     )
     found = load_prompts("gsm8k.jsonl", column="answer")
-    assert found.columns == ("answer",) and "benchmark" not in found.conditions
+    assert found.wording.columns == ("answer",) and "benchmark" not in found.conditions
 
 
 @pytest.mark.parametrize("keys", [dict(config="main"), dict(split="test"), dict(column="answer")], ids=str)
@@ -121,7 +123,33 @@ def test_a_benchmark_has_its_own_config_split_and_column(keys):
         load_prompts("gsm8k", **keys)
 
 
-@pytest.mark.parametrize("near, name", [("GSM8K", "gsm8k"), ("mt-bench", "mt_bench"), ("math-500", "math500")])
+@pytest.mark.parametrize(
+    "spelt, name",
+    [("mtbench", "mt_bench"), ("mt_bench", "mt_bench"), ("MT-Bench", "mt_bench"), ("GSM8K", "gsm8k"),
+     ("MATH-500", "math500"), ("human_eval", "humaneval")],
+)  # fmt: skip
+def test_a_benchmark_is_found_however_its_name_is_spelt(local, spelt, name):
+    assert load_prompts(spelt).conditions["benchmark"] == name
+
+
+def test_a_local_file_wins_over_another_spelling_of_a_benchmark(local, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "MBPP").mkdir()
+    write_rows(tmp_path / "MBPP/rows.jsonl", [{"text": "mine"}])
+    found = load_prompts("MBPP")
+    assert found.rows["text"][:] == ["mine"] and "benchmark" not in found.conditions
+
+
+def test_a_tau_on_bare_questions_is_not_compared_with_one_in_dflashs_words(local):
+    now = {"conditions": load_prompts("gsm8k").conditions, "prompts": []}
+    before = {
+        "conditions": {key: value for key, value in now["conditions"].items() if key != "wording"},
+        "prompts": [],
+    }
+    assert differing_conditions(now, before) == ["wording None there, as in DFlash's benchmark here"]
+
+
+@pytest.mark.parametrize("near, name", [("gsm8", "gsm8k"), ("mt_benchs", "mt_bench"), ("math-50", "math500")])
 def test_a_name_near_a_benchmarks_is_answered_with_it(near, name):
     with pytest.raises(OSError, match=f"Or did you mean the benchmark {name}?"):
         load_prompts(near)

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import BASE, make_domino, make_drafter, make_target, random_prompts
+from httpx2 import ReadTimeout
 from huggingface_hub import constants
 from huggingface_hub.errors import RepositoryNotFoundError
 from loopback_hub import LoopbackHub
@@ -21,7 +22,7 @@ from transformers import AutoModelForCausalLM
 from hf_specauf import load_drafter
 from hf_specauf.model_card import main as card_command
 from hf_specauf.publishing.card import render
-from hf_specauf.publishing.hub import check
+from hf_specauf.publishing.hub import HalfPublished, check, push
 from hf_specauf.publishing.options import PublishOptions
 from hf_specauf.publishing.reload import check_reload, check_same
 from hf_specauf.publishing.staging import stage
@@ -299,6 +300,93 @@ def test_pull_request_and_a_contributed_card_merged(published, trained, run, hub
     assert {name for name in after if after[name] != before[name]} == {"README.md"}
 
 
+@pytest.fixture
+def refuse(hub):
+    """Lets the Hub answer requests with 404."""
+
+    def refuse(part: str) -> None:
+        hub.refuse = part
+
+    yield refuse
+    hub.refuse = None
+
+
+@pytest.mark.own
+def test_an_upload_whose_tag_is_refused_is_said_to_be_published(trained, run, hub, refuse):
+    words = ["--drafter", str(trained), "--repo", "alice/half", "--target", "alice/target", "--tag", "v1"]
+    refuse("/tag/")
+    code, printed = run(*PUSH_QUICKLY, *words)
+    commit = hub.repository("alice/half").resolve("main")
+    last = printed.splitlines()[-1]
+    assert code == 1 and last.startswith(
+        f"error: published: {hub.endpoint}/alice/half/commit/{commit}. Only the tag v1"
+    )
+    assert "404: no such page" in last and "the Hub refused" not in last
+    command = f"hf repos tag create alice/half v1 --revision {commit}"
+    assert last.endswith(f"The one command that is left: {command}")
+    refuse(None)
+    code, printed = run("-c", "import sys; from huggingface_hub.cli.hf import main; main()", *command.split()[1:])
+    assert code == 0, printed
+    assert hub.repository("alice/half").resolve("v1") == commit
+
+
+@pytest.mark.own
+def test_a_pull_request_whose_tag_is_refused_is_said_to_be_made(published, trained, run, hub):
+    words = ["--drafter", str(trained), "--repo", "alice/drafter", "--target", "alice/target", "--allow_unmeasured"]
+    code, printed = run(*PUSH_QUICKLY, *words, "--create_pr", "--tag", "v7", user="bob")
+    last = printed.splitlines()[-1]
+    assert code == 1 and re.match(
+        r"error: the pull request is made: http.*/alice/drafter/discussions/\d+\. Only", last
+    )
+    assert "403: You don't have the rights" in last and "for the owner of alice/drafter: hf repos tag create" in last
+
+
+@pytest.mark.own
+@pytest.mark.parametrize("part", ["/preupload/", "/commit/", "/branch/"])
+def test_a_repository_that_was_made_for_a_refused_upload_is_named(trained, run, hub, refuse, part):
+    repo = f"alice/made-{part.strip('/')}"
+    words = ["--drafter", str(trained), "--repo", repo, "--target", "alice/target", "--revision", "trial"]
+    refuse(part)
+    for made in (True, False):
+        code, printed = run(*PUSH_QUICKLY, *words)
+        last = printed.splitlines()[-1]
+        assert code == 1 and last.startswith("error: the Hub refused") and "404: no such page" in last
+        assert (f"The repository {repo} was made before that, and no drafter is in it." in last) == made
+    refuse(None)
+    code, printed = run(*PUSH_QUICKLY, *words)
+    assert code == 0, printed
+    assert set(contents(hub.repository(repo), "trial")) == PUBLISHED
+
+
+@pytest.mark.own
+def test_a_connection_that_is_lost_in_the_commit_is_not_called_a_failure(trained, online, monkeypatch, without_reload):
+    def lost(*_, **__):
+        raise ReadTimeout("timed out")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", lost)
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda *_, **__: None)
+    with pytest.raises(
+        HalfPublished, match="timed out.*Whether alice/lost has the commit is not known.*the same comm"
+    ):
+        push(trained, "alice/lost", target="alice/target")
+
+
+@pytest.mark.own
+def test_a_private_push_never_lands_in_a_public_repository(published, trained, run):
+    words = ["--drafter", str(trained), "--repo", "alice/drafter", "--target", "alice/target", "--private"]
+    before = len(published.repository.history("main"))
+    code, printed = run(*PUSH_QUICKLY, *words)
+    assert code == 1 and "error: --private: alice/drafter exists and is public" in printed.splitlines()[-1]
+    assert "leave out --private" in printed and len(published.repository.history("main")) == before
+
+
+@pytest.mark.own
+@pytest.mark.parametrize("tag", ["v 1", "-v1", "v1/", "v1..2/x y", "a:b"])
+def test_a_tag_that_git_does_not_take_is_refused_before_anything_is_made(trained, online, tag):
+    with pytest.raises(ValueError, match="is no name that git takes: give one like v1"):
+        push(trained, "alice/tagged", tag=tag)
+
+
 @pytest.mark.own
 @pytest.mark.parametrize(
     "words, keys, message",
@@ -355,7 +443,11 @@ def test_a_checkpoint_that_cannot_be_published_is_kept_and_training_goes_on(file
     code, printed = run("-m", "hf_specauf.train", *words)
     refused = [line for line in printed.splitlines() if "checkpoint-1 was not published: the drafter's target" in line]
     assert len(refused) == 1 and "--target OWNER/NAME" in refused[0]
-    assert code == 1 and printed.splitlines()[-1].startswith("error: the drafter's target is the local path")
+    last = printed.splitlines()[-1]
+    assert code == 1 and last.startswith("error: the drafter's target is the local path")
+    out = files / "unpushed"
+    assert f"The drafter is trained and lies in {out}; the one command that is left: specauf push" in last
+    assert last.endswith(f"specauf push --drafter {out} --repo alice/local")
     assert {"checkpoint-1", "checkpoint-2", "checkpoint-3", "eval.json"} <= set(os.listdir(files / "unpushed"))
 
 

@@ -4,15 +4,18 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import ROOT, make_drafter, make_target
 from huggingface_hub import ModelCard
 
 from hf_specauf.model_card import main
 from hf_specauf.publishing.card import render
+from hf_specauf.publishing.card_data import with_data
 from hf_specauf.publishing.card_evaluation import slow_cases, tau_by_length
 from hf_specauf.publishing.card_training import adaptation, changed_recipe
 from hf_specauf.publishing.validate import validate
 from hf_specauf.records import public
+from hf_specauf.training.config import AUFConfig
 
 CARDS = sorted((ROOT / "model_cards").glob("*__*.md"))
 
@@ -150,6 +153,115 @@ def test_small_parts():
     assert changed_recipe(public(recipe)) == "num_draft_layers: 2\nblock_size: 16\nobjective: decay"
     own = changed_recipe(recipe | {"drafter_type": "domino", "emb_dim": 8, "shift_label": False}).splitlines()
     assert {"drafter_type: domino", "emb_dim: 8", "shift_label: false"} <= set(own)
+
+
+# ---- what a card tells a stranger
+
+
+def training(recipe: dict, **record) -> dict:
+    """A record of a training with a recipe."""
+    recipe = dict(objective="auf", normalisation="pooled", seed=0) | recipe
+    environment = {"hardware": "CPU, 2 cores", "packages": {}}
+    return dict(recipe=recipe, rows=27, steps=3, seconds=60, environment=environment) | record
+
+
+def recipe_of(text: str) -> str:
+    return text.split("```yaml\n")[1].split("```")[0]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        dict(eval_strategy="steps", eval_steps=5, per_device_train_batch_size=3),
+        dict(load_best_model_at_end=True, eval_strategy="steps", eval_steps=500, torch_compile=True),
+        dict(activation_checkpointing=True, accelerator_config=dict(even_batches=False), label_names=["x"]),
+        dict(dataloader_num_workers=2, per_device_eval_batch_size=3, max_steps=9),
+    ],
+    ids=lambda given: "+".join(given) or "nothing",
+)
+def test_a_recipe_on_a_card_holds_what_was_set_and_nothing_else(given, tmp_path):
+    resolved = AUFConfig(output_dir=str(tmp_path), use_cpu=True, **given).to_dict()
+    assert yaml.safe_load(changed_recipe(public(resolved))) == given | dict(use_cpu=True)
+
+
+def test_data_that_nobody_else_has_is_said_to_be_so(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    own = tmp_path / "own.jsonl"
+    own.write_text("")
+    settings = {"target": {"name_or_path": "some/target"}, "dataset_name": "org/prompts"}
+    (tmp_path / "own.settings.json").write_text(json.dumps(settings))
+    (tmp_path / "folder_of_rows").mkdir()
+    mixture = [
+        dict(name=str(own), weight=1.0, config=None, split="train", revision=None),
+        dict(name="org/data", weight=2.0, config=None, split="train", revision="v1"),
+        dict(name="folder_of_rows", weight=1.0, config=None, split="train", revision=None),
+    ]
+    recipe = dict(dataset_mixture=mixture, eval_dataset_name="data/heldout.jsonl", deepspeed="/etc/ds.json")
+    (folder / "provenance.json").write_text(json.dumps(training(recipe)))
+    card = render(folder, "alice/drafter")
+    assert card.data.datasets == ["org/data"]
+    assert (
+        "| data | own.jsonl, a local file that is not published (answers of some/target to the prompts of"
+        " org/prompts, by `specauf regenerate`); org/data; folder_of_rows, a local file that is not published"
+        " (27 rows) |"
+    ) in card.text
+    lines = recipe_of(card.text).splitlines()
+    for name in ("- name: own.jsonl", "- name: folder_of_rows", "eval_dataset_name: data/heldout.jsonl"):
+        assert f"{name}  # a local file that is not published: put your own here" in lines
+    assert "deepspeed: ds.json  # a local file that is not published: put your own here" in lines
+    found = yaml.safe_load("\n".join(lines))["dataset_mixture"]
+    assert found == [
+        {"name": "own.jsonl"},
+        {"name": "org/data", "weight": 2.0, "revision": "v1"},
+        {"name": "folder_of_rows"},
+    ]
+    # a public record says it too, on a machine that has none of the files
+    record = with_data(training(recipe))
+    monkeypatch.chdir(folder)
+    (folder / "provenance.json").write_text(json.dumps(public(record)))
+    assert render(folder, "alice/drafter").text == card.text
+
+
+def test_prompts_that_nobody_else_has_are_said_to_be_so_and_never_linked(folder):
+    (folder / "eval.json").write_text(json.dumps(evaluation(prompts="data/mine.jsonl")))
+    card = render(folder, "alice/drafter")
+    assert "(data/mine.jsonl, a local file that is not published, temperature 0.0" in card.text
+    result = card.data.eval_results[0]
+    assert (result.dataset_type, result.dataset_name) == (
+        "custom",
+        "data/mine.jsonl, a local file that is not published",
+    )
+
+
+@pytest.mark.parametrize("form", ["plain", "adapter", "borrowed"])
+def test_only_a_repository_that_holds_an_adapter_alone_is_listed_as_one(folder, form):
+    small = None
+    if form != "plain":
+        layers = [1] if form == "borrowed" else None
+        small = dict(name_or_path="some/base", revision="v1", borrowed_layers=layers)
+    header = str(render(folder, "alice/drafter", small=small)).split("---")[1]
+    assert ("base_model_relation: adapter" in header) == (form != "plain")
+
+
+@pytest.mark.parametrize("objective, is_ours", [("auf", True), ("b_auf", True), ("decay", False), (None, False)])
+def test_only_what_was_trained_until_it_failed_is_called_spec_auf(folder, objective, is_ours):
+    if objective is not None:
+        (folder / "provenance.json").write_text(json.dumps(training(dict(objective=objective))))
+    card = render(folder, "alice/drafter")
+    assert ("spec-auf" in card.data.tags) == ("arxiv:2607.01893" in card.data.tags) == is_ours
+    assert ("Spec-AUF, arXiv" in card.text) == is_ours
+
+
+def test_a_licence_is_what_its_owner_says(folder, capsys):
+    main(["render", "--drafter", str(folder), "--repo", "a/b", "--license", "llama3.1"])
+    assert ModelCard.load(folder / "README.md").data.license == "llama3.1"
+
+
+def test_parameters_that_were_trained_are_called_so(folder):
+    assert "parameters not recorded, " in render(folder, "a/b").text
+    (folder / "provenance.json").write_text(json.dumps(training({}, trainable_parameters=11_408)))
+    assert ", 0.0114 M trained parameters, " in render(folder, "a/b").text
 
 
 @pytest.mark.parametrize("path", CARDS, ids=lambda path: path.name)

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 from datasets import Dataset
+from datasets.exceptions import DatasetNotFoundError
 from loopback_hub import LoopbackHub, Repository
 from warm_python import WarmPython
 
@@ -222,3 +223,17 @@ def test_a_dataset_that_needs_a_login_says_so_in_one_line(name, closed, tmp_path
     last = printed.strip().splitlines()[-1]
     assert last.startswith(f"error: dataset_name: '{name}' is not on the Hub, or you may not see it")
     assert "`hf auth login`" in last and "Traceback" not in printed
+
+
+@pytest.mark.parametrize("name", ["nowhere.jsonl", "nobody/nothing"])
+def test_a_source_that_is_not_there_is_named_by_the_key_that_was_given(name, monkeypatch):
+    def not_found(*_, **__):
+        raise DatasetNotFoundError("no such dataset")
+
+    monkeypatch.setattr("hf_specauf.data.sources.load_dataset", not_found)
+    for keys, key in (
+        ("dataset_", "dataset_name"), ("eval_dataset_", "eval_dataset_name"), ("prompts_", "--prompts"),
+        ("dataset_mixture's ", "dataset_mixture's name"),
+    ):  # fmt: skip
+        with pytest.raises(OSError, match=f"^{key}:? '{name}'"):
+            load_rows(name, keys=keys)

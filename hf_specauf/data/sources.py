@@ -47,8 +47,8 @@ def load_rows(
         return Dataset.from_list(list(stream.take(stream_rows)), on_mixed_types="use_json")
     except DatasetNotFoundError as error:
         raise OSError(
-            f"dataset_name: {name!r} is not on the Hub, or you may not see it (gated and private"
-            f" ones need access and `hf auth login`). {error}"
+            f"{name_key(keys)}: {name!r} is not on the Hub, or you may not see it (gated and"
+            f" private ones need access and `hf auth login`). {error}"
         ) from error
     except (DatasetsError, ValueError, StopIteration) as error:
         # What `datasets` raises names no file, and seldom a line.
@@ -60,6 +60,12 @@ def load_rows(
         raise ValueError(f"{name}: {said}. Mend that and start the same command again") from error
 
 
+def name_key(keys: str) -> str:
+    """The key that names a source, of those that begin with `keys`."""
+    # of `evaluate`, whose key for the name has no `_name`
+    return "--prompts" if keys == "prompts_" else f"{keys}name"
+
+
 def check_file(name: str, config: str | None, split: str, revision: str | None, keys: str) -> None:
     """Raise where a local file is missing, or was given what only a dataset on the Hub has.
 
@@ -69,7 +75,7 @@ def check_file(name: str, config: str | None, split: str, revision: str | None, 
     """
     if not os.path.isfile(name):
         raise FileNotFoundError(
-            f"dataset_name {name!r} looks like a local file, but there is none at"
+            f"{name_key(keys)} {name!r} looks like a local file, but there is none at"
             f" {os.path.abspath(name)}"
         )
     given = []

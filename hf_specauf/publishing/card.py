@@ -13,9 +13,10 @@ from huggingface_hub import ModelCard, ModelCardData
 from ..drafters import config_class
 from ..drafters.configuration_dflash import DFlashConfig
 from ..drafters.transformers_internals import TESTED
-from ..records import HUB_ID, public
+from ..records import public
+from .card_data import on_hub, training_names, with_data
 from .card_evaluation import eval_results, measured_words
-from .card_training import NOT_RECORDED, sources, training_words
+from .card_training import NOT_RECORDED, is_until_fail, training_words
 
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
 
@@ -23,7 +24,10 @@ TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
 def read(folder: Path, name: str) -> dict | None:
     """A JSON record of a drafter's folder without local traces, or `None`."""
     path = folder / name
-    return public(json.loads(path.read_text())) if path.is_file() else None
+    if not path.is_file():
+        return None
+    # before the paths go, by which a local file is known
+    return public(with_data(json.loads(path.read_text())))
 
 
 def read_config(folder: Path) -> dict:
@@ -76,10 +80,13 @@ def target_words(config: dict) -> dict:
 
 
 def card_tags(kind: type[DFlashConfig], provenance: dict) -> list[str]:
-    """The Hub's tags of a drafter: its kind, the method, and the papers of Spec-AUF and DFlash."""
-    tags = ["speculative-decoding", *kind.card_tags, "spec-auf", "custom_code"]
-    tags += ["arxiv:2607.01893", "arxiv:2602.06036"]
-    if provenance.get("recipe", {}).get("use_peft"):
+    """The Hub's tags of a drafter: its kind, how it was trained, and the papers of both."""
+    recipe = provenance.get("recipe", {})
+    tags = ["speculative-decoding", *kind.card_tags, "custom_code", "arxiv:2602.06036"]
+    # a drafter of another objective, or of somebody else's training, is none of Spec-AUF's
+    if is_until_fail(recipe.get("objective")):
+        tags += ["spec-auf", "arxiv:2607.01893"]
+    if recipe.get("use_peft"):
         tags.append("lora")
     return tags
 
@@ -113,11 +120,12 @@ def render(
     kind = config_class(config["model_type"])
     words = target_words(config) | measured_words(records) | training_words(provenance)
     # a local file is no dataset that the Hub could link
-    datasets = [name for name in sources(provenance) if HUB_ID.fullmatch(name)]
+    datasets = [name for name in training_names(provenance.get("recipe", {})) if on_hub(name)]
     header = ModelCardData(
         base_model=base["name_or_path"] if form == "adapter" else words["target"],
-        # The Hub has no relation for drafters. This one lists it on the base model's page.
-        base_model_relation="adapter",
+        # The Hub has no relation for drafters, and lists what says "adapter" among the target's
+        # LoRA weights. Only a repository that holds such weights is one.
+        base_model_relation=None if form == "plain" else "adapter",
         library_name="transformers",
         license=licence,
         tags=card_tags(kind, provenance),

@@ -2,8 +2,8 @@
 
 from huggingface_hub import EvalResult
 
-from ..records import HUB_ID
 from ..serving.acceptance import NOT_MEASURED, TAU_DEFINITION, number
+from .card_data import on_hub, prompts_words
 
 
 def tau_by_length(prompts: list[dict]) -> str:
@@ -57,7 +57,7 @@ def evaluation_row(record: dict) -> dict:
             f" {lossless['near_tie']} near-ties of rounding, {lossless['different']} different"
         )
     return {
-        "name": record["conditions"]["prompts"],
+        "name": prompts_words(str(record["conditions"]["prompts"])),
         "tau": number(record["acceptance"]["tau"]),
         "speedup": number(record["speedup"], ".2f", "x"),
         "plain": number(record["plain_tokens_per_second"], ".1f"),
@@ -77,7 +77,7 @@ def eval_results(records: list[dict]) -> list[EvalResult]:
         conditions = record["conditions"]
         dataset = str(conditions["prompts"])
         # the Hub links a dataset of its own, and shows any other name as it is
-        dataset_type = dataset if HUB_ID.fullmatch(dataset) else "custom"
+        dataset_type = dataset if on_hub(dataset) else "custom"
         metrics = (
             ("tau", "tau (tokens committed per verification pass)", record["acceptance"]["tau"]),
             ("speedup", "speed-up over plain generate", record["speedup"]),
@@ -88,7 +88,7 @@ def eval_results(records: list[dict]) -> list[EvalResult]:
             result = EvalResult(
                 task_type="text-generation",
                 task_name="Speculative decoding",
-                dataset_name=dataset,
+                dataset_name=prompts_words(dataset),
                 dataset_type=dataset_type,
                 metric_type=metric,
                 metric_name=name,
@@ -117,7 +117,8 @@ def measured_words(records: list[dict]) -> dict:
         # "the same output, faster" is a claim, so both halves must have been seen
         words["faster"] = first["speedup"] > 1 and not different_outputs(first)
         words["headline_conditions"] = (
-            f"{conditions.get('prompts')}, temperature {conditions.get('temperature')},"
+            f"{prompts_words(str(conditions.get('prompts')))}, temperature"
+            f" {conditions.get('temperature')},"
             f" {conditions.get('max_new_tokens')} new tokens, {conditions.get('hardware')}"
         )
     return words

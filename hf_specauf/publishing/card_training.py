@@ -4,11 +4,13 @@ from dataclasses import MISSING, Field, fields
 from enum import Enum
 
 import yaml
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from ..losses.objectives import OBJECTIVES
 from ..recipe import DataArguments, TargetArguments, drafter_arguments, under_new_names
 from ..serving.acceptance import NOT_MEASURED, number
 from ..training.config import AUFConfig
+from .card_data import data_words, given_source, training_names, with_remarks
 
 NOT_RECORDED = "not recorded"
 
@@ -27,15 +29,66 @@ def differs_from_default(value, field: Field) -> bool:
     return value != default and str(value) != str(default)
 
 
-def changed_recipe(recipe: dict) -> str:
-    """The keys of a resolved recipe that differ from their defaults, as YAML."""
+def filled_in(recipe: dict, on_gpu: bool) -> dict:
+    """What a run puts in the place of keys that nobody set, so that its record holds them.
+
+    The taps and the mask token are filled in too. But they are what the drafter is, and a recipe
+    that names them still makes it when another version would choose others.
+    """
+    return {
+        "drafter_type": "dflash",
+        "per_device_eval_batch_size": recipe.get("per_device_train_batch_size"),
+        "bf16": on_gpu,
+        "activation_checkpointing": False,
+        "dataloader_pin_memory": not recipe.get("use_cpu"),
+        "label_names": [],
+        "debug": [],
+        "ddp_find_unused_parameters": False,
+        "do_eval": recipe.get("eval_strategy") != "no",
+        # of `load_best_model_at_end`
+        "metric_for_best_model": "loss",
+        "greater_is_better": not str(recipe.get("metric_for_best_model")).endswith("loss"),
+        # of `torch_compile`
+        "torch_compile_backend": "inductor",
+    }
+
+
+def given_keys(value: dict, filled: dict) -> dict:
+    """A mapping without the keys that were filled in."""
+    return {key: part for key, part in value.items() if key not in filled or part != filled[key]}
+
+
+# What Trainer puts into two mappings of a recipe
+FILLED_MAPPINGS = {
+    "accelerator_config": AcceleratorConfig().to_dict(),
+    "fsdp_config": {
+        "min_num_params": 0,
+        "xla": False,
+        "xla_fsdp_v2": False,
+        "xla_fsdp_grad_ckpt": False,
+    },
+}
+
+
+def changed_recipe(recipe: dict, on_gpu: bool = False) -> str:
+    """The keys of a resolved recipe that somebody set, as YAML: those that differ from their
+    defaults and from what a run fills in."""
     recipe = under_new_names(recipe)
+    filled = filled_in(recipe, on_gpu)
     changed = {}
     for part in (TargetArguments, drafter_arguments(), DataArguments, AUFConfig):
         for field in fields(part):
-            value = recipe.get(field.name)
-            if differs_from_default(value, field):
-                changed[field.name] = value
+            name, value = field.name, recipe.get(field.name)
+            # transformers still mirrors this old name of `activation_checkpointing*`
+            if name.startswith("gradient_checkpointing"):
+                continue
+            if name in FILLED_MAPPINGS and isinstance(value, dict):
+                value = given_keys(value, FILLED_MAPPINGS[name])
+            if name == "dataset_mixture" and value:
+                value = [given_source(source) for source in value]
+            is_filled = name in filled and value == filled[name]
+            if differs_from_default(value, field) and not is_filled:
+                changed[name] = value
     return yaml.safe_dump(changed, sort_keys=False, allow_unicode=True).strip()
 
 
@@ -77,12 +130,12 @@ def adaptation(provenance: dict) -> str:
     )
 
 
-def sources(provenance: dict) -> list[str]:
-    """The datasets a drafter was trained on."""
-    recipe = provenance.get("recipe", {})
-    if recipe.get("dataset_mixture"):
-        return [source["name"] for source in recipe["dataset_mixture"]]
-    return [recipe["dataset_name"]] if recipe.get("dataset_name") else []
+def is_until_fail(objective: str | None) -> bool:
+    """Whether an objective is one of Spec-AUF's."""
+    entry = OBJECTIVES.get(objective)
+    if entry is None:
+        return False
+    return entry.until_fail or (entry.base is not None and entry.base.until_fail)
 
 
 def method_words(objective: str | None) -> str:
@@ -99,8 +152,9 @@ def training_words(provenance: dict) -> dict:
     objective = recipe.get("objective")
     words = {
         "method": method_words(objective),
+        "until_fail": is_until_fail(objective),
         "objective": NOT_RECORDED,
-        "parameters": NOT_RECORDED,
+        "parameters": f"parameters {NOT_RECORDED}",
         "data": NOT_RECORDED,
         "training": NOT_RECORDED,
         "software": NOT_RECORDED,
@@ -110,16 +164,17 @@ def training_words(provenance: dict) -> dict:
     if objective:
         words["objective"] = f"{objective}, {recipe.get('normalisation')}"
     if provenance.get("trainable_parameters"):
-        words["parameters"] = f"{provenance['trainable_parameters'] / 1e6:.1f} M"
-    data = sources(provenance)
-    if data:
-        words["data"] = f"{', '.join(data)} ({provenance['rows']} rows)"
+        # of a LoRA drafter, these are the adapter's alone
+        words["parameters"] = f"{provenance['trainable_parameters'] / 1e6:.3g} M trained parameters"
+    if training_names(recipe):
+        words["data"] = f"{data_words(provenance)} ({provenance['rows']} rows)"
     if recipe:
         words["training"] = (
             f"{provenance['steps']} steps, {provenance['seconds'] / 60:.0f} minutes on"
             f" {environment.get('hardware')}, seed {recipe['seed']}"
         )
-        words["recipe"] = changed_recipe(recipe)
+        on_gpu = not str(environment.get("hardware")).startswith("CPU")
+        words["recipe"] = with_remarks(changed_recipe(recipe, on_gpu), provenance)
     packages = environment.get("packages", {})
     shown = [name for name in ("hf-specauf", "torch", "transformers") if name in packages]
     if shown:

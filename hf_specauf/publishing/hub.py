@@ -8,9 +8,12 @@ import re
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from httpx2 import HTTPError
 from huggingface_hub import CommitInfo, HfApi, snapshot_download
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
+from ..cli import said_by_hub, words_for
 from ..drafters.transformers_internals import TESTED
 from ..layouts.adapters import BASE_FILE
 from ..records import HUB_ID
@@ -20,6 +23,13 @@ from .staging import PICKLES, stage
 # What an earlier version of a drafter may have left in its repository, in this form or the other
 REPLACED = ["*.safetensors", "*.index.json", "*.py"]
 REPLACED += ["eval*.json", "*config.json", "*base.json", "provenance.json"]
+# what git allows in a tag's name, and a little less
+TAG = re.compile(r"\w[\w.+-]*(/\w[\w.+-]*)*")
+
+
+class HalfPublished(OSError):
+    """A part of a push was done before the rest failed. Its text says what was done, what was not,
+    and what is left to do."""
 
 
 def check(drafter: str | Path, repo: str = "owner/name", **keys) -> list[str]:
@@ -60,25 +70,30 @@ def push(
         keys: fields of [`PublishOptions`].
 
     Raises:
-        ValueError: as [`stage`].
+        ValueError: as [`stage`]; or the repository is public and `private` was asked for.
+        HalfPublished: a part was done: a repository made, or all but the tag.
         OSError: the upload broke off.
-        huggingface_hub.errors.HfHubHTTPError: the Hub refused.
+        huggingface_hub.errors.HfHubHTTPError: the Hub refused, and nothing was made.
     """
     options = PublishOptions(**keys)
     if not HUB_ID.fullmatch(repo):
         raise ValueError(f"repo is {repo!r}; it must be OWNER/NAME")
+    # here, because the Hub would refuse it only after the upload
+    if tag and not TAG.fullmatch(tag):
+        raise ValueError(f"--tag {tag!r} is no name that git takes: give one like v1")
     api = HfApi(token=options.token)
     with TemporaryDirectory() as folder:
         # everything is checked before anything is made on the Hub
         stage(drafter, Path(folder), repo, options, revision=tag or revision or "main")
+        is_new = check_repo(api, repo, private)
         if not create_pr:
             api.create_repo(repo, private=private, exist_ok=True)
-        if revision and not create_pr:
-            api.create_branch(repo, branch=revision, exist_ok=True)
-        # after `create_repo`, because only a repository that is there can be asked for its tags
-        if tag:
-            check_tag(api, repo, tag, Path(folder))
         try:
+            if revision and not create_pr:
+                api.create_branch(repo, branch=revision, exist_ok=True)
+            # after `create_repo`, because only a repository that is there can be asked for its tags
+            if tag:
+                check_tag(api, repo, tag, Path(folder))
             info = api.upload_folder(
                 repo_id=repo,
                 folder_path=folder,
@@ -87,16 +102,82 @@ def push(
                 commit_message=commit_message,
                 delete_patterns=REPLACED,
             )
-        # the client tries several times, and then reports an upload that broke off so
-        except RuntimeError as error:
-            raise OSError(
-                f"the upload broke off ({error}). {repo} is as it was before, {drafter} is kept,"
-                " and the same command tries again"
-            ) from error
-    # a tag that exists names these very files, by `check_tag`
+        except (HTTPError, RuntimeError) as error:
+            raise without_upload(error, repo, drafter, is_new and not create_pr) from error
     if tag:
-        api.create_tag(repo, tag=tag, revision=info.oid, exist_ok=True)
+        make_tag(api, repo, tag, info)
     return info
+
+
+def check_repo(api: HfApi, repo: str, private: bool | None) -> bool:
+    """Whether a repository must be made first.
+
+    Raises:
+        ValueError: it is there and public, and a private one was asked for. The Hub would publish.
+    """
+    try:
+        found = api.model_info(repo)
+    # it exists, and the client calls it a kind of "not found"
+    except GatedRepoError:
+        return False
+    except RepositoryNotFoundError:
+        return True
+    if private and found.private is False:
+        raise ValueError(
+            f"--private: {repo} exists and is public, so the drafter would be public too. Make that"
+            " private on its page, give another --repo, or leave out --private. Nothing was"
+            " uploaded"
+        )
+    return False
+
+
+def without_upload(error: Exception, repo: str, drafter: str | Path, is_new: bool) -> Exception:
+    """What to raise for an error before or in the upload.
+
+    Args:
+        is_new (`bool`): the repository was made just before.
+    """
+    # the client tries several times, and then reports an upload that broke off so
+    if isinstance(error, RuntimeError):
+        said = f"the upload broke off ({error})"
+    elif isinstance(error, HfHubHTTPError):
+        if not is_new:
+            return error
+        said = words_for(error)
+    else:
+        return HalfPublished(
+            f"the connection to the Hub was lost in the upload ({error}). Whether {repo} has the"
+            f" commit is not known: look at its page. {drafter} is kept, and the same command goes"
+            " on: it makes no second commit of the same files"
+        )
+    if not is_new:
+        return OSError(
+            f"{said}. {repo} is as it was before, {drafter} is kept, and the same command tries"
+            " again"
+        )
+    return HalfPublished(
+        f"{said}. The repository {repo} was made before that, and no drafter is in it. {drafter} is"
+        " kept, and the same command goes on"
+    )
+
+
+def make_tag(api: HfApi, repo: str, tag: str, info: CommitInfo) -> None:
+    """Tag a commit that was just made. A tag that exists names its very files, by `check_tag`.
+
+    Raises:
+        HalfPublished: the Hub refused, or could not be reached.
+    """
+    try:
+        api.create_tag(repo, tag=tag, revision=info.oid, exist_ok=True)
+    except HTTPError as error:
+        done, who = f"published: {info.commit_url}", ""
+        if info.pr_url:
+            done, who = f"the pull request is made: {info.pr_url}", f", for the owner of {repo}"
+        raise HalfPublished(
+            f"{done}. Only the tag {tag}, which its card names, was not made"
+            f" ({said_by_hub(error)}). The one command that is left{who}: hf repos tag create"
+            f" {repo} {tag} --revision {info.oid}"
+        ) from error
 
 
 def check_tag(api: HfApi, repo: str, tag: str, folder: Path) -> None:

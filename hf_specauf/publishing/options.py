@@ -15,6 +15,7 @@ class PublishOptions:
         base, base_revision (`str`, *optional*): likewise of the drafter it was adapted from.
         small (`bool`, *optional*): of a LoRA drafter, publish the adapter alone instead of the
             merged drafter.
+        licence (`str`, *optional*): of the drafter, as the card's header names it.
         allow_unmeasured (`bool`, *optional*): publish without `eval.json`; the card says "not
             measured".
         token (`str`, *optional*): of the Hub, instead of the one that is logged in.
@@ -27,6 +28,7 @@ class PublishOptions:
     base: str | None = None
     base_revision: str | None = None
     small: bool = False
+    licence: str = "apache-2.0"
     allow_unmeasured: bool = False
     token: str | None = None
     target_model: PreTrainedModel | None = None

@@ -69,7 +69,8 @@ def stage(
     # The card is rendered before the small form is made, because that may lack the config.json
     # from which it is rendered. It is saved afterwards, because `finish_adapter` removes the
     # README.md that PEFT writes.
-    card = render(into, repo, revision, small=asdict(base) if options.small else None)
+    small = asdict(base) if options.small else None
+    card = render(into, repo, revision, options.licence, small)
     if options.small:
         make_small(model, adapter, base, into, options.target_model)
     card.save(into / "README.md")

@@ -15,6 +15,7 @@ from ..identity import Identity
 from ..layouts.adapters import AdapterBase
 from ..recipe import under_new_names
 from ..records import public, write_record
+from .card_data import with_data
 
 TEXT_FILES = (".json", ".md", ".py", ".txt", ".yaml", ".jinja")
 # User and host names so general that they tell nothing, and that a card may hold as plain words
@@ -37,7 +38,7 @@ def copy_records(
     """
     provenance = drafter / "provenance.json"
     if provenance.is_file():
-        record = json.loads(provenance.read_text())
+        record = with_data(json.loads(provenance.read_text()))
         write_record(into / provenance.name, public_record(record, config, base))
     meant = Identity.of_target_of(config)
     for path in sorted(drafter.glob("eval*.json")):

@@ -1,11 +1,13 @@
 """Trainer's `push_to_hub` and model card, by this package's own `hub` and `model_card`."""
 
+import shlex
 from pathlib import Path
 
 from httpx2 import HTTPError
 from huggingface_hub import CommitInfo
 from transformers.trainer_utils import HubStrategy
 
+from ..cli import words_for
 from ..publishing.card import render
 from ..publishing.hub import push
 
@@ -18,7 +20,15 @@ class Publishing:
         token among it."""
         # without prompts nothing could be measured, and nobody asked for it
         unmeasured = not self.args.eval_prompts
-        info = self._push(self.args.output_dir, commit_message, allow_unmeasured=unmeasured)
+        folder = self.args.output_dir
+        try:
+            info = self._push(folder, commit_message, allow_unmeasured=unmeasured)
+        except (ValueError, OSError, HTTPError) as error:
+            # the training is done, and nothing of it is lost
+            raise OSError(
+                f"{words_for(error)}. The drafter is trained and lies in {folder}; the one command"
+                f" that is left: {self._push_command(folder, unmeasured)}"
+            ) from error
         self.accelerator.wait_for_everyone()
         return info
 
@@ -31,7 +41,22 @@ class Publishing:
             self._push(checkpoint_folder, message, allow_unmeasured=True)
         except (ValueError, OSError, HTTPError) as error:
             # no reason to stop training: the checkpoint is on the disk
-            print(f"{checkpoint_folder} was not published: {' '.join(str(error).split())}")
+            print(f"{checkpoint_folder} was not published: {words_for(error)}")
+
+    @property
+    def _repo(self) -> str:
+        return self.hub_model_id or self.args.hub_model_id
+
+    def _push_command(self, folder: str, allow_unmeasured: bool) -> str:
+        """The command that publishes a folder as this training would."""
+        words = ["specauf", "push", "--drafter", folder, "--repo", self._repo]
+        if self.args.hub_private_repo:
+            words.append("--private")
+        if self.args.hub_revision:
+            words += ["--revision", self.args.hub_revision]
+        if allow_unmeasured:
+            words.append("--allow_unmeasured")
+        return shlex.join(words)
 
     def _push(self, folder: str, message: str, allow_unmeasured: bool) -> CommitInfo | None:
         """Publish a folder from the first process; `None` in the others."""
@@ -40,7 +65,7 @@ class Publishing:
         args = self.args
         info = push(
             folder,
-            self.hub_model_id or args.hub_model_id,
+            self._repo,
             private=args.hub_private_repo,
             token=args.hub_token,
             revision=args.hub_revision,
