@@ -17,7 +17,7 @@ from conftest import EOS, MASK, PAD, ROOT, make_drafter, make_target, overfit, r
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModel, TrainerCallback, TrainerState
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, TrainerCallback, TrainerState
 
 from hf_specauf import DFlashDraftModel
 from hf_specauf.data.rows import RowCollator
@@ -388,6 +388,56 @@ def test_auf_starts_on_first_slots_grows_its_support_and_raises_tau(build, pair)
     assert all(0 < log["active_ratio"] <= 1 for log in logs)
     assert start["eval_tau"] < 1.2
     assert trainer.evaluate()["eval_tau"] > 1.5
+
+
+# ---- targets that cannot be decoded with
+
+
+def recurrent_target():
+    """A tiny Qwen3-Next: three of its four layers keep a state that cannot be rolled back."""
+    config = AutoConfig.for_model(
+        "qwen3_next", vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, linear_num_value_heads=4, linear_num_key_heads=2,
+        linear_key_head_dim=8, linear_value_head_dim=8, num_experts=4, num_experts_per_tok=2,
+        moe_intermediate_size=16, shared_expert_intermediate_size=16, max_position_embeddings=256,
+        eos_token_id=EOS, pad_token_id=PAD, bos_token_id=None,
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize("where", ["recurrent", "any other reason"])
+def test_a_target_nobody_can_draft_for_is_told_at_the_start_and_trained_unmeasured(build, pair, where, capsys):
+    target, reason = recurrent_target(), "Qwen3NextForCausalLM cannot be .* it keeps a recurrent state"
+    if where != "recurrent":
+        target, reason = deepcopy(pair.target), "Qwen3ForCausalLM cannot be .* NotImplementedError: no such cache"
+
+        def generate(*args, **kwargs):
+            raise NotImplementedError("no such cache.")
+
+        target.generate = generate
+    drafter = make_drafter(target)
+    with pytest.raises(ValueError, match=f"{reason}.*Set eval_prompts: 0 to train a drafter all the same"):
+        build(model=drafter, target_model=target)
+    trainer = build(model=drafter, target_model=target, eval_prompts=0, eval_strategy="steps", eval_steps=3)
+    assert ("It is trained all the same" in capsys.readouterr().out) == (where == "recurrent")
+    assert len(train(trainer)) == 3 and "eval_loss" in trainer.state.log_history[-2]
+    build(model=drafter, target_model=target, eval_dataset=None).train()
+
+
+def test_an_evaluation_that_fails_in_the_middle_costs_no_step(build, tmp_path, capsys):
+    """Trainer evaluates before it saves, so a failure would cost all steps since the last checkpoint."""
+    keys = dict(max_steps=8, save_strategy="no", eval_strategy="steps", eval_steps=3)
+    trainer = build(**keys)
+
+    def fail(rows):
+        raise RuntimeError("no more room for the cache")
+
+    trainer.decoded_tau = fail
+    with pytest.raises(RuntimeError, match="no more room"):
+        trainer.train()
+    assert "step 3 is saved" in capsys.readouterr().out and os.listdir(tmp_path / "out") == ["checkpoint-3"]
+    logs = train(build(**keys | dict(eval_prompts=0)), resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-3"))
+    assert logs == train(build(**keys | dict(eval_prompts=0)))
 
 
 # ---- checkpoints

@@ -3,8 +3,8 @@ and of what cannot be done or resumed. They only check.
 
 `AUFConfig` checks its own keys when it is made, before there is a drafter. The others follow here,
 in the order of a run: `check_start` before anything heavy is done, `check_sharding` once accelerate
-is set up, `check_target` on the placed target, `check_evaluation` and `check_resumed_adapter` when
-somebody asks for that.
+is set up, `check_target` and `check_decoding` on the placed target, `check_evaluation` and
+`check_resumed_adapter` when somebody asks for that.
 """
 
 from pathlib import Path
@@ -21,7 +21,7 @@ from ..layouts.adapters import AdapterBase
 from ..losses.objectives import find_objective, objectives_for
 from ..target import FrozenTarget
 from .config import AUFConfig
-from .evaluation import evenly_spread
+from .evaluation import decode, evenly_spread
 
 # Keys of an adapter that a resumed run cannot change: its weights would not fit, or mean another
 # thing.
@@ -167,6 +167,55 @@ def check_target(target: FrozenTarget, rows: Dataset, device: torch.device) -> N
     input_ids = torch.tensor([fullest["input_ids"]], device=device)
     document_ids = torch.tensor([fullest["document_ids"]], device=device)
     target.check_packing(input_ids, document_ids)
+
+
+# A few passes show what the first evaluation would meet, and no prompt makes them slow.
+TRIAL_NEW_TOKENS, TRIAL_PROMPT = 8, 64
+
+
+def check_decoding(trainer) -> None:
+    """Raise where evaluations will decode with a drafter and this target cannot be decoded so: all
+    steps up to the first evaluation would be lost (SpecForge#560, #533). Where none will decode,
+    only say it.
+
+    Args:
+        trainer (`AUFTrainer`): its target placed. All ranks call it.
+    """
+    target = trainer.target.model
+    name, reason = type(target).__name__, None
+    will_decode = trainer.args.eval_prompts > 0 and trainer.eval_dataset is not None
+    if getattr(target, "_is_stateful", False):
+        reason = "it keeps a recurrent state that cannot be rolled back to the accepted tokens"
+    # accelerate's FSDP2 has not placed the drafter yet
+    elif will_decode and not trainer.is_fsdp_enabled:
+        reason = _why_decoding_fails(trainer)
+    if reason is None:
+        return
+    found = f"{name} cannot be decoded with a drafter here: {reason}"
+    if will_decode:
+        raise ValueError(
+            f"{found}. The first evaluation would fail, after all steps up to it. Set eval_prompts:"
+            " 0 to train a drafter all the same, unmeasured, for an engine that can serve it"
+        )
+    if trainer.is_world_process_zero():
+        print(f"{found}. It is trained all the same, and cannot be measured here.")
+
+
+def _why_decoding_fails(trainer) -> str | None:
+    """What a few tokens of real decoding raise, in words; `None` where they work."""
+    prompts = [prompt[:, -TRIAL_PROMPT:] for prompt in trainer.eval_prompts()[:1]]
+    device = trainer.args.device
+    # a whole copy of a sharded drafter draws random weights before it gets its own
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        drafter = trainer.whole_drafter().to(device)
+        pad = trainer.data_collator.pad_token_id
+        try:
+            decode(trainer.target.model, drafter, prompts, TRIAL_NEW_TOKENS, pad)
+        except torch.OutOfMemoryError:  # says nothing about the target
+            raise
+        except Exception as error:
+            return " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".")
+    return None
 
 
 def check_evaluation(trainer) -> None:

@@ -61,6 +61,7 @@ OVERRIDDEN = {
     "_save_checkpoint": ("model", "trial"),
     "_save": ("output_dir", "state_dict"),
     "_load_from_checkpoint": ("resume_from_checkpoint", "model"),
+    "_evaluate": ("trial", "ignore_keys_for_eval", "skip_scheduler"),
     "_push_from_checkpoint": ("checkpoint_folder",),
 }
 
@@ -166,6 +167,7 @@ class AUFTrainer(DrafterCheckpoints, Publishing, Trainer):
         elif not self.target.dispatched:
             self.target.model.to(self.args.device)
         preflight.check_target(self.target, rows, self.args.device)
+        preflight.check_decoding(self)
 
     def _keep_sharded_sums_in_fp32(self) -> None:
         # accelerate's own policy sums gradients in bf16, and casts what forward returns, which
