@@ -159,7 +159,8 @@ def test_drafters_of_all_objectives_and_no_other_seed_start_alike(command, tmp_p
     assert not same(first["auf"], first["other"])
 
 
-def test_interrupted_command_resumes_to_a_finished_run(command, tmp_path, capsys):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_interrupted_command_resumes_to_a_finished_run(command, tmp_path, capsys, number):
     out, whole = tmp_path / "out", tmp_path / "whole"
     keys = dict(max_steps=120, save_steps=10, save_total_limit=1, logging_steps=10)
     process = start("hf_specauf.train", *command(**keys))
@@ -167,7 +168,7 @@ def test_interrupted_command_resumes_to_a_finished_run(command, tmp_path, capsys
     while process.poll() is None and not list(out.glob("checkpoint-*/trainer_state.json")):
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     printed, _ = process.communicate(timeout=300)
     assert process.returncode == 0, printed
     assert "Traceback" not in printed

@@ -514,27 +514,39 @@ def test_lora_trains_the_adapter_alone_and_loads_with_peft(build, pair, tmp_path
     assert_same(PeftModel.from_pretrained(base, folder).state_dict(), after)
 
 
-def test_ctrl_c_finishes_the_step_saves_and_gives_the_handler_back(build, tmp_path):
-    def mine(signum, frame):
-        raise AssertionError("training let a Ctrl-C through")
+SIGNALS = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
 
-    previous = signal.signal(signal.SIGINT, mine)
+
+@SIGNALS
+@pytest.mark.parametrize("times", [1, 3])
+def test_a_signal_finishes_the_step_saves_and_gives_the_handlers_back(build, tmp_path, number, times):
+    def mine(signum, frame):
+        raise AssertionError("training let a signal through")
+
+    if number == signal.SIGINT and times > 1:
+        pytest.skip("a second Ctrl-C stops at once")
+    before = {one: signal.signal(one, mine) for one in (signal.SIGINT, signal.SIGTERM)}
     try:
-        trainer = build(max_steps=8, callbacks=[BeforeStep(3, lambda model: os.kill(os.getpid(), signal.SIGINT))])
+        trainer = build(
+            max_steps=8, enable_jit_checkpoint=True,
+            callbacks=[BeforeStep(3, lambda model: [os.kill(os.getpid(), number) for _ in range(times)])],
+        )  # fmt: skip
         trainer.train()
-        assert signal.getsignal(signal.SIGINT) is mine
+        assert [signal.getsignal(one) for one in before] == [mine, mine]
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for one, handler in before.items():
+            signal.signal(one, handler)
     assert trainer.state.global_step == 3
     assert os.listdir(tmp_path / "out") == ["checkpoint-3"]
     saved = AutoModel.from_pretrained(tmp_path / "out" / "checkpoint-3", dtype="auto")
     assert_same(saved.state_dict(), weights(trainer))
 
 
-def test_second_ctrl_c_stops_at_once(build, tmp_path):
+@SIGNALS
+def test_second_ctrl_c_stops_at_once(build, number):
     def twice(model):
-        for _ in range(2):
-            os.kill(os.getpid(), signal.SIGINT)
+        for one in (number, signal.SIGINT):
+            os.kill(os.getpid(), one)
 
     previous = signal.getsignal(signal.SIGINT)
     try:
@@ -544,15 +556,15 @@ def test_second_ctrl_c_stops_at_once(build, tmp_path):
         signal.signal(signal.SIGINT, previous)
 
 
-def test_ctrl_c_is_given_back_and_sums_start_clean_after_an_error(build, pair):
-    previous = signal.getsignal(signal.SIGINT)
+def test_signals_are_given_back_and_sums_start_clean_after_an_error(build, pair):
+    previous = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
     common = dict(per_device_train_batch_size=2, gradient_accumulation_steps=4, max_steps=2) | SGD
     expected = train(build(**common))
     spoilt = BeforeStep(1, poison("fc.weight"))
     trainer = build(callbacks=[spoilt], **common)
     with pytest.raises(FloatingPointError):
         trainer.train()
-    assert signal.getsignal(signal.SIGINT) is previous
+    assert [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)] == previous
     trainer.model.load_state_dict(pair.drafter.state_dict())
     trainer.remove_callback(spoilt)
     assert [log["loss"] for log in train(trainer)] == [log["loss"] for log in expected]

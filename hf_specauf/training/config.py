@@ -171,6 +171,9 @@ class AUFConfig(TrainingArguments):
         if self.ddp_find_unused_parameters is None:
             # every parameter is used in every forward, and DDP would search for nothing
             self.ddp_find_unused_parameters = False
+        # SIGTERM always saves a checkpoint and stops (callbacks.py). Trainer's own callback would
+        # do half of it: it writes the checkpoint in place, under its final name.
+        self.enable_jit_checkpoint = False
         if self.label_names is None:
             # PeftModel hides forward's argument names, from which Trainer reads them (peft#1881)
             self.label_names = []

@@ -180,8 +180,8 @@ class AUFTrainer(DrafterCheckpoints, Publishing, Trainer):
         return self.accelerator.reduce(tensor, "sum")
 
     def train(self, *args, **kwargs):
-        """Trainer's own; whatever ends it, Ctrl-C is given back and the next call starts with clean
-        sums."""
+        """Trainer's own; whatever ends it, the signals are given back and the next call starts with
+        clean sums."""
         self._step_sums.reset()
         self._log_sums.zero_()
         self._balance.reset()
