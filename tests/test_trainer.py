@@ -23,9 +23,12 @@ from hf_specauf import DFlashDraftModel
 from hf_specauf.data.rows import RowCollator
 from hf_specauf.layouts.adapters import AdapterBase
 from hf_specauf.losses.blocks import EVALUATION_STEP, make_blocks, sample_anchors
+from hf_specauf.losses.objectives import LossSpec
 from hf_specauf.serving.decoding import attach
 from hf_specauf.target import drafter_config
 from hf_specauf.train import resume_folder
+from hf_specauf.training.diagnostics import count_rows, teacher_forced_tau
+from hf_specauf.training.forward import BatchLosses
 from hf_specauf.training.trainer import AUFConfig, AUFTrainer
 
 pytestmark = pytest.mark.internals
@@ -129,9 +132,10 @@ def by_hand(trainer, drafter, rows, step: int):
     log_p = target.lm_head(hidden).log_softmax(-1).view(*anchors.shape, config.block_size, -1)[:, :, 1:]
 
     until_fail = args.objective.startswith("auf")
-    terms, count = [], dict.fromkeys(("supported", "supported_correct", "valid", "correct", "prefix"), 0)
+    terms, verdicts, count = [], [], dict.fromkeys(("supported", "supported_correct", "valid", "correct"), 0)
     for b, n in real.nonzero().tolist():
         block, alive = [], True
+        verdicts.append([])
         for k in range(config.block_size - 1):
             if not blocks.valid[b, n, k]:
                 break
@@ -145,7 +149,7 @@ def by_hand(trainer, drafter, rows, step: int):
                 count["supported"] += 1
                 count["supported_correct"] += right
             alive = alive and right
-            count["prefix"] += alive
+            verdicts[-1].append(right)
         terms.append((b, block))
     values = [(b, sum(w * loss for w, loss in block), sum(w for w, _ in block)) for b, block in terms]
     if args.normalisation == "per_block":
@@ -156,13 +160,25 @@ def by_hand(trainer, drafter, rows, step: int):
         "active_ratio_all_slots": count["supported"] / blocks.valid.numel(),
         "support_accuracy": count["supported_correct"] / count["supported"],
         "common_accuracy": count["correct"] / count["valid"],
-        "teacher_forced_tau": 1 + count["prefix"] / len(terms),
+        "teacher_forced_tau": tau_by_hand(verdicts, config.block_size),
     }
     per_row = [
         sum(v for b, v, _ in values if b == row) / sum(w for b, _, w in values if b == row)
         for row in range(len(batch["input_ids"]))
     ]
     return loss, diagnostics, torch.stack(per_row).mean()
+
+
+def tau_by_hand(verdicts: list[list[bool]], block_size: int) -> float:
+    """1 + alpha_1 + alpha_1 alpha_2 + ..., of blocks whose valid slots are right or wrong."""
+    tau, alive = 1.0, 1.0
+    for k in range(block_size - 1):
+        tested = [block[k] for block in verdicts if len(block) > k and all(block[:k])]
+        if not tested:
+            break
+        alive *= sum(tested) / len(tested)
+        tau += alive
+    return tau
 
 
 OBJECTIVES = [
@@ -348,6 +364,38 @@ def test_evaluation_equals_a_computation_by_hand_for_every_batch_size(build, pai
     assert expected["eval_tau"] > 1
     for metrics in results:
         assert {key: metrics[key] for key in expected} == pytest.approx(expected, rel=1e-6)
+
+
+def counted(correct: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """Summed counters of blocks (N, K - 1) with so many valid slots each."""
+    valid = (torch.arange(correct.shape[1]) < lengths[:, None])[None]
+    correct = correct[None] & valid
+    nothing = torch.zeros(1)
+    return count_rows(
+        SimpleNamespace(numerators=nothing, denominators=nothing),
+        BatchLosses(valid, SimpleNamespace(weights=valid.float(), correct=correct), None),
+        LossSpec.of("uniform", correct.shape[2] + 1, None), block_size=correct.shape[2] + 1,
+        anchors_per_row=correct.shape[1], every_prediction=True,
+    ).sum(0)  # fmt: skip
+
+
+def test_teacher_forced_tau_does_not_depend_on_how_short_the_answers_are():
+    """The same drafter, right on 4 of 5 slots, on long answers and on answers of 1 to K - 1 tokens [verl-SpeCo#62]."""
+    draw, K = torch.Generator().manual_seed(0), 8
+    correct = torch.rand(40_000, K - 1, generator=draw) < 0.8
+    full = torch.full((len(correct),), K - 1)
+    short = torch.randint(1, K, (len(correct),), generator=draw)
+    expected = 1 + sum(0.8**k for k in range(1, K))
+    on_full, on_short = (teacher_forced_tau(counted(correct, lengths)) for lengths in (full, short))
+    # where no answer ends inside a block, it is the mean of correct prefixes
+    assert on_full == pytest.approx(1 + correct.long().cumprod(1).sum(1).double().mean().item(), rel=1e-12)
+    assert on_full == pytest.approx(expected, rel=0.01) and on_short == pytest.approx(expected, rel=0.02)
+    # what was reported before: an end counted as an error
+    assert 1 + (correct & (torch.arange(K - 1) < short[:, None])).long().cumprod(1).sum(1).double().mean() < 3.3
+    # all right, as far as anybody can see: the longest answer says how far
+    ones = torch.ones(4, K - 1, dtype=torch.bool)
+    assert teacher_forced_tau(counted(ones, torch.tensor([1, 1, 3, 2]))) == 4
+    assert math.isnan(teacher_forced_tau(counted(ones, torch.zeros(4, dtype=torch.long))))
 
 
 def test_evaluation_does_not_change_training(build):

@@ -40,9 +40,9 @@ from .callbacks import InterruptCallback, TauProgressCallback
 from .checkpoints import DrafterCheckpoints, shard_again
 from .config import AUFConfig
 from .diagnostics import (
-    COUNTERS,
     StepSums,
     count_rows,
+    empty_counters,
     diagnostics,
     evaluation_metrics,
     loss_terms_of,
@@ -140,7 +140,7 @@ class AUFTrainer(DrafterCheckpoints, Publishing, Trainer):
             self.add_callback(TauProgressCallback)
         self._place_target(first_set(eval_dataset if train_dataset is None else train_dataset))
         self._step_sums = StepSums(args.device)
-        self._log_sums = torch.zeros(len(COUNTERS), dtype=torch.float64, device=args.device)
+        self._log_sums = empty_counters(self.block_size, args.device)
         self._balance = BranchBalance(self.loss_spec, self._over_all_processes)
         self._micro_batches: list[dict] = []  # of the step under way, where the balance needs them
 
@@ -299,7 +299,7 @@ class AUFTrainer(DrafterCheckpoints, Publishing, Trainer):
     def _counters(
         self, model, inputs: dict, step: int, every_prediction: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The loss numerator with its graph, and detached counters per row (B, len(COUNTERS)).
+        """The loss numerator with its graph, and detached counters per row, see [`count_rows`].
 
         In evaluation a Domino drafter's loss is its final branch's alone, so that it does not move
         with lambda.
