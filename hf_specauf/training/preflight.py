@@ -19,7 +19,6 @@ from transformers.trainer_utils import HubStrategy
 from ..drafters import DRAFTERS
 from ..layouts.adapters import AdapterBase
 from ..losses.objectives import find_objective, objectives_for
-from ..target import FrozenTarget
 from .config import AUFConfig
 from .evaluation import decode, evenly_spread
 
@@ -151,22 +150,25 @@ def check_sharding(trainer) -> None:
         )
 
 
-def check_target(target: FrozenTarget, rows: Dataset, device: torch.device) -> None:
+def check_target(trainer, rows: Dataset) -> None:
     """Raise unless the target, on real rows, lends what the drafter is trained on.
 
     Args:
-        target (`FrozenTarget`): placed on its device.
+        trainer (`AUFTrainer`): its target placed on its device.
         rows (`Dataset`): token rows, packed or not.
-        device (`torch.device`): of the rows.
     """
+    target, device = trainer.target, trainer.args.device
     target.check(torch.tensor([rows[0]["input_ids"][:64]], device=device))
     if "document_ids" not in rows.column_names:
         return
-    # a row of one document would tell nothing, so the fullest of some is taken
-    fullest = max(evenly_spread(rows, 200), key=lambda row: row["document_ids"][-1])
-    input_ids = torch.tensor([fullest["input_ids"]], device=device)
-    document_ids = torch.tensor([fullest["document_ids"]], device=device)
-    target.check_packing(input_ids, document_ids)
+    # Rows of one document would tell nothing, so the fullest of some are taken. Two of them where a
+    # micro-batch holds several: FlashAttention keeps documents apart only in a batch of one row
+    # (transformers#33268).
+    some = list(evenly_spread(rows, 200))
+    fullest = sorted(some, key=lambda row: row["document_ids"][-1], reverse=True)
+    at_once = min(trainer.args.per_device_train_batch_size, 2)
+    batch = trainer.data_collator(fullest[:at_once])
+    target.check_packing(batch["input_ids"].to(device), batch["document_ids"].to(device))
 
 
 # A few passes show what the first evaluation would meet, and no prompt makes them slow.

@@ -166,7 +166,7 @@ class AUFTrainer(DrafterCheckpoints, Publishing, Trainer):
             self.target.shard(self.args.device)
         elif not self.target.dispatched:
             self.target.model.to(self.args.device)
-        preflight.check_target(self.target, rows, self.args.device)
+        preflight.check_target(self, rows)
         preflight.check_decoding(self)
 
     def _keep_sharded_sums_in_fp32(self) -> None:
