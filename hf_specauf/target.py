@@ -1,6 +1,7 @@
 """The frozen target: how it is loaded, the shape of a drafter that follows from it, and what it
 lends to a drafter (noise embeddings, tapped hidden states, head). It is never changed."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -52,6 +53,16 @@ def load(
         ) from error
 
 
+def check_revision(key: str, name_or_path: str, revision: str | None) -> None:
+    """Raise where a folder was given a revision, which transformers ignores without a word."""
+    if revision and Path(name_or_path).is_dir():
+        key = key.removeprefix("--")
+        raise ValueError(
+            f"{key}_revision is {revision!r}, and {key} {name_or_path!r} is a folder, which has no"
+            f" revisions: remove {key}_revision, or give the Hub id"
+        )
+
+
 def load_target(
     name_or_path: str, revision: str | None = None, key: str = "target", **kwargs
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -65,7 +76,9 @@ def load_target(
 
     Raises:
         OSError: nothing loadable is there.
+        ValueError: a folder was given a revision.
     """
+    check_revision(key, name_or_path, revision)
     trust_remote_code = kwargs.get("trust_remote_code", False)
     tokenizer = load(
         AutoTokenizer, key, name_or_path, revision, trust_remote_code=trust_remote_code

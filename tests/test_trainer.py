@@ -730,8 +730,11 @@ def test_bf16_autocast_trains_fp32_weights(build, dtype):
         (dict(muon_learning_rate=0.02, optim="sgd"), "optim is sgd, and muon_learning_rate brings.*ignore it"),
         (dict(muon_learning_rate=0.02, adam_beta2=0.95), "adam_beta2 is 0.95, and muon_learning_rate brings"),
         (dict(eval_new_tokens=1), "eval_new_tokens is 1.*eval_prompts: 0"),
-        (dict(anchors_per_row=0), "anchors_per_row is 0"),
-        (dict(head_rows_per_chunk=0), "head_rows_per_chunk is 0"),
+        (
+            dict(metric_for_best_model="eval_tua", eval_strategy="epoch"),
+            "is 'eval_tua', which no.*eval_loss, .*eval_tau",
+        ),
+        (dict(metric_for_best_model="tau", eval_strategy="epoch", eval_prompts=0), "is 'tau', which no evaluation"),
         (dict(shard_target=True), "shard_target: true spreads the target over processes, and there is one"),
         (dict(processing_class=None), "processing_class is missing"),
         (dict(n_gpu=2), "2 GPUs are visible.*accelerate launch -m hf_specauf.train"),

@@ -2,9 +2,9 @@
 and of what cannot be done or resumed. They only check.
 
 `AUFConfig` checks its own keys when it is made, before there is a drafter. The others follow here,
-in the order of a run: `check_start` before anything heavy is done, `check_sharding` once accelerate
-is set up, `check_target` and `check_decoding` on the placed target, `check_evaluation` and
-`check_resumed_adapter` when somebody asks for that.
+in the order of a run: `check_start` before anything heavy is done, `check_best_metric` and
+`check_sharding` once Trainer is set up, `check_target` and `check_decoding` on the placed target,
+`check_evaluation` and `check_resumed_adapter` when somebody asks for that.
 """
 
 from pathlib import Path
@@ -14,12 +14,13 @@ from datasets import Dataset
 from peft import PeftConfig
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
-from transformers.trainer_utils import HubStrategy
+from transformers.trainer_utils import HubStrategy, IntervalStrategy
 
 from ..drafters import DRAFTERS
 from ..layouts.adapters import AdapterBase
 from ..losses.objectives import find_objective, objectives_for
 from .config import AUFConfig
+from .diagnostics import diagnostics, empty_counters
 from .evaluation import decode, evenly_spread
 
 # Keys of an adapter that a resumed run cannot change: its weights would not fit, or mean another
@@ -127,6 +128,31 @@ def check_adapter_names(drafter, key: str, names, *, whole: bool) -> None:
         raise ValueError(
             f"lora_{key} names {name!r}, which no module of the drafter ends in: it would be left"
             f" out in silence. The names are {', '.join(there_are)}."
+        )
+
+
+def check_best_metric(trainer) -> None:
+    """Raise for a `metric_for_best_model` that no evaluation gives: Trainer looks for it only after
+    the first one, and all steps up to it would be lost.
+
+    Args:
+        trainer (`AUFTrainer`): after Trainer's own start, which fills in the key.
+    """
+    args = trainer.args
+    wanted = args.metric_for_best_model
+    if wanted is None or args.eval_strategy == IntervalStrategy.NO:
+        return
+    names = ["loss", *diagnostics(empty_counters(trainer.block_size) + 1)]
+    if args.eval_prompts > 0:
+        names.append("tau")
+    sets = [""]
+    if isinstance(trainer.eval_dataset, dict):
+        sets = [f"{name}_" for name in trainer.eval_dataset]
+    known = [f"eval_{name}{metric}" for name in sets for metric in names]
+    if f"eval_{wanted.removeprefix('eval_')}" not in known:
+        raise ValueError(
+            f"metric_for_best_model is {wanted!r}, which no evaluation gives: it must be one of"
+            f" {', '.join(known)}"
         )
 
 

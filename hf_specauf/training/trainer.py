@@ -133,6 +133,7 @@ class AUFTrainer(DrafterCheckpoints, Publishing, Trainer):
             compute_metrics=evaluation_metrics,
             callbacks=[self._interrupt, *(callbacks or [])],
         )
+        preflight.check_best_metric(self)
         preflight.check_sharding(self)
         self._keep_sharded_sums_in_fp32()
         # None is popped with disable_tqdm, where there is no bar to replace
