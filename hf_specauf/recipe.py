@@ -6,6 +6,7 @@ The keys of the target and of the drafter are here. Those of the data are `DataA
 """
 
 import json
+import os
 from dataclasses import dataclass, field, fields, make_dataclass
 from typing import Any
 
@@ -19,7 +20,8 @@ from .cli import OneSpelling
 from .data.config import DataArguments
 from .drafters import DRAFTERS
 from .drafters.configuration_dflash import DFlashConfig
-from .training.config import AUFConfig
+from .target import check_revision
+from .training.config import ONE_OR_MORE, AUFConfig, Numbers, check_choices, check_numbers
 
 # Keys that take one of a few words. They are no `choices` in the fields' metadata, as trl has them,
 # because argparse would then answer a wrong word with its whole usage, and it never looks at what
@@ -33,19 +35,16 @@ CHOICES = {
 }
 
 
-def check_choices(arguments: Any) -> None:
-    """Check every key that takes one of a few words; what a recipe leaves out keeps its default.
-
-    Raises:
-        ValueError: another word; names the allowed ones.
-    """
-    for key in fields(arguments):
-        value = getattr(arguments, key.name)
-        if key.name not in CHOICES or value == key.default:
-            continue
-        allowed = list(CHOICES[key.name])
-        if value not in allowed:
-            raise ValueError(f"{key.name} is {value!r}; it must be one of {', '.join(allowed)}")
+# Keys that take a number. A drafter's own keys are checked by its config.
+NUMBERS = {
+    "num_draft_layers": ONE_OR_MORE,
+    "block_size": Numbers(2, whole=True, hint=": an anchor and at least one drafted slot"),
+    "mask_token_id": Numbers(0, whole=True),
+    "draft_intermediate_size": ONE_OR_MORE,
+    "lora_r": ONE_OR_MORE,
+    "lora_alpha": Numbers(0, inside=True),
+    "lora_dropout": Numbers(0, 1),
+}
 
 
 def json_mapping(key: str, value: str | dict | None) -> dict | None:
@@ -101,8 +100,11 @@ class TargetArguments:
     )
 
     def __post_init__(self):
-        check_choices(self)
-        if self.trust_remote_code and self.target_revision is None:
+        check_choices(self, CHOICES)
+        # before the data is read, which may take long
+        check_revision("target", self.target, self.target_revision)
+        is_folder = os.path.isdir(self.target)
+        if self.trust_remote_code and not self.target_revision and not is_folder:
             raise ValueError(
                 "trust_remote_code: true needs target_revision, so that the code cannot change"
                 " under you"
@@ -228,7 +230,8 @@ class DrafterArguments:
 
     def __post_init__(self):
         self.chat_template_kwargs = json_mapping("chat_template_kwargs", self.chat_template_kwargs)
-        check_choices(self)
+        check_choices(self, CHOICES)
+        check_numbers(self, NUMBERS)
         if self.use_peft and self.init_from_target_layers and self.lora_modules_to_save is None:
             # What starts at random, because nothing but the adapter's folder would hold it. And the
             # norms, because they see other inputs than they saw in the target.
@@ -245,15 +248,6 @@ class DrafterArguments:
                     f"{', '.join(given)}: of a {kind} drafter; a {self.kind} drafter has no such"
                     f" thing and would ignore it. Set drafter_type: {kind}, or remove what is named"
                 )
-        if self.block_size is not None and self.block_size < 2:
-            raise ValueError(
-                f"block_size is {self.block_size}; a block needs an anchor and at least one drafted"
-                " slot"
-            )
-        if self.num_draft_layers is not None and self.num_draft_layers < 1:
-            raise ValueError(
-                f"num_draft_layers is {self.num_draft_layers}; a drafter needs at least one layer"
-            )
 
     def _check_start(self) -> None:
         if self.drafter and self.init_from_target_layers:

@@ -33,6 +33,7 @@ from .data.sources import load_rows
 from .identity import Identity
 from .recipe import DataArguments, TargetArguments, json_mapping
 from .target import load_target
+from .training.callbacks import Interruption
 
 Writer = Callable[[list[Conversation], int], list[Answer]]
 
@@ -145,6 +146,7 @@ def regenerate(args: RegenerateArguments) -> dict | None:
 
     Raises:
         ValueError: `out` holds answers of other settings; no row was answered.
+        KeyboardInterrupt: Ctrl-C or SIGTERM, after the chunk under way.
     """
     rank = number_of_process("RANK", "SLURM_PROCID", 0)
     world = number_of_process("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", 1)
@@ -232,7 +234,11 @@ def answer_chunks(
     args: RegenerateArguments,
     quiet: bool,
 ) -> None:
-    """Answer those of some chunks that are not there yet, with a progress bar."""
+    """Answer those of some chunks that are not there yet, with a progress bar.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C or SIGTERM came. The chunk under way was finished and written.
+    """
     size = args.rows_per_chunk
     missing = [number for number in chunks if not files.chunk(number).is_file()]
     columns = (
@@ -242,7 +248,7 @@ def answer_chunks(
         TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, disable=quiet) as progress:
+    with Interruption("this chunk") as told, Progress(*columns, disable=quiet) as progress:
         bar = progress.add_task("rows answered", total=len(chunks) * size, rate="")
         # What an earlier call answered. The rate is of this call alone.
         progress.advance(bar, (len(chunks) - len(missing)) * size)
@@ -253,6 +259,8 @@ def answer_chunks(
             files.write(number, answer_rows(batch, first, write, chunk_seed(args.seed, number)))
             rate = done * size / (progress.get_time() - start)
             progress.update(bar, advance=size, rate=f"{rate:.2f} rows/s")
+            if told.noted and done < len(missing):
+                raise KeyboardInterrupt(f"{len(missing) - done} chunks of this process are left")
 
 
 def chunk_seed(seed: int, number: int) -> int:
@@ -291,7 +299,11 @@ def main(argv: list[str] | None = None) -> None:
     """Command line of `specauf regenerate` and of `python -m hf_specauf.regenerate`."""
     parser = RegenerateParser(RegenerateArguments, prog="specauf regenerate")
     (args,) = parser.parse_args_and_config(argv)
-    counts = regenerate(args)
+    try:
+        counts = regenerate(args)
+    except KeyboardInterrupt as stop:
+        # It is no success: a script must not go on to train.
+        raise SystemExit(f"stopped: {stop}. The same command goes on.") from stop
     if counts is None:
         print("this process is done; the file is put together when the last one is")
         return

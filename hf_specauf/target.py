@@ -1,6 +1,7 @@
 """The frozen target: how it is loaded, the shape of a drafter that follows from it, and what it
 lends to a drafter (noise embeddings, tapped hidden states, head). It is never changed."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -52,6 +53,16 @@ def load(
         ) from error
 
 
+def check_revision(key: str, name_or_path: str, revision: str | None) -> None:
+    """Raise where a folder was given a revision, which transformers ignores without a word."""
+    if revision and Path(name_or_path).is_dir():
+        key = key.removeprefix("--")
+        raise ValueError(
+            f"{key}_revision is {revision!r}, and {key} {name_or_path!r} is a folder, which has no"
+            f" revisions: remove {key}_revision, or give the Hub id"
+        )
+
+
 def load_target(
     name_or_path: str, revision: str | None = None, key: str = "target", **kwargs
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -65,7 +76,9 @@ def load_target(
 
     Raises:
         OSError: nothing loadable is there.
+        ValueError: a folder was given a revision.
     """
+    check_revision(key, name_or_path, revision)
     trust_remote_code = kwargs.get("trust_remote_code", False)
     tokenizer = load(
         AutoTokenizer, key, name_or_path, revision, trust_remote_code=trust_remote_code
@@ -288,27 +301,37 @@ class FrozenTarget:
         return apply_head(self.head, hidden_states)
 
     def check_packing(self, input_ids: torch.Tensor, document_ids: torch.Tensor) -> None:
-        """Compare the taps of one packed row with those of its documents apart.
+        """Compare the taps of packed rows, run together, with those of their documents apart.
 
         Args:
-            input_ids, document_ids (`torch.LongTensor` of shape `(1, S)`).
+            input_ids, document_ids (`torch.LongTensor` of shape `(B, S)`): document id -1 on
+                padding.
 
         Raises:
             ValueError: this target lets packed documents see each other.
         """
-        together = self.context(input_ids, **row_inputs(document_ids)).float()
-        sizes = document_ids[0].unique_consecutive(return_counts=True)[1].tolist()
-        parts = [self.context(part) for part in input_ids.split(sizes, dim=1)]
-        apart = torch.cat(parts, dim=1).float()
-        difference = ((together - apart).norm(dim=-1) / apart.norm(dim=-1)).mean().item()
+        together = self.context(input_ids, **row_inputs(document_ids))
+        differences = []
+        for ids, documents, states in zip(input_ids, document_ids, together):
+            inside = documents >= 0
+            sizes = documents[inside].unique_consecutive(return_counts=True)[1].tolist()
+            parts = [self.context(part[None]) for part in ids[inside].split(sizes)]
+            apart = torch.cat(parts, dim=1)[0].float()  # (S, L * H)
+            distance = (states[inside].float() - apart).norm(dim=-1)
+            differences.append((distance / apart.norm(dim=-1)).mean())
+        difference = torch.stack(differences).max().item()
         # Rounding of bf16 stays below this. A leak changes every document but the first. Written
         # with `not`, so that NaN is refused too.
         if not difference < 0.05:
+            advice = "packing: false, or another target_attn_implementation"
+            if len(input_ids) > 1:
+                smaller = "per_device_train_batch_size: 1 (raising gradient_accumulation_steps)"
+                advice = f"{smaller}, {advice}"
             raise ValueError(
-                f"packing: true does not work with {type(self.model).__name__}: its hidden states"
-                " of packed documents differ from those of the documents apart (by"
-                f" {difference:.0%}), so they see each other. Set packing: false, or another"
-                " target_attn_implementation."
+                f"packing: true does not work with {type(self.model).__name__} and"
+                f" {len(input_ids)} rows at once: its hidden states of packed documents differ from"
+                f" those of the documents apart (by {difference:.0%}), so they see each other. Set"
+                f" {advice}."
             )
 
     @torch.no_grad()

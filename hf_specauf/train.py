@@ -3,11 +3,10 @@
 `train` is the whole run. The functions below it stand in the order in which it calls them.
 """
 
-import copy
-import os
-import shutil
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,14 +24,14 @@ from .data.rows import prepare_rows, show_row
 from .data.splits import load_data
 from .drafters.configuration_dflash import DFlashConfig
 from .identity import Identity
-from .layouts.adapters import AdapterBase, borrow, finish_adapter
+from .layouts.adapters import AdapterBase, borrow
 from .layouts.load import load_drafter
 from .recipe import DrafterArguments, TargetArguments, parse
 from .records import NOT_PUBLIC, environment, write_record
 from .regenerate import on_policy_words
 from .serving.compare import compare, evaluation_record, plot_alpha, show
 from .target import default_mask_token_id, drafter_config, load_target
-from .training.checkpoints import checkpoints_by_age
+from .training.checkpoints import resume_folder, save_final
 from .training.config import AUFConfig
 from .training.trainer import AUFTrainer
 
@@ -84,43 +83,27 @@ def train(
     if step < last_step:
         print(f"stopped at step {step} of {last_step}; resume with --resume_from_checkpoint true")
         return trainer
-    # Trainer has evaluated the last step already where eval_steps divides it.
-    evaluated = [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry]
-    if heldout is not None and step not in evaluated:
-        trainer.evaluate()
-
     recipe = resolved_recipe(trainer, target_args, draft, data)
-    record = provenance(trainer, recipe, identity, base, started, tau_before, on_policy)
-    save_final(trainer, target, draft.save_dtype, record)
-    if compare_decoding and heldout is not None and args.eval_prompts:
-        measure_decoding(trainer, data)
+
+    def record() -> dict[str, Any]:
+        return provenance(trainer, recipe, identity, base, started, tau_before, on_policy)
+
+    # Before anything is measured, because no measurement that fails may cost the training.
+    save_final(trainer, draft.save_dtype, record())
+    with naming_what_is_saved(trainer):
+        # Trainer has evaluated the last step already where eval_steps divides it.
+        evaluated = [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry]
+        if heldout is not None and step not in evaluated:
+            trainer.evaluate()
+            write_provenance(trainer, record())
+        if compare_decoding and heldout is not None and args.eval_prompts:
+            measure_decoding(trainer, data)
     if args.push_to_hub:
         trainer.push_to_hub()
     return trainer
 
 
 # ---- before training
-
-
-def resume_folder(args: AUFConfig) -> str | None:
-    """The checkpoint that `resume_from_checkpoint` means: `true` is the newest of `output_dir`."""
-    resume = args.resume_from_checkpoint
-    # YAML gives a bool, the command line a word.
-    if isinstance(resume, str) and resume.lower() in ("true", "false"):
-        resume = resume.lower() == "true"
-    if resume is True:
-        resume = next(reversed(checkpoints_by_age(args.output_dir)), None)
-        if resume is None:
-            print(
-                f"resume_from_checkpoint: there is no checkpoint in {args.output_dir} yet, so"
-                " training starts afresh"
-            )
-    if isinstance(resume, str) and not os.path.isdir(resume):
-        raise ValueError(
-            f"resume_from_checkpoint: there is no folder {resume!r}; `true` takes the newest of"
-            " output_dir"
-        )
-    return resume or None
 
 
 def start_drafter(
@@ -325,35 +308,24 @@ def provenance(
     }
 
 
-def save_final(
-    trainer: AUFTrainer, target: PreTrainedModel, save_dtype: str, record: dict[str, Any]
-) -> None:
-    """The trained drafter in the dtype it will serve in, and `provenance.json`, in the root of
-    `output_dir`; of a LoRA drafter the adapter too, in `adapter/`. What an earlier run measured
-    there is removed."""
-    drafter, out = trainer.whole_drafter(), Path(trainer.args.output_dir)
+def write_provenance(trainer: AUFTrainer, record: dict[str, Any]) -> None:
+    """`provenance.json`, from the first process."""
     if trainer.is_world_process_zero():
-        shutil.rmtree(out / "adapter", ignore_errors=True)
-        for path in [*out.glob("eval*.json"), out / "alpha.png"]:
-            path.unlink(missing_ok=True)
-        if trainer.adapter_base is not None:
-            drafter.save_pretrained(out / "adapter")
-            finish_adapter(out / "adapter", trainer.adapter_base, trainer.drafter_config)
-            # Merging changes a drafter in place, and the Trainer still holds this one.
-            drafter = copy.deepcopy(drafter).merge_and_unload()
-        # Trainer writes a switch of its own into the config of what it trains.
-        vars(drafter.config).pop("use_cache", None)
-        drafter.to(_serving_dtype(save_dtype, target)).save_pretrained(out)
-        write_record(out / "provenance.json", record)
-        print(f"drafter saved to {out}")
-    trainer.accelerator.wait_for_everyone()
+        write_record(Path(trainer.args.output_dir, "provenance.json"), record)
 
 
-def _serving_dtype(save_dtype: str, target: PreTrainedModel) -> torch.dtype:
-    if save_dtype != "auto":
-        return getattr(torch, save_dtype)
-    # In fp16 drafters accept nothing (vllm#55250).
-    return torch.bfloat16 if target.dtype == torch.float16 else target.dtype
+@contextmanager
+def naming_what_is_saved(trainer: AUFTrainer) -> Iterator[None]:
+    """Where a measurement fails, say what is not lost, and the command that measures again."""
+    try:
+        yield
+    except Exception:
+        out = trainer.args.output_dir
+        print(
+            f"a measurement failed; the trained drafter and provenance.json are in {out}. Measure"
+            f" it with python -m hf_specauf.evaluate --drafter {out}"
+        )
+        raise
 
 
 def measure_decoding(trainer: AUFTrainer, data: DataArguments) -> None:

@@ -39,11 +39,14 @@ def as_launched_with(recipe: str) -> None:
 
 
 class InterruptOneRank(TrainerCallback):
-    """Ctrl-C in the last process alone, at the beginning of its second step."""
+    """A signal to the last process alone, at the beginning of its second step."""
+
+    def __init__(self, name: str):
+        self.signal = signal.Signals[name]
 
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step == 1 and args.process_index == args.world_size - 1:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), self.signal)
 
 
 class TryMemory(TrainerCallback):
@@ -58,8 +61,8 @@ class TryMemory(TrainerCallback):
 
 def main(
     folder: Path, out: Path, lora: bool = False, sharded: bool = False, drafter: str = "drafter",
-    launched_with: str | None = None, try_memory: bool = False, interrupt: bool = False, resume: str | None = None,
-    evaluate_first: bool = False, **keys,
+    launched_with: str | None = None, try_memory: bool = False, interrupt: str | None = None,
+    resume: str | None = None, evaluate_first: bool = False, **keys,
 ) -> None:  # fmt: skip
     torch.set_num_threads(1)
     if launched_with is not None:
@@ -78,7 +81,7 @@ def main(
         model=drafter, target_model=target, args=args, train_dataset=rows, eval_dataset=rows.select(range(5)),
         processing_class=AutoTokenizer.from_pretrained(folder / "target"),
         peft_config=LoraConfig(r=4, target_modules="all-linear") if lora else None,
-        callbacks=[InterruptOneRank()] if interrupt else None,
+        callbacks=[InterruptOneRank(interrupt)] if interrupt else None,
     )  # fmt: skip
     if try_memory:
         trainer.add_callback(TryMemory(trainer))

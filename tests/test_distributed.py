@@ -253,9 +253,15 @@ def test_evaluating_before_accelerate_has_sharded_is_refused_with_the_key_that_d
         launch(folder, tmp_path, 2, 2, evaluate_first=True, **FSDP2)
 
 
-@pytest.mark.parametrize("keys", [{}, FSDP2], ids=["ddp", "fsdp2"])
-def test_ctrl_c_in_one_of_two_processes_stops_both_after_the_same_step_with_a_checkpoint(folder, tmp_path, keys):
-    record = launch(folder, tmp_path, 2, 2, interrupt=True, max_steps=50, save_strategy="no", **keys)
+@pytest.mark.parametrize(
+    "name, keys",
+    [("SIGINT", {}), ("SIGTERM", {}), ("SIGTERM", FSDP2)],
+    ids=["Ctrl-C, ddp", "SIGTERM, ddp", "SIGTERM, fsdp2"],
+)
+def test_a_signal_to_one_of_two_processes_stops_both_after_the_same_step_with_a_checkpoint(
+    folder, tmp_path, name, keys
+):
+    record = launch(folder, tmp_path, 2, 2, interrupt=name, max_steps=50, save_strategy="no", **keys)
     assert [log["step"] for log in record["logs"] if "loss" in log] == [1, 2]
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
     AutoModel.from_pretrained(tmp_path / "checkpoint-2")

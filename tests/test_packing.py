@@ -8,6 +8,7 @@ from datasets import Dataset, concatenate_datasets
 from hf_specauf.data.rows import RowCollator, pack
 from hf_specauf.losses.blocks import row_inputs
 from hf_specauf.target import FrozenTarget
+from hf_specauf.training.diagnostics import COUNTERS, named
 from hf_specauf.training.trainer import AUFConfig, AUFTrainer
 
 SIZES = [9, 14, 6, 11, 8, 20, 7]
@@ -41,9 +42,10 @@ def gradients(target, rows: Dataset, tmp_path, tokenizer, objective: str) -> tup
     numerator, counters = trainer._counters(trainer.model, inputs, 0, every_prediction=True)
     numerator.backward()
     counted = counters.sum(0)
-    assert counted[4] > 50  # valid slots
+    assert named(counted)["valid"] > 50
+    kept = [i for i in range(len(counted)) if i != COUNTERS.index("slots")]  # which grows with the number of rows
     found = {name: parameter.grad for name, parameter in trainer.model.named_parameters()}
-    return numerator.item(), found | {"counters": counted[[0, 1, 2, 3, 4, 5, 6, 8, 9]]}
+    return numerator.item(), found | {"counters": counted[kept]}
 
 
 @pytest.mark.parametrize("architecture", ["qwen3", "llama", "gemma3_text", "gpt2", "mixtral"])
@@ -90,6 +92,36 @@ def test_a_target_that_lets_packed_documents_see_each_other_is_refused(rows, pac
         AUFTrainer(
             make_drafter(target), target, args, concatenate_datasets([alone, packed]), processing_class=tokenizer
         )
+
+
+def test_documents_kept_apart_in_a_batch_of_one_row_alone_are_refused_where_training_runs_two(
+    packed, tmp_path, tokenizer
+):
+    """FlashAttention's rule: it takes a fresh start of positions for a boundary in one row, and not in two
+    [transformers#33268]."""
+    target = make_target("qwen3", dtype=torch.float32)
+    backbone = target.base_model
+    plain = backbone.forward
+
+    def like_flash_attention(input_ids, position_ids=None, **kwargs):
+        if len(input_ids) > 1:
+            position_ids = None
+        return plain(input_ids=input_ids, position_ids=position_ids, **kwargs)
+
+    backbone.forward = like_flash_attention
+
+    def build(rows_at_once: int) -> AUFTrainer:
+        args = AUFConfig(
+            output_dir=str(tmp_path), use_cpu=True, eval_prompts=0, report_to="none",
+            per_device_train_batch_size=rows_at_once,
+        )  # fmt: skip
+        return AUFTrainer(make_drafter(target), target, args, packed, processing_class=tokenizer)
+
+    build(1)
+    with pytest.raises(ValueError, match="and 2 rows at once.*per_device_train_batch_size: 1 .*packing: false"):
+        build(4)
+    backbone.forward = plain
+    build(4)
 
 
 def test_prompts_of_an_evaluation_are_spread_over_all_held_out_rows(rows, tmp_path, tokenizer):

@@ -13,6 +13,7 @@ from accelerate.utils.constants import FSDP_STATE_DICT_TYPE
 
 from hf_specauf.drafters import modeling_dflash
 from hf_specauf.recipe import DrafterArguments, parse, under_new_names
+from hf_specauf.target import load_target
 
 ROOT = Path(__file__).parents[1]
 LAUNCHES = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
@@ -133,6 +134,71 @@ def test_values_that_are_not_allowed_fail_in_yaml_and_on_the_command_line(recipe
         recipe(keys)
     with pytest.raises(ValueError, match=message):
         recipe({}, *words(keys))
+
+
+@pytest.mark.parametrize(
+    "key, wrong, right",
+    [
+        ("per_device_train_batch_size", [0, -1], 1),
+        ("per_device_eval_batch_size", [0], 1),
+        ("gradient_accumulation_steps", [0], 1),
+        ("learning_rate", ["inf", "nan", -1], 0),
+        ("muon_learning_rate", [-1, "inf"], 0.02),
+        ("weight_decay", ["nan", -0.1], 0),
+        ("adam_beta2", [1.5], 0.95),
+        ("max_grad_norm", [-1], 0),
+        ("warmup_steps", [-1, "nan"], 0.1),
+        ("max_steps", [0, -5], -1),
+        ("num_train_epochs", [0, -1, "inf"], 0.5),
+        ("eval_steps", [0, -10], 0.1),
+        ("save_steps", [0, "inf"], 5),
+        ("logging_steps", [0], 1),
+        ("save_total_limit", [0, -2], 1),
+        ("eval_prompts", [-1], 0),
+        ("eval_new_tokens", [-1], 2),
+        ("max_length", [1, -8], 64),
+        ("anchors_per_row", [0], 1),
+        ("head_rows_per_chunk", [0], 1),
+        ("seed", [-1, 2**32], 0),
+        ("ddp_timeout", [0], 10),
+        ("dataloader_num_workers", [-1], 0),
+        ("mask_token_id", [-1], 0),
+        ("block_size", [1, -4], 2),
+        ("draft_intermediate_size", [0], 8),
+    ],
+)
+def test_a_number_that_cannot_be_right_is_told_with_what_it_may_be(recipe, key, wrong, right):
+    for value in wrong:
+        given = float(value) if isinstance(value, str) else value
+        for keys, line in (({key: given}, []), ({}, [f"--{key}={value}"])):
+            with pytest.raises(ValueError, match=f"{key} is .*; it must be a .* number (of at least|above)"):
+                recipe(keys, *line)
+    assert recipe({}, f"--{key}={right}")[key] == right
+    assert recipe({key: right})[key] == right
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("lora_r", 0, "lora_r is 0; it must be a whole number of at least 1"),
+        ("lora_alpha", -1, "lora_alpha is -1; it must be a finite number above 0"),
+        ("lora_dropout", 1.5, "lora_dropout is 1.5; it must be a finite number of at least 0 and at most 1"),
+    ],
+)
+def test_loras_numbers_too(recipe, key, value, message):
+    with pytest.raises(ValueError, match=message):
+        recipe(dict(use_peft=True, drafter="a/b") | {key: value})
+
+
+def test_a_revision_beside_a_folder_is_refused_and_its_code_needs_none(recipe, tmp_path):
+    for keys in (dict(target_revision="nope"), dict(target_revision="nope", trust_remote_code=True)):
+        with pytest.raises(
+            ValueError, match="target_revision is 'nope', and target .* is a folder.*: remove target_rev"
+        ):
+            recipe(dict(target=str(tmp_path)) | keys)
+    assert recipe(dict(target=str(tmp_path), trust_remote_code=True))["trust_remote_code"]
+    with pytest.raises(ValueError, match="target_revision is 'nope', and target .* is a folder"):  # the other commands
+        load_target(str(tmp_path), "nope", key="--target")
 
 
 def test_remote_code_is_allowed_with_a_revision(recipe):

@@ -12,6 +12,7 @@ from conftest import BASE, final, same, start, warm_python
 from transformers import AutoModel, TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 
+from hf_specauf.regenerate import main as regenerate
 from hf_specauf.train import main
 
 pytestmark = pytest.mark.internals
@@ -117,3 +118,25 @@ def test_what_a_killed_save_left_is_cleared_and_never_resumed_from(command, tmp_
     main(command(resume_from_checkpoint="true"))
     assert "training starts afresh" in capsys.readouterr().out
     assert not (out / ".saving").exists() and check_checkpoints(out) == BASE["max_steps"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_a_signal_to_regenerate_finishes_the_chunk_and_the_same_command_goes_on(files, tmp_path, number):
+    def words(out: str) -> list[str]:
+        keys = dict(target=files / "target", dataset_name=files / "chat.jsonl", out=tmp_path / out, device="cpu")
+        keys |= dict(max_new_tokens=24, temperature=0, rows_per_chunk=2, continuous_batching="false")
+        return [word for key, value in keys.items() for word in (f"--{key}", str(value))]
+
+    process, parts = start("hf_specauf.regenerate", *words("own.jsonl")), tmp_path / "own.parts"
+    deadline = time.monotonic() + 300
+    while process.poll() is None and not list(parts.glob("chunk-*.jsonl")):
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(number)
+    printed, _ = process.communicate(timeout=300)
+    assert process.returncode == 1 and "Traceback" not in printed, printed
+    assert "finishing this chunk" in printed and "The same command goes on." in printed
+    assert 0 < len(list(parts.glob("chunk-*.jsonl"))) < 15 and not list(parts.glob("*.part"))
+    regenerate(words("own.jsonl"))
+    regenerate(words("whole.jsonl"))
+    assert (tmp_path / "own.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()

@@ -129,6 +129,27 @@ def test_same_seed_same_weights_and_bfloat16_on_request(command, tmp_path):
     assert same(AutoModel.from_pretrained(checkpoint, dtype="auto").state_dict(), final(tmp_path / "a"))
 
 
+@pytest.mark.parametrize("which", ["the last evaluation", "decoding", "the plot"])
+def test_whatever_measurement_fails_the_drafter_and_its_record_are_saved_first(
+    command, tmp_path, monkeypatch, capsys, which
+):
+    def fail(*args, **kwargs):
+        raise ValueError(f"{which} failed")
+
+    places = {"the last evaluation": "AUFTrainer.evaluate", "decoding": "compare", "the plot": "plot_alpha"}
+    monkeypatch.setattr(f"hf_specauf.train.{places[which]}", fail)
+    with pytest.raises(SystemExit, match=f"{which} failed"):
+        main(command())
+    out = tmp_path / "out"
+    assert f"a measurement failed; the trained drafter and provenance.json are in {out}" in capsys.readouterr().out
+    record = strict((out / "provenance.json").read_text())
+    assert record["steps"] == 3
+    assert any("eval_tau" in entry for entry in record["history"]) == (which != "the last evaluation")
+    monkeypatch.undo()
+    main(command(output_dir=tmp_path / "whole"))
+    assert same(final(out), final(tmp_path / "whole"))
+
+
 def test_drafters_of_all_objectives_and_no_other_seed_start_alike(command, tmp_path):
     runs = {"auf": dict(objective="auf"), "decay": dict(objective="decay", gamma=2), "other": dict(seed=8)}
     for name, keys in runs.items():
@@ -138,7 +159,8 @@ def test_drafters_of_all_objectives_and_no_other_seed_start_alike(command, tmp_p
     assert not same(first["auf"], first["other"])
 
 
-def test_interrupted_command_resumes_to_a_finished_run(command, tmp_path, capsys):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_interrupted_command_resumes_to_a_finished_run(command, tmp_path, capsys, number):
     out, whole = tmp_path / "out", tmp_path / "whole"
     keys = dict(max_steps=120, save_steps=10, save_total_limit=1, logging_steps=10)
     process = start("hf_specauf.train", *command(**keys))
@@ -146,7 +168,7 @@ def test_interrupted_command_resumes_to_a_finished_run(command, tmp_path, capsys
     while process.poll() is None and not list(out.glob("checkpoint-*/trainer_state.json")):
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     printed, _ = process.communicate(timeout=300)
     assert process.returncode == 0, printed
     assert "Traceback" not in printed

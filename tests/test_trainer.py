@@ -17,15 +17,18 @@ from conftest import EOS, MASK, PAD, ROOT, make_drafter, make_target, overfit, r
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModel, TrainerCallback, TrainerState
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, TrainerCallback, TrainerState
 
 from hf_specauf import DFlashDraftModel
 from hf_specauf.data.rows import RowCollator
 from hf_specauf.layouts.adapters import AdapterBase
 from hf_specauf.losses.blocks import EVALUATION_STEP, make_blocks, sample_anchors
+from hf_specauf.losses.objectives import LossSpec
 from hf_specauf.serving.decoding import attach
 from hf_specauf.target import drafter_config
 from hf_specauf.train import resume_folder
+from hf_specauf.training.diagnostics import count_rows, teacher_forced_tau
+from hf_specauf.training.forward import BatchLosses
 from hf_specauf.training.trainer import AUFConfig, AUFTrainer
 
 pytestmark = pytest.mark.internals
@@ -129,9 +132,10 @@ def by_hand(trainer, drafter, rows, step: int):
     log_p = target.lm_head(hidden).log_softmax(-1).view(*anchors.shape, config.block_size, -1)[:, :, 1:]
 
     until_fail = args.objective.startswith("auf")
-    terms, count = [], dict.fromkeys(("supported", "supported_correct", "valid", "correct", "prefix"), 0)
+    terms, verdicts, count = [], [], dict.fromkeys(("supported", "supported_correct", "valid", "correct"), 0)
     for b, n in real.nonzero().tolist():
         block, alive = [], True
+        verdicts.append([])
         for k in range(config.block_size - 1):
             if not blocks.valid[b, n, k]:
                 break
@@ -145,7 +149,7 @@ def by_hand(trainer, drafter, rows, step: int):
                 count["supported"] += 1
                 count["supported_correct"] += right
             alive = alive and right
-            count["prefix"] += alive
+            verdicts[-1].append(right)
         terms.append((b, block))
     values = [(b, sum(w * loss for w, loss in block), sum(w for w, _ in block)) for b, block in terms]
     if args.normalisation == "per_block":
@@ -156,13 +160,25 @@ def by_hand(trainer, drafter, rows, step: int):
         "active_ratio_all_slots": count["supported"] / blocks.valid.numel(),
         "support_accuracy": count["supported_correct"] / count["supported"],
         "common_accuracy": count["correct"] / count["valid"],
-        "teacher_forced_tau": 1 + count["prefix"] / len(terms),
+        "teacher_forced_tau": tau_by_hand(verdicts, config.block_size),
     }
     per_row = [
         sum(v for b, v, _ in values if b == row) / sum(w for b, _, w in values if b == row)
         for row in range(len(batch["input_ids"]))
     ]
     return loss, diagnostics, torch.stack(per_row).mean()
+
+
+def tau_by_hand(verdicts: list[list[bool]], block_size: int) -> float:
+    """1 + alpha_1 + alpha_1 alpha_2 + ..., of blocks whose valid slots are right or wrong."""
+    tau, alive = 1.0, 1.0
+    for k in range(block_size - 1):
+        tested = [block[k] for block in verdicts if len(block) > k and all(block[:k])]
+        if not tested:
+            break
+        alive *= sum(tested) / len(tested)
+        tau += alive
+    return tau
 
 
 OBJECTIVES = [
@@ -350,6 +366,38 @@ def test_evaluation_equals_a_computation_by_hand_for_every_batch_size(build, pai
         assert {key: metrics[key] for key in expected} == pytest.approx(expected, rel=1e-6)
 
 
+def counted(correct: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """Summed counters of blocks (N, K - 1) with so many valid slots each."""
+    valid = (torch.arange(correct.shape[1]) < lengths[:, None])[None]
+    correct = correct[None] & valid
+    nothing = torch.zeros(1)
+    return count_rows(
+        SimpleNamespace(numerators=nothing, denominators=nothing),
+        BatchLosses(valid, SimpleNamespace(weights=valid.float(), correct=correct), None),
+        LossSpec.of("uniform", correct.shape[2] + 1, None), block_size=correct.shape[2] + 1,
+        anchors_per_row=correct.shape[1], every_prediction=True,
+    ).sum(0)  # fmt: skip
+
+
+def test_teacher_forced_tau_does_not_depend_on_how_short_the_answers_are():
+    """The same drafter, right on 4 of 5 slots, on long answers and on answers of 1 to K - 1 tokens [verl-SpeCo#62]."""
+    draw, K = torch.Generator().manual_seed(0), 8
+    correct = torch.rand(40_000, K - 1, generator=draw) < 0.8
+    full = torch.full((len(correct),), K - 1)
+    short = torch.randint(1, K, (len(correct),), generator=draw)
+    expected = 1 + sum(0.8**k for k in range(1, K))
+    on_full, on_short = (teacher_forced_tau(counted(correct, lengths)) for lengths in (full, short))
+    # where no answer ends inside a block, it is the mean of correct prefixes
+    assert on_full == pytest.approx(1 + correct.long().cumprod(1).sum(1).double().mean().item(), rel=1e-12)
+    assert on_full == pytest.approx(expected, rel=0.01) and on_short == pytest.approx(expected, rel=0.02)
+    # what was reported before: an end counted as an error
+    assert 1 + (correct & (torch.arange(K - 1) < short[:, None])).long().cumprod(1).sum(1).double().mean() < 3.3
+    # all right, as far as anybody can see: the longest answer says how far
+    ones = torch.ones(4, K - 1, dtype=torch.bool)
+    assert teacher_forced_tau(counted(ones, torch.tensor([1, 1, 3, 2]))) == 4
+    assert math.isnan(teacher_forced_tau(counted(ones, torch.zeros(4, dtype=torch.long))))
+
+
 def test_evaluation_does_not_change_training(build):
     plain, evaluated = build(), build(eval_strategy="steps", eval_steps=1, eval_on_start=True)
     for a, b in zip(train(plain), train(evaluated), strict=True):
@@ -388,6 +436,56 @@ def test_auf_starts_on_first_slots_grows_its_support_and_raises_tau(build, pair)
     assert all(0 < log["active_ratio"] <= 1 for log in logs)
     assert start["eval_tau"] < 1.2
     assert trainer.evaluate()["eval_tau"] > 1.5
+
+
+# ---- targets that cannot be decoded with
+
+
+def recurrent_target():
+    """A tiny Qwen3-Next: three of its four layers keep a state that cannot be rolled back."""
+    config = AutoConfig.for_model(
+        "qwen3_next", vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, linear_num_value_heads=4, linear_num_key_heads=2,
+        linear_key_head_dim=8, linear_value_head_dim=8, num_experts=4, num_experts_per_tok=2,
+        moe_intermediate_size=16, shared_expert_intermediate_size=16, max_position_embeddings=256,
+        eos_token_id=EOS, pad_token_id=PAD, bos_token_id=None,
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize("where", ["recurrent", "any other reason"])
+def test_a_target_nobody_can_draft_for_is_told_at_the_start_and_trained_unmeasured(build, pair, where, capsys):
+    target, reason = recurrent_target(), "Qwen3NextForCausalLM cannot be .* it keeps a recurrent state"
+    if where != "recurrent":
+        target, reason = deepcopy(pair.target), "Qwen3ForCausalLM cannot be .* NotImplementedError: no such cache"
+
+        def generate(*args, **kwargs):
+            raise NotImplementedError("no such cache.")
+
+        target.generate = generate
+    drafter = make_drafter(target)
+    with pytest.raises(ValueError, match=f"{reason}.*Set eval_prompts: 0 to train a drafter all the same"):
+        build(model=drafter, target_model=target)
+    trainer = build(model=drafter, target_model=target, eval_prompts=0, eval_strategy="steps", eval_steps=3)
+    assert ("It is trained all the same" in capsys.readouterr().out) == (where == "recurrent")
+    assert len(train(trainer)) == 3 and "eval_loss" in trainer.state.log_history[-2]
+    build(model=drafter, target_model=target, eval_dataset=None).train()
+
+
+def test_an_evaluation_that_fails_in_the_middle_costs_no_step(build, tmp_path, capsys):
+    """Trainer evaluates before it saves, so a failure would cost all steps since the last checkpoint."""
+    keys = dict(max_steps=8, save_strategy="no", eval_strategy="steps", eval_steps=3)
+    trainer = build(**keys)
+
+    def fail(rows):
+        raise RuntimeError("no more room for the cache")
+
+    trainer.decoded_tau = fail
+    with pytest.raises(RuntimeError, match="no more room"):
+        trainer.train()
+    assert "step 3 is saved" in capsys.readouterr().out and os.listdir(tmp_path / "out") == ["checkpoint-3"]
+    logs = train(build(**keys | dict(eval_prompts=0)), resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-3"))
+    assert logs == train(build(**keys | dict(eval_prompts=0)))
 
 
 # ---- checkpoints
@@ -464,27 +562,39 @@ def test_lora_trains_the_adapter_alone_and_loads_with_peft(build, pair, tmp_path
     assert_same(PeftModel.from_pretrained(base, folder).state_dict(), after)
 
 
-def test_ctrl_c_finishes_the_step_saves_and_gives_the_handler_back(build, tmp_path):
-    def mine(signum, frame):
-        raise AssertionError("training let a Ctrl-C through")
+SIGNALS = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
 
-    previous = signal.signal(signal.SIGINT, mine)
+
+@SIGNALS
+@pytest.mark.parametrize("times", [1, 3])
+def test_a_signal_finishes_the_step_saves_and_gives_the_handlers_back(build, tmp_path, number, times):
+    def mine(signum, frame):
+        raise AssertionError("training let a signal through")
+
+    if number == signal.SIGINT and times > 1:
+        pytest.skip("a second Ctrl-C stops at once")
+    before = {one: signal.signal(one, mine) for one in (signal.SIGINT, signal.SIGTERM)}
     try:
-        trainer = build(max_steps=8, callbacks=[BeforeStep(3, lambda model: os.kill(os.getpid(), signal.SIGINT))])
+        trainer = build(
+            max_steps=8, enable_jit_checkpoint=True,
+            callbacks=[BeforeStep(3, lambda model: [os.kill(os.getpid(), number) for _ in range(times)])],
+        )  # fmt: skip
         trainer.train()
-        assert signal.getsignal(signal.SIGINT) is mine
+        assert [signal.getsignal(one) for one in before] == [mine, mine]
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for one, handler in before.items():
+            signal.signal(one, handler)
     assert trainer.state.global_step == 3
     assert os.listdir(tmp_path / "out") == ["checkpoint-3"]
     saved = AutoModel.from_pretrained(tmp_path / "out" / "checkpoint-3", dtype="auto")
     assert_same(saved.state_dict(), weights(trainer))
 
 
-def test_second_ctrl_c_stops_at_once(build, tmp_path):
+@SIGNALS
+def test_second_ctrl_c_stops_at_once(build, number):
     def twice(model):
-        for _ in range(2):
-            os.kill(os.getpid(), signal.SIGINT)
+        for one in (number, signal.SIGINT):
+            os.kill(os.getpid(), one)
 
     previous = signal.getsignal(signal.SIGINT)
     try:
@@ -494,15 +604,15 @@ def test_second_ctrl_c_stops_at_once(build, tmp_path):
         signal.signal(signal.SIGINT, previous)
 
 
-def test_ctrl_c_is_given_back_and_sums_start_clean_after_an_error(build, pair):
-    previous = signal.getsignal(signal.SIGINT)
+def test_signals_are_given_back_and_sums_start_clean_after_an_error(build, pair):
+    previous = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
     common = dict(per_device_train_batch_size=2, gradient_accumulation_steps=4, max_steps=2) | SGD
     expected = train(build(**common))
     spoilt = BeforeStep(1, poison("fc.weight"))
     trainer = build(callbacks=[spoilt], **common)
     with pytest.raises(FloatingPointError):
         trainer.train()
-    assert signal.getsignal(signal.SIGINT) is previous
+    assert [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)] == previous
     trainer.model.load_state_dict(pair.drafter.state_dict())
     trainer.remove_callback(spoilt)
     assert [log["loss"] for log in train(trainer)] == [log["loss"] for log in expected]
@@ -620,8 +730,11 @@ def test_bf16_autocast_trains_fp32_weights(build, dtype):
         (dict(muon_learning_rate=0.02, optim="sgd"), "optim is sgd, and muon_learning_rate brings.*ignore it"),
         (dict(muon_learning_rate=0.02, adam_beta2=0.95), "adam_beta2 is 0.95, and muon_learning_rate brings"),
         (dict(eval_new_tokens=1), "eval_new_tokens is 1.*eval_prompts: 0"),
-        (dict(anchors_per_row=0), "anchors_per_row is 0"),
-        (dict(head_rows_per_chunk=0), "head_rows_per_chunk is 0"),
+        (
+            dict(metric_for_best_model="eval_tua", eval_strategy="epoch"),
+            "is 'eval_tua', which no.*eval_loss, .*eval_tau",
+        ),
+        (dict(metric_for_best_model="tau", eval_strategy="epoch", eval_prompts=0), "is 'tau', which no evaluation"),
         (dict(shard_target=True), "shard_target: true spreads the target over processes, and there is one"),
         (dict(processing_class=None), "processing_class is missing"),
         (dict(n_gpu=2), "2 GPUs are visible.*accelerate launch -m hf_specauf.train"),

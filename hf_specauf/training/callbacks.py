@@ -1,40 +1,91 @@
-"""What a person meets while a drafter trains: Ctrl-C that loses nothing, and a progress bar that
-shows tau."""
+"""What a person meets while a drafter trains: Ctrl-C and SIGTERM that lose nothing, and a progress
+bar that shows tau."""
 
 import signal
+from typing import Any
 
 from transformers import ProgressCallback, TrainerCallback
 
 
-class InterruptCallback(TrainerCallback):
-    """Ctrl-C finishes the step, saves a checkpoint and stops; a second Ctrl-C stops at once.
+class Interruption:
+    """Ctrl-C and SIGTERM are noted, so that the work under way is finished and saved first.
+
+    A person stops at once by a second Ctrl-C. A second SIGTERM changes nothing: launchers and
+    schedulers send several, and kill whoever takes too long.
+
+    Args:
+        finishing (`str`): what is finished first, in words.
 
     Attributes:
-        interrupted (`bool`): this process was.
+        noted (`bool`): this process was told to stop.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self, finishing: str):
+        self.finishing = finishing
+        self.noted = False
+        self._previous: dict[int, Any] = {}  # the handlers that were there before
+
+    def take(self) -> None:
+        """Take both signals over."""
+        self.noted = False
+        try:
+            for number in self.SIGNALS:
+                self._previous[number] = signal.signal(number, self._note)
+        except ValueError:  # not in the main thread, which alone may set handlers
+            pass
+
+    def _note(self, number, frame):
+        if self.noted and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if self.noted:
+            return
+        self.noted = True
+        print(
+            f"\ninterrupted: finishing {self.finishing}; press Ctrl-C again to stop at once",
+            flush=True,
+        )
+
+    def release(self) -> None:
+        """Give both back, also after an error; calling it twice is harmless."""
+        for number, previous in self._previous.items():
+            # None was set by no Python code, and cannot be set by any
+            if previous is not None:
+                signal.signal(number, previous)
+        self._previous = {}
+
+    def __enter__(self) -> "Interruption":
+        self.take()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.release()
+
+
+class InterruptCallback(TrainerCallback):
+    """Ctrl-C or SIGTERM finishes the step, saves a checkpoint and stops; a second Ctrl-C stops at
+    once.
+
+    Attributes:
         agreed (`bool`, *optional*): of several processes: whether any was, as all of them know it.
             All must stop at the same step, because the others would wait for one that has gone.
     """
 
-    interrupted = False
     agreed: bool | None = None
-    _previous = None  # the handler of SIGINT that was there before
+
+    def __init__(self):
+        self._interruption = Interruption("this step and saving")
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether this process was."""
+        return self._interruption.noted
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """Take over SIGINT for the time of training."""
-        self.interrupted, self.agreed = False, None
-        try:
-            self._previous = signal.signal(signal.SIGINT, self._note)
-        except ValueError:  # not in the main thread, which alone may set handlers
-            self._previous = None
-
-    def _note(self, signum, frame):
-        if self.interrupted:
-            raise KeyboardInterrupt
-        self.interrupted = True
-        print(
-            "\ninterrupted: finishing this step and saving; press Ctrl-C again to stop at once",
-            flush=True,
-        )
+        """Take the signals over for the time of training."""
+        self.agreed = None
+        self._interruption.take()
 
     def on_step_end(self, args, state, control, **kwargs):
         """Ask for a checkpoint and the end."""
@@ -43,14 +94,12 @@ class InterruptCallback(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args, state, control, **kwargs):
-        """Give SIGINT back."""
+        """Give the signals back."""
         self.release()
 
     def release(self) -> None:
-        """Give SIGINT back, also after an error; calling it twice is harmless."""
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
-            self._previous = None
+        """Give the signals back, also after an error; calling it twice is harmless."""
+        self._interruption.release()
 
 
 class TauProgressCallback(ProgressCallback):

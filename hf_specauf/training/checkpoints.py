@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftConfig, get_peft_model
@@ -18,6 +19,8 @@ from transformers.trainer_utils import sort_checkpoints
 
 from ..drafters.configuration_dflash import DFlashConfig
 from ..layouts.adapters import finish_adapter
+from ..records import write_record
+from .config import AUFConfig
 from .preflight import check_resumed_adapter
 
 SAVED_AT = "saved_at"  # seconds since 1970, which copying a folder does not change
@@ -32,6 +35,27 @@ def checkpoints_by_age(output_dir: str | Path) -> list[str]:
         return float(path.read_text()) if path.is_file() else 0.0
 
     return sorted(sort_checkpoints(output_dir), key=written)
+
+
+def resume_folder(args: AUFConfig) -> str | None:
+    """The checkpoint that `resume_from_checkpoint` means: `true` is the newest of `output_dir`."""
+    resume = args.resume_from_checkpoint
+    # YAML gives a bool, the command line a word.
+    if isinstance(resume, str) and resume.lower() in ("true", "false"):
+        resume = resume.lower() == "true"
+    if resume is True:
+        resume = next(reversed(checkpoints_by_age(args.output_dir)), None)
+        if resume is None:
+            print(
+                f"resume_from_checkpoint: there is no checkpoint in {args.output_dir} yet, so"
+                " training starts afresh"
+            )
+    if isinstance(resume, str) and not os.path.isdir(resume):
+        raise ValueError(
+            f"resume_from_checkpoint: there is no folder {resume!r}; `true` takes the newest of"
+            " output_dir"
+        )
+    return resume or None
 
 
 def whole_copy(drafter, config: DFlashConfig, peft_config: PeftConfig | None):
@@ -119,6 +143,26 @@ class CompleteCheckpoints:
         # no rank may look for the checkpoint before it is there
         self.accelerator.wait_for_everyone()
 
+    def _evaluate(self, trial, ignore_keys_for_eval, skip_scheduler: bool = False):
+        """Trainer's own, in the middle of training. It comes before the save of the same step, so
+        where it fails, what was trained is saved first."""
+        try:
+            return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+        except Exception:
+            self._save_before_the_end(trial)
+            raise
+
+    def _save_before_the_end(self, trial) -> None:
+        step = self.state.global_step
+        # a rank that fails alone would wait for others that never come
+        if step == 0 or self.args.world_size > 1:
+            return
+        self._save_checkpoint(self.model, trial)
+        print(
+            f"the evaluation failed; step {step} is saved in {self.args.output_dir}. Go on with"
+            " --resume_from_checkpoint true; eval_prompts: 0 leaves decoding out"
+        )
+
     def _write_beside(self, model, trial) -> None:
         """Trainer's own, into the saving folder. It neither deletes old checkpoints nor pushes this
         one: both come later, by its final name."""
@@ -192,3 +236,39 @@ class DrafterCheckpoints(CompleteCheckpoints):
             own = self.model.peft_config["default"]
             check_resumed_adapter(resume_from_checkpoint, own, self.adapter_base)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+
+def save_final(trainer, save_dtype: str, record: dict[str, Any]) -> None:
+    """The trained drafter in the dtype it will serve in, and `provenance.json`, in the root of
+    `output_dir`; of a LoRA drafter the adapter too, in `adapter/`. What an earlier run measured
+    there is removed.
+
+    Args:
+        trainer (`AUFTrainer`): done with training. All ranks call it.
+        save_dtype (`str`): of the recipe; `auto` is the target's.
+        record (`dict`): of what was run.
+    """
+    drafter, out = trainer.whole_drafter(), Path(trainer.args.output_dir)
+    if trainer.is_world_process_zero():
+        shutil.rmtree(out / "adapter", ignore_errors=True)
+        for path in [*out.glob("eval*.json"), out / "alpha.png"]:
+            path.unlink(missing_ok=True)
+        # Merging and another dtype change a drafter in place, and this one is still measured.
+        final = copy.deepcopy(drafter)
+        if trainer.adapter_base is not None:
+            drafter.save_pretrained(out / "adapter")
+            finish_adapter(out / "adapter", trainer.adapter_base, trainer.drafter_config)
+            final = final.merge_and_unload()
+        # Trainer writes a switch of its own into the config of what it trains.
+        vars(final.config).pop("use_cache", None)
+        final.to(_serving_dtype(save_dtype, trainer.target.model.dtype)).save_pretrained(out)
+        write_record(out / "provenance.json", record)
+        print(f"drafter saved to {out}")
+    trainer.accelerator.wait_for_everyone()
+
+
+def _serving_dtype(save_dtype: str, of_target: torch.dtype) -> torch.dtype:
+    if save_dtype != "auto":
+        return getattr(torch, save_dtype)
+    # In fp16 drafters accept nothing (vllm#55250).
+    return torch.bfloat16 if of_target == torch.float16 else of_target

@@ -1,6 +1,9 @@
 """AUFConfig: the arguments of a training run, checked before anything is loaded."""
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple
 
 import torch
 from transformers import TrainingArguments
@@ -27,6 +30,116 @@ INAPPLICABLE = {
 # Keys of other optimizers, which the one of `muon_learning_rate` would ignore.
 OPTIMIZER_KEYS = ("optim", "adam_beta1", "adam_beta2", "adam_epsilon")
 USE_FSDP2 = "use FSDP2 (recipes/accelerate/fsdp2.yaml)"
+
+
+class Numbers(NamedTuple):
+    """The numbers that a key may have. NaN and infinity are never among them.
+
+    Attributes:
+        least, most (`float`): they are among them, unless `inside` says that neither is.
+        inside (`bool`): only what lies between them.
+        whole (`bool`): only whole numbers.
+        hint (`str`): what to write instead, where that is no number.
+    """
+
+    least: float
+    most: float = math.inf
+    inside: bool = False
+    whole: bool = False
+    hint: str = ""
+
+    def __contains__(self, value: Any) -> bool:
+        # A bool is an int to Python, and was meant for another key.
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return False
+        if not math.isfinite(value) or (self.whole and value != int(value)):
+            return False
+        if self.inside:
+            return self.least < value < self.most
+        return self.least <= value <= self.most
+
+    def __str__(self) -> str:
+        kind = "a whole number" if self.whole else "a finite number"
+        if self.inside:
+            bounds = f"above {self.least:g}"
+        else:
+            bounds = f"of at least {self.least:g}"
+        if math.isfinite(self.most):
+            bounds += f" and {'below' if self.inside else 'at most'} {self.most:.10g}"
+        return f"{kind} {bounds}{self.hint}"
+
+
+def check_numbers(arguments: Any, allowed: dict[str, Numbers]) -> None:
+    """Check every key that takes a number; what is left out keeps its default.
+
+    Raises:
+        ValueError: the key, its value, and the numbers it may have.
+    """
+    for key, numbers in allowed.items():
+        value = getattr(arguments, key, None)
+        # Trainer reads numbers from text too.
+        if isinstance(value, str):
+            try:
+                value = float(value)
+            except ValueError:
+                pass
+        if value is not None and value not in numbers:
+            raise ValueError(f"{key} is {value!r}; it must be {numbers}")
+
+
+def check_choices(arguments: Any, allowed: dict[str, Iterable[str]]) -> None:
+    """Check every key that takes one of a few words; what a recipe leaves out keeps its default.
+
+    Raises:
+        ValueError: another word; names the allowed ones.
+    """
+    for key in fields(arguments):
+        value = getattr(arguments, key.name)
+        if key.name in allowed and value not in (key.default, *allowed[key.name]):
+            words = ", ".join(allowed[key.name])
+            raise ValueError(f"{key.name} is {value!r}; it must be one of {words}")
+
+
+ONE_OR_MORE = Numbers(1, whole=True)
+NOT_NEGATIVE = Numbers(0)
+SHARE = Numbers(0, 1)
+SEED = Numbers(0, 2**32 - 1, whole=True)  # numpy takes no other
+# Trainer's own keys among them: it takes most of these numbers, and trains on them, divides by them
+# or ignores them.
+NUMBERS = {
+    "per_device_train_batch_size": ONE_OR_MORE,
+    "per_device_eval_batch_size": ONE_OR_MORE,
+    "gradient_accumulation_steps": ONE_OR_MORE,
+    "eval_accumulation_steps": ONE_OR_MORE,
+    "torch_empty_cache_steps": ONE_OR_MORE,
+    "dataloader_num_workers": Numbers(0, whole=True),
+    "dataloader_prefetch_factor": ONE_OR_MORE,
+    "ddp_bucket_cap_mb": ONE_OR_MORE,
+    "ddp_timeout": ONE_OR_MORE,
+    "num_train_epochs": Numbers(0, inside=True),
+    "max_steps": Numbers(1, whole=True, hint=", or left out: num_train_epochs then decides"),
+    "learning_rate": NOT_NEGATIVE,
+    "muon_learning_rate": NOT_NEGATIVE,
+    "warmup_steps": NOT_NEGATIVE,
+    "weight_decay": NOT_NEGATIVE,
+    "adam_beta1": SHARE,
+    "adam_beta2": SHARE,
+    "adam_epsilon": NOT_NEGATIVE,
+    "max_grad_norm": NOT_NEGATIVE,
+    "gamma": Numbers(0, inside=True, hint=": the weight exp(-(k-1)/gamma) needs gamma > 0"),
+    "logging_steps": Numbers(0, inside=True, hint="; logging_strategy: no leaves logs out"),
+    "eval_steps": Numbers(0, inside=True, hint="; eval_strategy: no leaves evaluations out"),
+    "eval_delay": NOT_NEGATIVE,
+    "save_steps": Numbers(0, inside=True, hint="; save_strategy: no leaves checkpoints out"),
+    "save_total_limit": Numbers(1, whole=True, hint=", or left out to keep all"),
+    "seed": SEED,
+    "data_seed": SEED,
+    "anchors_per_row": ONE_OR_MORE,
+    "max_length": Numbers(2, whole=True),
+    "head_rows_per_chunk": ONE_OR_MORE,
+    "eval_prompts": Numbers(0, whole=True),
+    "eval_new_tokens": Numbers(0, whole=True),
+}
 
 
 @dataclass
@@ -171,6 +284,9 @@ class AUFConfig(TrainingArguments):
         if self.ddp_find_unused_parameters is None:
             # every parameter is used in every forward, and DDP would search for nothing
             self.ddp_find_unused_parameters = False
+        # SIGTERM always saves a checkpoint and stops (callbacks.py). Trainer's own callback would
+        # do half of it: it writes the checkpoint in place, under its final name.
+        self.enable_jit_checkpoint = False
         if self.label_names is None:
             # PeftModel hides forward's argument names, from which Trainer reads them (peft#1881)
             self.label_names = []
@@ -180,6 +296,10 @@ class AUFConfig(TrainingArguments):
             raise ValueError(
                 "fp16: true would train a drafter that accepts nothing (vllm#55250): use bf16: true"
             )
+        allowed = dict(NUMBERS)
+        if self.max_steps == -1:  # Trainer's word for a key that is left out
+            del allowed["max_steps"]
+        check_numbers(self, allowed)
         find_objective(self.objective)
         check_domino_keys(self.objective, self.normalisation, self.lambda_decay_ratio)
         check_normalisation(self.normalisation)
@@ -190,9 +310,6 @@ class AUFConfig(TrainingArguments):
             )
         if self.muon_learning_rate is not None:
             self._check_nothing_is_ignored_by_muon()
-        for key in ("anchors_per_row", "head_rows_per_chunk"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"{key} is {getattr(self, key)}; it must be at least 1")
 
     def _check_nothing_is_ignored_by_muon(self) -> None:
         defaults = {field.name: field.default for field in fields(self)}

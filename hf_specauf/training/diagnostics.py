@@ -16,7 +16,9 @@ from ..serving.acceptance import accepted_prefix
 from .config import AUFConfig
 from .forward import BatchLosses
 
-# Sums over the slots or blocks of a row; the columns of every counter tensor, in this order.
+# Sums over the slots of a row; the first columns of every counter tensor, in this order. After them
+# come, for each of the K - 1 slots that decoding drafts, the blocks that tested it, and then the
+# blocks that accepted it.
 COUNTERS = (
     "numerator",  # of the loss
     "denominator",
@@ -26,10 +28,14 @@ COUNTERS = (
     "predicted",  # valid slots, if all of them were predicted, else 0
     "predicted_correct",
     "slots",  # all slots of all anchors asked for
-    "blocks",  # with a valid slot, where it is known how far their correct prefix goes
-    "prefix",  # correct slots of these blocks before the first wrong one
     "base_supported",  # slots that the base branch supports
 )
+
+
+def empty_counters(block_size: int, device: torch.device | None = None) -> torch.Tensor:
+    """Counters (C,) that have counted nothing: C columns, of which `COUNTERS` names the first."""
+    columns = len(COUNTERS) + 2 * (block_size - 1)
+    return torch.zeros(columns, dtype=torch.float64, device=device)
 
 
 def count_rows(
@@ -41,7 +47,7 @@ def count_rows(
     anchors_per_row: int,
     every_prediction: bool,
 ) -> torch.Tensor:
-    """Counters of each row, (B, len(COUNTERS)) in float64.
+    """Counters of each row, (B, C) in float64.
 
     Args:
         terms (`LossTerms`): of the loss.
@@ -64,7 +70,8 @@ def count_rows(
     if spec.objective.shared_support and not every_prediction:
         seen = torch.zeros_like(valid)
     # decoding drafts K - 1 slots, and a drafter with shift_label predicts one more in training
-    seen, drafted_correct = seen[:, :, : block_size - 1], correct[:, :, : block_size - 1]
+    drafted = slice(block_size - 1)
+    tested, accepted = verdicts(correct[:, :, drafted], seen[:, :, drafted])
     counters = {
         "numerator": terms.numerators,
         "denominator": terms.denominators,
@@ -74,26 +81,58 @@ def count_rows(
         "predicted": predicted.sum((1, 2)),
         "predicted_correct": (predicted & correct).sum((1, 2)),
         "slots": torch.full_like(terms.numerators, anchors_per_row * valid.shape[2]),
-        "blocks": seen.any(-1).sum(1),
-        "prefix": accepted_prefix(drafted_correct, seen).sum(1),
         "base_supported": base_supported.sum((1, 2)),
     }
-    return torch.stack([counters[name].double() for name in COUNTERS], dim=1)
+    named_columns = torch.stack([counters[name].double() for name in COUNTERS], dim=1)
+    return torch.cat([named_columns, tested.sum(1).double(), accepted.sum(1).double()], dim=1)
+
+
+def verdicts(correct: torch.Tensor, seen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which slots of a block were tested and which accepted, if the labels are what the target
+    would choose: a slot is tested where all slots before it were accepted and its label is there.
+
+    Args:
+        correct, seen (`torch.BoolTensor` of shape `(B, N, K - 1)`): seen slots have a label, and it
+            is known whether they are correct.
+
+    Returns:
+        two `torch.BoolTensor` of the same shape.
+    """
+    slots = torch.arange(correct.shape[-1], device=correct.device)
+    prefix = accepted_prefix(correct, seen)[:, :, None]
+    return (slots <= prefix) & seen, slots < prefix
 
 
 def named(sums: torch.Tensor) -> dict[str, float]:
-    """Summed counters (len(COUNTERS),) by their names."""
-    return dict(zip(COUNTERS, sums.tolist(), strict=True))
+    """Summed counters (C,) by their names."""
+    return dict(zip(COUNTERS, sums[: len(COUNTERS)].tolist(), strict=True))
 
 
 def loss_terms_of(sums: torch.Tensor) -> torch.Tensor:
-    """Numerator and denominator (2,) of summed counters (len(COUNTERS),). They stay on the device,
+    """Numerator and denominator (2,) of summed counters (C,). They stay on the device,
     because reading them would wait for it."""
     return torch.stack([sums[COUNTERS.index(name)] for name in ("numerator", "denominator")])
 
 
+def teacher_forced_tau(sums: torch.Tensor) -> float:
+    """What decoding would commit a pass if the labels were the target's choice, from summed
+    counters (C,); 1 is the bonus.
+
+    It is 1 + alpha_1 + alpha_1 alpha_2 + ..., where alpha_k counts only blocks that tested slot k.
+    A block that ends with its answer, and without an error, says nothing of the slots after it. A
+    mean of correct prefixes would take its end for an error, and be lower the shorter the answers
+    are (verl-SpeCo#62). Without such blocks both are the same number. NaN where no slot was tested.
+    """
+    tested, accepted = sums[len(COUNTERS) :].view(2, -1)
+    if tested[0] == 0:
+        return float("nan")
+    # NaN from the first slot that no block tested
+    survivors = (accepted / tested).cumprod(0)
+    return 1 + survivors.nansum().item()
+
+
 def diagnostics(sums: torch.Tensor) -> dict[str, float]:
-    """The paper's diagnostics from summed counters (len(COUNTERS),). A Domino drafter's are of its
+    """The paper's diagnostics from summed counters (C,). A Domino drafter's are of its
     final logits; `base_active_ratio` is its base branch's."""
     total = named(sums)
 
@@ -104,8 +143,7 @@ def diagnostics(sums: torch.Tensor) -> dict[str, float]:
         "active_ratio": ratio("supported", "valid"),
         "active_ratio_all_slots": ratio("supported", "slots"),
         "support_accuracy": ratio("supported_correct", "supported"),
-        # what decoding would commit a pass if the labels were the target's choice; 1 is the bonus
-        "teacher_forced_tau": 1 + ratio("prefix", "blocks"),
+        "teacher_forced_tau": teacher_forced_tau(sums),
     }
     if total["predicted"]:
         found["common_accuracy"] = ratio("predicted_correct", "predicted")
@@ -116,7 +154,7 @@ def diagnostics(sums: torch.Tensor) -> dict[str, float]:
 
 def evaluation_metrics(prediction: EvalPrediction) -> dict[str, float]:
     """Loss and diagnostics of an evaluation, from the counters of all its rows."""
-    sums = prediction.predictions.sum(0)
+    sums = torch.from_numpy(prediction.predictions.sum(0))
     total = named(sums)
     return {"loss": total["numerator"] / max(total["denominator"], 1.0)} | diagnostics(sums)
 
@@ -153,7 +191,7 @@ class StepSums:
         self._terms = torch.zeros(2, dtype=torch.float64, device=device)
 
     def add(self, sums: torch.Tensor) -> None:
-        """Add a micro-batch's summed counters (len(COUNTERS),)."""
+        """Add a micro-batch's summed counters (C,)."""
         self._terms += loss_terms_of(sums)
 
     def reset(self) -> None:

@@ -8,6 +8,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 
 from ..data.rows import prompt_length
+from ..drafters.candidates import Round
 from ..serving.acceptance import summarize
 from ..serving.compare import decoding_config
 from ..serving.decoding import attach
@@ -32,6 +33,22 @@ def prompts_of(rows: Dataset, device: torch.device) -> Iterator[torch.Tensor]:
         yield torch.tensor([ids], device=device)
 
 
+def decode(
+    target, drafter, prompts: list[torch.Tensor], new_tokens: int, pad_token_id: int
+) -> list[Round]:
+    """Decode prompts (1, S) greedily with a drafter -> the verification passes of all. The drafter
+    is left in the mode it was in."""
+    config = decoding_config(target, new_tokens, pad_token_id)
+    was_training = drafter.training
+    try:
+        with attach(target, drafter) as attachment, torch.no_grad():
+            for prompt in prompts:
+                target.generate(prompt, generation_config=config, assistant_model=drafter)
+    finally:
+        drafter.train(was_training)
+    return attachment.rounds
+
+
 def decoded_tau(
     target, drafter, prompts: list[torch.Tensor], args: AUFConfig, pad_token_id: int
 ) -> float:
@@ -46,11 +63,7 @@ def decoded_tau(
     # a sharded target runs on all ranks or on none, so all of them decode the same prompts
     if not args.shard_target:
         prompts = prompts[args.process_index :: args.world_size]
-    config = decoding_config(target, args.eval_new_tokens, pad_token_id)
-    was_training = drafter.training
-    with attach(target, drafter) as attachment, torch.no_grad():
-        for prompt in prompts:
-            target.generate(prompt, generation_config=config, assistant_model=drafter)
-    drafter.train(was_training)
-    rounds = attachment.rounds if args.shard_target else gather_object(attachment.rounds)
+    rounds = decode(target, drafter, prompts, args.eval_new_tokens, pad_token_id)
+    if not args.shard_target:
+        rounds = gather_object(rounds)
     return summarize(rounds, drafter.config.block_size).tau

@@ -2,9 +2,9 @@
 and of what cannot be done or resumed. They only check.
 
 `AUFConfig` checks its own keys when it is made, before there is a drafter. The others follow here,
-in the order of a run: `check_start` before anything heavy is done, `check_sharding` once accelerate
-is set up, `check_target` on the placed target, `check_evaluation` and `check_resumed_adapter` when
-somebody asks for that.
+in the order of a run: `check_start` before anything heavy is done, `check_best_metric` and
+`check_sharding` once Trainer is set up, `check_target` and `check_decoding` on the placed target,
+`check_evaluation` and `check_resumed_adapter` when somebody asks for that.
 """
 
 from pathlib import Path
@@ -14,14 +14,14 @@ from datasets import Dataset
 from peft import PeftConfig
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
-from transformers.trainer_utils import HubStrategy
+from transformers.trainer_utils import HubStrategy, IntervalStrategy
 
 from ..drafters import DRAFTERS
 from ..layouts.adapters import AdapterBase
 from ..losses.objectives import find_objective, objectives_for
-from ..target import FrozenTarget
 from .config import AUFConfig
-from .evaluation import evenly_spread
+from .diagnostics import diagnostics, empty_counters
+from .evaluation import decode, evenly_spread
 
 # Keys of an adapter that a resumed run cannot change: its weights would not fit, or mean another
 # thing.
@@ -131,6 +131,31 @@ def check_adapter_names(drafter, key: str, names, *, whole: bool) -> None:
         )
 
 
+def check_best_metric(trainer) -> None:
+    """Raise for a `metric_for_best_model` that no evaluation gives: Trainer looks for it only after
+    the first one, and all steps up to it would be lost.
+
+    Args:
+        trainer (`AUFTrainer`): after Trainer's own start, which fills in the key.
+    """
+    args = trainer.args
+    wanted = args.metric_for_best_model
+    if wanted is None or args.eval_strategy == IntervalStrategy.NO:
+        return
+    names = ["loss", *diagnostics(empty_counters(trainer.block_size) + 1)]
+    if args.eval_prompts > 0:
+        names.append("tau")
+    sets = [""]
+    if isinstance(trainer.eval_dataset, dict):
+        sets = [f"{name}_" for name in trainer.eval_dataset]
+    known = [f"eval_{name}{metric}" for name in sets for metric in names]
+    if f"eval_{wanted.removeprefix('eval_')}" not in known:
+        raise ValueError(
+            f"metric_for_best_model is {wanted!r}, which no evaluation gives: it must be one of"
+            f" {', '.join(known)}"
+        )
+
+
 def check_sharding(trainer) -> None:
     """Raise for what sharded training cannot do, whether the arguments, the launcher or the drafter
     shard.
@@ -151,22 +176,74 @@ def check_sharding(trainer) -> None:
         )
 
 
-def check_target(target: FrozenTarget, rows: Dataset, device: torch.device) -> None:
+def check_target(trainer, rows: Dataset) -> None:
     """Raise unless the target, on real rows, lends what the drafter is trained on.
 
     Args:
-        target (`FrozenTarget`): placed on its device.
+        trainer (`AUFTrainer`): its target placed on its device.
         rows (`Dataset`): token rows, packed or not.
-        device (`torch.device`): of the rows.
     """
+    target, device = trainer.target, trainer.args.device
     target.check(torch.tensor([rows[0]["input_ids"][:64]], device=device))
     if "document_ids" not in rows.column_names:
         return
-    # a row of one document would tell nothing, so the fullest of some is taken
-    fullest = max(evenly_spread(rows, 200), key=lambda row: row["document_ids"][-1])
-    input_ids = torch.tensor([fullest["input_ids"]], device=device)
-    document_ids = torch.tensor([fullest["document_ids"]], device=device)
-    target.check_packing(input_ids, document_ids)
+    # Rows of one document would tell nothing, so the fullest of some are taken. Two of them where a
+    # micro-batch holds several: FlashAttention keeps documents apart only in a batch of one row
+    # (transformers#33268).
+    some = list(evenly_spread(rows, 200))
+    fullest = sorted(some, key=lambda row: row["document_ids"][-1], reverse=True)
+    at_once = min(trainer.args.per_device_train_batch_size, 2)
+    batch = trainer.data_collator(fullest[:at_once])
+    target.check_packing(batch["input_ids"].to(device), batch["document_ids"].to(device))
+
+
+# A few passes show what the first evaluation would meet, and no prompt makes them slow.
+TRIAL_NEW_TOKENS, TRIAL_PROMPT = 8, 64
+
+
+def check_decoding(trainer) -> None:
+    """Raise where evaluations will decode with a drafter and this target cannot be decoded so: all
+    steps up to the first evaluation would be lost (SpecForge#560, #533). Where none will decode,
+    only say it.
+
+    Args:
+        trainer (`AUFTrainer`): its target placed. All ranks call it.
+    """
+    target = trainer.target.model
+    name, reason = type(target).__name__, None
+    will_decode = trainer.args.eval_prompts > 0 and trainer.eval_dataset is not None
+    if getattr(target, "_is_stateful", False):
+        reason = "it keeps a recurrent state that cannot be rolled back to the accepted tokens"
+    # accelerate's FSDP2 has not placed the drafter yet
+    elif will_decode and not trainer.is_fsdp_enabled:
+        reason = _why_decoding_fails(trainer)
+    if reason is None:
+        return
+    found = f"{name} cannot be decoded with a drafter here: {reason}"
+    if will_decode:
+        raise ValueError(
+            f"{found}. The first evaluation would fail, after all steps up to it. Set eval_prompts:"
+            " 0 to train a drafter all the same, unmeasured, for an engine that can serve it"
+        )
+    if trainer.is_world_process_zero():
+        print(f"{found}. It is trained all the same, and cannot be measured here.")
+
+
+def _why_decoding_fails(trainer) -> str | None:
+    """What a few tokens of real decoding raise, in words; `None` where they work."""
+    prompts = [prompt[:, -TRIAL_PROMPT:] for prompt in trainer.eval_prompts()[:1]]
+    device = trainer.args.device
+    # a whole copy of a sharded drafter draws random weights before it gets its own
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        drafter = trainer.whole_drafter().to(device)
+        pad = trainer.data_collator.pad_token_id
+        try:
+            decode(trainer.target.model, drafter, prompts, TRIAL_NEW_TOKENS, pad)
+        except torch.OutOfMemoryError:  # says nothing about the target
+            raise
+        except Exception as error:
+            return " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".")
+    return None
 
 
 def check_evaluation(trainer) -> None:

@@ -40,9 +40,9 @@ from .callbacks import InterruptCallback, TauProgressCallback
 from .checkpoints import DrafterCheckpoints, shard_again
 from .config import AUFConfig
 from .diagnostics import (
-    COUNTERS,
     StepSums,
     count_rows,
+    empty_counters,
     diagnostics,
     evaluation_metrics,
     loss_terms_of,
@@ -61,6 +61,7 @@ OVERRIDDEN = {
     "_save_checkpoint": ("model", "trial"),
     "_save": ("output_dir", "state_dict"),
     "_load_from_checkpoint": ("resume_from_checkpoint", "model"),
+    "_evaluate": ("trial", "ignore_keys_for_eval", "skip_scheduler"),
     "_push_from_checkpoint": ("checkpoint_folder",),
 }
 
@@ -132,6 +133,7 @@ class AUFTrainer(DrafterCheckpoints, Publishing, Trainer):
             compute_metrics=evaluation_metrics,
             callbacks=[self._interrupt, *(callbacks or [])],
         )
+        preflight.check_best_metric(self)
         preflight.check_sharding(self)
         self._keep_sharded_sums_in_fp32()
         # None is popped with disable_tqdm, where there is no bar to replace
@@ -139,7 +141,7 @@ class AUFTrainer(DrafterCheckpoints, Publishing, Trainer):
             self.add_callback(TauProgressCallback)
         self._place_target(first_set(eval_dataset if train_dataset is None else train_dataset))
         self._step_sums = StepSums(args.device)
-        self._log_sums = torch.zeros(len(COUNTERS), dtype=torch.float64, device=args.device)
+        self._log_sums = empty_counters(self.block_size, args.device)
         self._balance = BranchBalance(self.loss_spec, self._over_all_processes)
         self._micro_batches: list[dict] = []  # of the step under way, where the balance needs them
 
@@ -165,7 +167,8 @@ class AUFTrainer(DrafterCheckpoints, Publishing, Trainer):
             self.target.shard(self.args.device)
         elif not self.target.dispatched:
             self.target.model.to(self.args.device)
-        preflight.check_target(self.target, rows, self.args.device)
+        preflight.check_target(self, rows)
+        preflight.check_decoding(self)
 
     def _keep_sharded_sums_in_fp32(self) -> None:
         # accelerate's own policy sums gradients in bf16, and casts what forward returns, which
@@ -178,8 +181,8 @@ class AUFTrainer(DrafterCheckpoints, Publishing, Trainer):
         return self.accelerator.reduce(tensor, "sum")
 
     def train(self, *args, **kwargs):
-        """Trainer's own; whatever ends it, Ctrl-C is given back and the next call starts with clean
-        sums."""
+        """Trainer's own; whatever ends it, the signals are given back and the next call starts with
+        clean sums."""
         self._step_sums.reset()
         self._log_sums.zero_()
         self._balance.reset()
@@ -297,7 +300,7 @@ class AUFTrainer(DrafterCheckpoints, Publishing, Trainer):
     def _counters(
         self, model, inputs: dict, step: int, every_prediction: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The loss numerator with its graph, and detached counters per row (B, len(COUNTERS)).
+        """The loss numerator with its graph, and detached counters per row, see [`count_rows`].
 
         In evaluation a Domino drafter's loss is its final branch's alone, so that it does not move
         with lambda.
