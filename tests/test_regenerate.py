@@ -26,6 +26,7 @@ from hf_specauf.data.answers import TargetWriter, generate_continuously, generat
 from hf_specauf.data.conversation import Conversation, Sampling
 from hf_specauf.data.rows import show_row
 from hf_specauf.data.sources import load_rows
+from hf_specauf.data.tokens import RowEncoder
 from hf_specauf.regenerate import main
 
 pytestmark = pytest.mark.internals
@@ -81,7 +82,8 @@ def by_hand(target, tokenizer, questions: list[str]) -> tuple[list[dict], list[l
         )
         out = target.generate(**prompt, max_new_tokens=NEW, do_sample=False)[0].tolist()
         answer = out[prompt["input_ids"].shape[1] :]
-        turns.append({"role": "assistant", "content": tokenizer.decode(answer, skip_special_tokens=True)})
+        said = {"role": "assistant", "content": tokenizer.decode(answer, skip_special_tokens=True)}
+        turns.append(said | {"truncated": True})
         ids.append(out)
     return turns, ids
 
@@ -546,9 +548,10 @@ def test_errors_are_one_line(words, overrides, message):
 
 
 @contextmanager
-def server(pair, failures: list[int], **more):
+def server(pair, failures: list[int], reasons: str | list[str] = "length", **more):
     """An OpenAI-compatible chat server over loopback: greedy answers of the real target; yields its URL and the
-    requests it got. `failures` are statuses it answers with first, `more` belongs to its messages."""
+    requests it got. `failures` are statuses it answers with first, `reasons` why its answers end (one, or one each),
+    `more` belongs to its messages."""
     target, tokenizer = pair
     seen, lock = [], threading.Lock()
 
@@ -565,7 +568,8 @@ def server(pair, failures: list[int], **more):
                     out = target.generate(**prompt, max_new_tokens=body["max_tokens"], do_sample=False)
                     text = tokenizer.decode(out[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
                     message = {"role": "assistant", "content": text} | more
-                    reply = {"choices": [{"index": 0, "finish_reason": "length", "message": message}]}
+                    reason = reasons if isinstance(reasons, str) else reasons.pop(0)
+                    reply = {"choices": [{"index": 0, "finish_reason": reason, "message": message}]}
                     reply |= {
                         "id": "1",
                         "created": 0,
@@ -611,6 +615,33 @@ def test_a_servers_answers_are_those_of_the_target_itself(words, pair, tmp_path,
         assert (path, authorization) == ("/v1/chat/completions", None)
         wanted = dict(model="tiny", max_tokens=NEW, temperature=0, top_p=1, chat_template_kwargs={"a": 1})
         assert wanted.items() <= body.items()
+
+
+def last_words(path, tokenizer) -> list[str]:
+    """The end of each answer that is learned of a file's first row, after the row as training reads it."""
+    rows = load_rows(str(path))
+    encoder = RowEncoder(tokenizer, rows.column_names, 1000, None)
+    ids, mask, _ = encoder._encode_or_say_why(rows[0])
+    shown = show_row({"input_ids": ids, "supervised": mask}, tokenizer, most=1000)
+    return [span.split("⟧")[0][-7:] for span in shown.split("⟦")[1:]]
+
+
+@pytest.mark.own
+@pytest.mark.parametrize("reason", ["length", "content_filter", "abort"])
+def test_an_answer_that_a_server_cut_teaches_no_end(words, pair, tmp_path, reason):
+    data = save_rows(tmp_path / "data.jsonl", [{"messages": [FOX, turn("assistant", "?"), SHEEP]}])
+    keys = dict(target="tiny", dataset_name=data, concurrency=1)
+    for reasons, ends in (
+        (["stop"] * 2, [True, True]),
+        ([reason, "stop"], [False, True]),
+        ([reason] * 2, [False] * 2),
+    ):
+        out = tmp_path / f"{len(list(tmp_path.iterdir()))}.jsonl"
+        with server(pair, [], reasons=[*reasons]) as (url, _):
+            main(words(endpoint=url, out=out, **keys))
+        assert [end == "<|end|>" for end in last_words(out, pair[1])] == ends
+        counts = json.loads(out.with_suffix(".settings.json").read_text())["counts"]
+        assert counts.get("truncated", 0) == (False in ends)
 
 
 @pytest.mark.own
@@ -672,8 +703,8 @@ def test_a_servers_thoughts_are_found_by_every_template(words, pair, tmp_path, n
     with server(pair, [], **{name: "Foxes."}) as (url, _):
         main(words(endpoint=url, target="tiny", max_rows=1))
     [row] = written(tmp_path / "own.jsonl")
-    assert row["messages"][-1] | {"content": ""} == turn(
-        "assistant", "", reasoning_content="Foxes.", thinking="Foxes."
+    assert row["messages"][-1] | {"content": "", "truncated": True} == turn(
+        "assistant", "", reasoning_content="Foxes.", thinking="Foxes.", truncated=True
     )
     for template, shown in (("gptoss.jinja", "analysis<|message|>Foxes.<|end|>"), ("qwen3.jinja", "<think>\nFoxes.")):
         tokenizer = model_tokenizer(template, THINKING[template][0])

@@ -52,7 +52,8 @@ class Tally:
                 self.first_reason = row["skipped"]
             return
         self.answered.add(number)
-        if row["truncated"]:
+        # `truncated` is about the last answer, and a turn's own mark about an earlier one.
+        if row["truncated"] or any("truncated" in turn for turn in row.get("messages", [])):
             self.truncated.add(number)
         # A server does not tell its tokens.
         self.tokens += sum(row.get("supervised", []))

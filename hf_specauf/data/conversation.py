@@ -31,7 +31,7 @@ class Answer:
 
     Attributes:
         turn (`dict`, *optional*): the assistant's turn.
-        truncated (`bool`): whether it was cut at `max_new_tokens`.
+        truncated (`bool`): whether it was cut, at `max_new_tokens` for instance.
         prompt_ids, ids (`list[int]`, *optional*): the tokens of the prompt and of the answer. A
             server does not tell them.
         skipped (`str`, *optional*): why there is no answer.
@@ -144,13 +144,23 @@ class Conversation:
         if not rows:  # a server wrote the answers
             rows = [{"source_row": self.source_row, "truncated": self.answers[-1].truncated}]
         if self.text is None:
-            turns = self.history
-            if turns[-1]["role"] != "assistant":  # a question that found no answer
-                turns = turns[:-1]
-            rows[-1]["messages"] = turns
+            rows[-1]["messages"] = self._answered_turns()
             if self.tools:
                 rows[-1]["tools"] = self.tools
         return rows
+
+    def _answered_turns(self) -> list[dict]:
+        """The turns up to the last answer. Those that were cut say so, because training must not
+        learn the end that a template puts behind each of them."""
+        turns = []
+        answers = iter(self.answers)
+        for turn in self.history:
+            if turn["role"] == "assistant" and next(answers).truncated:
+                turn = turn | {"truncated": True}
+            turns.append(turn)
+        if turns[-1]["role"] != "assistant":  # a question that found no answer
+            turns.pop()
+        return turns
 
     def _token_rows(self) -> list[dict]:
         """The answers whose tokens are known, as few rows as hold them unchanged."""

@@ -13,6 +13,9 @@ PATIENCE = 2.0  # seconds before the second try, doubled for each further one
 TIMEOUT = 3600  # seconds: a long answer of a busy server takes its time
 THIS_QUESTION = (400, 413, 422)  # the server refuses this question, and answers others
 EVERY_QUESTION = (401, 403, 404)  # the address, the model's name or the key is wrong
+# OpenAI's and TGI's words for an answer that the target ended itself. At any other (length,
+# content_filter, vLLM's abort and repetition, none at all) the answer was cut.
+ENDED = ("stop", "tool_calls", "function_call", "eos_token", "stop_sequence")
 
 
 # `huggingface_hub.InferenceClient(base_url=...)` would not do instead. Without a key it sends the
@@ -124,7 +127,7 @@ class ServerWriter:
         try:
             choice = reply.json()["choices"][0]
             message = choice["message"]
-            truncated = choice["finish_reason"] == "length"
+            truncated = choice["finish_reason"] not in ENDED
         except (ValueError, LookupError, TypeError) as error:
             raise OSError(
                 f"the endpoint {self.endpoint} answered without choices[0].message and"
