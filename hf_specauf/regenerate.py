@@ -235,6 +235,12 @@ def answer_chunks(
     """Answer those of some chunks that are not there yet, with a progress bar."""
     size = args.rows_per_chunk
     missing = [number for number in chunks if not files.chunk(number).is_file()]
+    if missing and isinstance(write, ServerWriter):
+        # 0.1.0 began without a note, and left all of sampling's keys to the server.
+        if files.any_chunk() and not files.noted("neutral_sampling"):
+            write.leave_to_server()
+        else:
+            files.note(write.learn())
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

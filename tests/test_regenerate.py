@@ -548,10 +548,10 @@ def test_errors_are_one_line(words, overrides, message):
 
 
 @contextmanager
-def server(pair, failures: list[int], reasons: str | list[str] = "length", **more):
+def server(pair, failures: list[int], reasons: str | list[str] = "length", refuses: tuple[str, ...] = (), **more):
     """An OpenAI-compatible chat server over loopback: greedy answers of the real target; yields its URL and the
     requests it got. `failures` are statuses it answers with first, `reasons` why its answers end (one, or one each),
-    `more` belongs to its messages."""
+    `refuses` the keys that it does not know, `more` belongs to its messages."""
     target, tokenizer = pair
     seen, lock = [], threading.Lock()
 
@@ -561,6 +561,7 @@ def server(pair, failures: list[int], reasons: str | list[str] = "length", **mor
             with lock:
                 seen.append((self.path, self.headers["Authorization"], body))
                 status = failures.pop(0) if failures else 200
+                status = 400 if body.keys() & {*refuses} else status
                 if status == 200:
                     prompt = tokenizer.apply_chat_template(
                         body["messages"], add_generation_prompt=True, return_dict=True, return_tensors="pt"
@@ -607,10 +608,11 @@ def test_a_servers_answers_are_those_of_the_target_itself(words, pair, tmp_path,
     main(words())
     with server(pair, failures=[503, 500]) as (url, seen):
         main(words(endpoint=url, target="tiny", out=tmp_path / "served.jsonl", chat_template_kwargs='{"a": 1}'))
+    del seen[:3]  # two retries, and a trial
     own, served = conversations(tmp_path / "own.jsonl"), written(tmp_path / "served.jsonl")
     assert [row["messages"] for row in served] == own
     assert [set(row) for row in served] == [{"source_row", "truncated", "messages"}] * 10
-    assert len(seen) == 10 + 3 + 2  # three second questions, two retries
+    assert len(seen) == 10 + 3  # three second questions
     for path, authorization, body in seen:
         assert (path, authorization) == ("/v1/chat/completions", None)
         wanted = dict(model="tiny", max_tokens=NEW, temperature=0, top_p=1, chat_template_kwargs={"a": 1})
@@ -637,18 +639,72 @@ def test_an_answer_that_a_server_cut_teaches_no_end(words, pair, tmp_path, reaso
         ([reason] * 2, [False] * 2),
     ):
         out = tmp_path / f"{len(list(tmp_path.iterdir()))}.jsonl"
-        with server(pair, [], reasons=[*reasons]) as (url, _):
+        with server(pair, [], reasons=["stop", *reasons]) as (url, _):  # the first of the trial
             main(words(endpoint=url, out=out, **keys))
         assert [end == "<|end|>" for end in last_words(out, pair[1])] == ends
         counts = json.loads(out.with_suffix(".settings.json").read_text())["counts"]
         assert counts.get("truncated", 0) == (False in ends)
 
 
+NEUTRAL = dict(top_k=-1, min_p=0, repetition_penalty=1, presence_penalty=0, frequency_penalty=0)
+
+
+@pytest.mark.own
+@pytest.mark.parametrize("temperature", [0, 0.7])
+def test_a_servers_own_sampling_defaults_decide_nothing(words, pair, tmp_path, temperature):
+    keys = dict(target="tiny", max_rows=3, temperature=temperature)
+    with server(pair, []) as (url, seen):
+        main(words(endpoint=url, **keys))
+        assert all(NEUTRAL.items() <= body.items() for _, _, body in seen)
+        if temperature:
+            seen.clear()
+            main(words(endpoint=url, top_k=7, out=tmp_path / "seven.jsonl", **keys))
+            assert all((NEUTRAL | {"top_k": 7}).items() <= body.items() for _, _, body in seen)
+    assert json.loads((tmp_path / "own.settings.json").read_text())["neutral_sampling"] == [*NEUTRAL]
+
+
+@pytest.mark.own
+def test_keys_that_a_server_refuses_are_said_once_and_noted(words, pair, tmp_path, capsys):
+    refuses = ("top_k", "min_p", "repetition_penalty")
+    with server(pair, [], refuses=refuses) as (url, seen):
+        main(words(endpoint=url, target="tiny"))
+        asked = [body for _, _, body in seen if body["max_tokens"] == NEW]
+    printed = capsys.readouterr().out
+    assert printed.count("refuses top_k, min_p, repetition_penalty: its own defaults decide these") == 1
+    assert "10 rows answered" in printed and len(asked) == 13
+    assert all(body.keys().isdisjoint(refuses) and body["presence_penalty"] == 0 for body in asked)
+    settings = json.loads((tmp_path / "own.settings.json").read_text())
+    assert settings["neutral_sampling"] == ["presence_penalty", "frequency_penalty"]
+
+
+@pytest.mark.own
+def test_answers_of_servers_that_sample_otherwise_are_not_mixed(words, pair, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("hf_specauf.data.server.PATIENCE", 0.01)
+    keys = dict(target="tiny", concurrency=1, rows_per_chunk=3)
+    with server(pair, [200] * 6 + [401]) as (url, _):
+        with pytest.raises(SystemExit, match="refuses every question"):
+            main(words(endpoint=url, **keys))
+    # another server at the same address would be noticed, here the address is another too
+    settings = tmp_path / "own.parts/settings.json"
+    with server(pair, [], refuses=("min_p",)) as (url, _):
+        noted = json.loads(settings.read_text()) | {"endpoint": url}
+        settings.write_text(json.dumps(noted))
+        with pytest.raises(SystemExit, match="neutral_sampling was .*'min_p'.* and is .*give another --out"):
+            main(words(endpoint=url, **keys))
+        # 0.1.0 noted nothing and sent nothing: its answers go on as they were begun
+        del noted["neutral_sampling"]
+        settings.write_text(json.dumps(noted))
+        capsys.readouterr()
+        main(words(endpoint=url, **keys))
+    assert "left to the endpoint's own defaults, and go on so" in capsys.readouterr().out
+    assert len({row["source_row"] for row in written(tmp_path / "own.jsonl")}) == 10
+
+
 @pytest.mark.own
 def test_a_refused_question_is_skipped_and_a_dead_server_stops_with_all_kept(words, pair, tmp_path, monkeypatch):
     monkeypatch.setattr("hf_specauf.data.server.PATIENCE", 0.01)
     keys = dict(target="tiny", max_rows=6, concurrency=1)
-    with server(pair, failures=[400]) as (url, _):
+    with server(pair, failures=[200, 400]) as (url, _):
         main(words(endpoint=url, **keys))
     assert [row["source_row"] for row in written(tmp_path / "own.skipped.jsonl")] == [0]
     keys |= dict(out=tmp_path / "dead.jsonl", endpoint=url)
@@ -687,14 +743,14 @@ def test_no_pause_follows_the_last_try(words, pair, monkeypatch):
 @pytest.mark.own
 def test_a_server_that_refuses_everything_is_no_success(words, pair, tmp_path):
     keys = dict(target="tiny", max_rows=4, concurrency=1)
-    with server(pair, failures=[400] * 4) as (url, seen):
+    with server(pair, failures=[400] * 6) as (url, seen):
         for _ in range(2):
             with pytest.raises(
                 SystemExit, match="not one of 4 rows was answered .first: the endpoint refused it .400:"
             ):
                 main(words(endpoint=url, **keys))
             assert sorted(path.name for path in tmp_path.iterdir()) == ["own.parts"]
-        assert len(seen) == 4
+        assert len(seen) == 6  # four questions, and a trial with neutral keys and without
 
 
 @pytest.mark.own

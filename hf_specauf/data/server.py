@@ -17,6 +17,16 @@ EVERY_QUESTION = (401, 403, 404)  # the address, the model's name or the key is 
 # content_filter, vLLM's abort and repetition, none at all) the answer was cut.
 ENDED = ("stop", "tool_calls", "function_call", "eos_token", "stop_sequence")
 
+# Keys of sampling with the values that change nothing. vLLM and SGLang fill those that a request
+# leaves out from the model's generation_config (vllm#15281), and llama.cpp from values of its own.
+NEUTRAL = {
+    "top_k": -1,  # 0 means it too, but SGLang and older vLLM refuse it
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+}
+
 
 # `huggingface_hub.InferenceClient(base_url=...)` would not do instead. Without a key it sends the
 # user's Hub token to the server, a failed request is not tried again, and where HF_HUB_OFFLINE is
@@ -30,6 +40,10 @@ class ServerWriter:
         model (`str`): the name that the target goes by there.
         chat_template_kwargs (`dict`, *optional*): for the chat template of the prompts.
         concurrency (`int`): requests at a time.
+
+    Attributes:
+        neutral (`dict`): the keys of sampling that are sent so that the server's own defaults do
+            not decide them.
     """
 
     engine = "endpoint"
@@ -55,11 +69,53 @@ class ServerWriter:
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
         }
-        # These two are no keys of OpenAI's. A server that knows only those would refuse them.
+        self.neutral = dict(NEUTRAL)
+        # These two are no keys of OpenAI's. A server that knows only those would refuse them, and
+        # the user wants them.
         if sampling.top_k:
             self.settings["top_k"] = sampling.top_k
+            del self.neutral["top_k"]
         if chat_template_kwargs:
             self.settings["chat_template_kwargs"] = chat_template_kwargs
+
+    def learn(self) -> dict:
+        """Try the neutral keys on a question of one token, and leave out those that the server
+        refuses.
+
+        Returns:
+            what of it belongs to the settings.
+
+        Raises:
+            OSError: the server cannot help.
+        """
+        # Where even the plain question is refused, the keys are not why.
+        if not self._takes(self.neutral) and self._takes({}):
+            taken = {key: value for key, value in self.neutral.items() if self._takes({key: value})}
+            refused = [key for key in self.neutral if key not in taken]
+            self.neutral = taken
+            if refused:
+                print(
+                    f"the endpoint {self.endpoint} refuses {', '.join(refused)}: its own defaults"
+                    " decide these (vLLM's are off with `--generation-config vllm`)"
+                )
+        return {"neutral_sampling": [*self.neutral]}
+
+    def leave_to_server(self) -> None:
+        """Send no neutral keys, for answers that were begun without."""
+        print(
+            f"these answers were begun with {', '.join(self.neutral)} left to the endpoint's own"
+            " defaults, and go on so: give another --out for answers that are sampled without them"
+        )
+        self.neutral = {}
+
+    def _takes(self, keys: dict) -> bool:
+        """Whether the server answers a question with these keys."""
+        asked = {"messages": [{"role": "user", "content": "Hi"}], "seed": 0, "max_tokens": 1}
+        reply = self._post(self.settings | asked | keys)
+        if reply.status_code in THIS_QUESTION:
+            return False
+        self._read(reply)
+        return True
 
     def __call__(self, conversations: list[Conversation], seed: int) -> list[Answer]:
         """An answer to the last question of each conversation, each with a seed of its own."""
@@ -80,7 +136,7 @@ class ServerWriter:
                 "rows of plain text are continued token by token, which needs the target itself:"
                 " leave out --endpoint"
             )
-        body = self.settings | {"messages": conversation.history, "seed": seed}
+        body = self.settings | self.neutral | {"messages": conversation.history, "seed": seed}
         if conversation.tools:
             body["tools"] = conversation.tools
         reply = self._post(body)
