@@ -26,7 +26,7 @@ from trl import TrlParser
 from .cli import errors_in_one_line
 from .data.answers import TargetWriter
 from .data.chunks import ChunkFiles
-from .data.conversation import Answer, Conversation, Sampling
+from .data.conversation import Answer, Conversation, Sampling, stop_at_both_ends
 from .data.on_policy import written_by
 from .data.server import ServerWriter
 from .data.sources import load_rows
@@ -207,6 +207,7 @@ def writer(args: RegenerateArguments) -> tuple[Writer, dict]:
         trust_remote_code=args.trust_remote_code,
         device_map=device,  # loaded in place, because quantised targets cannot be moved
     )
+    ends = stop_at_both_ends(target, tokenizer, args.chat_template_kwargs)
     write = TargetWriter(
         target,
         tokenizer,
@@ -217,6 +218,8 @@ def writer(args: RegenerateArguments) -> tuple[Writer, dict]:
     )
     identity = Identity.of(target, tokenizer, name_or_path=args.target)
     found = {"engine": write.engine, "target": identity.record(), "target_dtype": str(target.dtype)}
+    if ends is not None:
+        found["stops_at"] = ends
     if identity.fingerprint is None:
         # A quantised target has no fingerprint. Its head is not quantised: some rows tell it.
         head = target.get_output_embeddings().weight[:8].detach().float().cpu().numpy().tobytes()

@@ -15,15 +15,15 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import CHAT_TEMPLATE, byte_level_tokenizer, make_target, warm_python
-from test_tokens import GOLDEN, model_tokenizer
+from test_tokens import CHATML, GOLDEN, model_tokenizer
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.import_utils import is_serve_available
 from warm_python import Process
 
-from hf_specauf import train
+from hf_specauf import evaluate, train
 from hf_specauf.data.answers import TargetWriter, generate_continuously, generate_in_batches, until_end
-from hf_specauf.data.conversation import Conversation, Sampling
+from hf_specauf.data.conversation import Conversation, Sampling, chat_end
 from hf_specauf.data.rows import show_row
 from hf_specauf.data.sources import load_rows
 from hf_specauf.data.tokens import RowEncoder
@@ -264,6 +264,60 @@ def test_answers_that_the_template_keeps_stand_in_one_row(words, tmp_path):
         "<|user|>What does the fox do?<|end|><|assistant|>⟦It jumps.<|end|>⟧<|user|>And the sheep?<|end|>"
         "<|assistant|>⟦They sleep.<|end|>⟧"
     )
+
+
+@pytest.fixture
+def talkative(tmp_path) -> Path:
+    """A target whose chat ends a turn with <|end|>. Its own end is another token, and it goes on to ask itself."""
+    tokenizer = byte_level_tokenizer(CHAT_TEMPLATE)
+    said = "It jumps.<|end|><|user|>And the sheep?<|end|><|assistant|>It sleeps.<|end|>"
+    return taught(tmp_path / "target", tokenizer, [([FOX], None, said)], ["<|eos|>"])
+
+
+def test_an_answer_ends_where_the_chat_does_though_the_targets_own_end_is_another(talkative, words, tmp_path, capsys):
+    data = save_rows(tmp_path / "data.jsonl", [{"messages": [FOX]}])
+    main(words(target=talkative, dataset_name=data, max_new_tokens=60))
+    [row] = written(tmp_path / "own.jsonl")
+    assert row["messages"] == [FOX, turn("assistant", "It jumps.")] and row["truncated"] is False
+    said = "ends an answer with '<|end|>', and the target's generation_config.eos_token_id names '<|eos|>'"
+    assert capsys.readouterr().out.count(said) == 1
+    assert json.loads((tmp_path / "own.settings.json").read_text())["stops_at"] == [0, 6]
+
+
+def test_training_and_evaluation_stop_where_the_chat_ends(talkative, command, tmp_path, capsys):
+    said = "ends an answer with '<|end|>', and the target's generation_config.eos_token_id names '<|eos|>'"
+    rows = [{"messages": [FOX, turn("assistant", "It jumps.")]}] * 20
+    data = save_rows(tmp_path / "data.jsonl", rows)
+    keys = dict(target=talkative, dataset_name=data, target_layer_ids="0", eval_new_tokens=40)
+    train.main(command(**keys))
+    evaluate.main(
+        ["--target", str(talkative), "--drafter", str(tmp_path / "out"), "--prompts", str(data), "--device", "cpu"]
+        + ["--out", str(tmp_path / "eval"), "--count", "1"]
+    )
+    assert capsys.readouterr().out.count(said) == 2
+    answer = len(AutoTokenizer.from_pretrained(talkative)("It jumps.<|end|>")["input_ids"])
+    for folder in ("out", "eval"):
+        measured = json.loads((tmp_path / folder / "eval.json").read_text())["prompts"]
+        assert [row["new_tokens"] for row in measured] == [answer] * len(measured)
+
+
+ENDS = {"qwen3, thinking on": "<|im_end|>", "llama-3.1": "<|eot_id|>", "gemma-3": "<end_of_turn>", "mistral": "</s>",
+        "gpt-oss": "<|return|>", "chatml": "<|im_end|>"}  # fmt: skip
+
+
+@pytest.mark.own
+@pytest.mark.parametrize("case", ENDS)
+def test_the_end_of_a_chat_is_the_token_behind_its_last_answer(case):
+    template, special, kwargs, _, _ = GOLDEN[case]
+    tokenizer = model_tokenizer(template, special)
+    assert tokenizer.convert_ids_to_tokens(chat_end(tokenizer, kwargs)) == ENDS[case]
+
+
+@pytest.mark.own
+@pytest.mark.parametrize("template", [None, "{{ raise_exception('no') }}", "{{ messages[0].content }}", CHATML[:-5]])
+def test_a_template_that_ends_no_answer_changes_no_end(template):
+    tokenizer = byte_level_tokenizer(template)
+    assert chat_end(tokenizer, None) is None
 
 
 @pytest.mark.parametrize("template", THINKING)
