@@ -28,7 +28,7 @@ from .data.answers import TargetWriter
 from .data.chunks import ChunkFiles
 from .data.conversation import Answer, Conversation, Sampling, stop_at_both_ends
 from .data.on_policy import written_by
-from .data.server import ServerWriter
+from .data.server import ServerWriter, check_endpoint
 from .data.sources import load_rows
 from .identity import Identity
 from .recipe import DataArguments, TargetArguments, json_mapping
@@ -118,6 +118,8 @@ class RegenerateArguments:
         for key in ("max_new_tokens", "prompt_tokens", "rows_per_chunk", "concurrency"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key} is {getattr(self, key)}; it must be at least 1")
+        if self.endpoint is not None:
+            check_endpoint(self.endpoint)
         if self.max_rows is not None and self.max_rows < 1:
             raise ValueError(f"max_rows is {self.max_rows}; it must be at least 1, or left out")
 

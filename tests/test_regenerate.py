@@ -590,9 +590,16 @@ def test_a_drafter_trains_on_the_answers(words, command, tmp_path, capsys):
         (dict(chat_template_kwargs="[1]"), "chat_template_kwargs is '[1]', which is no JSON object"),
         (dict(max_rows=-3), "max_rows is -3"),
         (dict(temprature=1), "--temprature"),
+        (dict(endpoint="not a url"), "endpoint is 'not a url', which is no address; it must be one like http://"),
+        (dict(endpoint="localhost:8000/v1"), "endpoint is 'localhost:8000/v1', which is no address"),
+        (dict(endpoint="http://"), "endpoint is 'http://', which is no address"),
+        (dict(endpoint="http://localhost:8O00/v1"), "endpoint is 'http://localhost:8O00/v1', which is no address"),
+        (dict(endpoint="http://localhost:99999/v1"), "endpoint is 'http://localhost:99999/v1', which is no address"),
+        (dict(endpoint="http://local host/v1"), "endpoint is 'http://local host/v1', which is no address"),
     ],
 )
-def test_errors_are_one_line(words, overrides, message):
+def test_errors_are_one_line(words, monkeypatch, overrides, message):
+    monkeypatch.setattr("hf_specauf.data.server.PATIENCE", 0)
     with pytest.raises(SystemExit) as stop:
         main(words(**overrides))
     assert stop.value.code.startswith("error: ") and "\n" not in stop.value.code and message in stop.value.code
@@ -698,6 +705,14 @@ def test_an_answer_that_a_server_cut_teaches_no_end(words, pair, tmp_path, reaso
         assert [end == "<|end|>" for end in last_words(out, pair[1])] == ends
         counts = json.loads(out.with_suffix(".settings.json").read_text())["counts"]
         assert counts.get("truncated", 0) == (False in ends)
+
+
+@pytest.mark.own
+def test_an_address_that_names_the_questions_and_a_key_with_a_line_feed_are_understood(words, pair, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret\n")
+    with server(pair, []) as (url, seen):
+        main(words(endpoint=f"{url}/chat/completions", target="tiny", max_rows=1))
+    assert {asked[:2] for asked in seen} == {("/v1/chat/completions", "Bearer secret")}
 
 
 NEUTRAL = dict(top_k=-1, min_p=0, repetition_penalty=1, presence_penalty=0, frequency_penalty=0)

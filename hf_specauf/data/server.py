@@ -28,6 +28,24 @@ NEUTRAL = {
 }
 
 
+def check_endpoint(endpoint: str) -> None:
+    """Raise where an endpoint is no address that anybody could be asked at.
+
+    Raises:
+        ValueError: what it must look like.
+    """
+    try:
+        url = httpx2.URL(endpoint)
+    except httpx2.InvalidURL:
+        url = httpx2.URL("")
+    is_address = url.scheme in ("http", "https") and url.host and (url.port or 1) < 2**16
+    if not is_address or endpoint.split() != [endpoint]:
+        raise ValueError(
+            f"endpoint is {endpoint!r}, which is no address; it must be one like"
+            " http://localhost:8000/v1, with http:// or https:// before it and up to /v1"
+        )
+
+
 # `huggingface_hub.InferenceClient(base_url=...)` would not do instead. Without a key it sends the
 # user's Hub token to the server, a failed request is not tried again, and where HF_HUB_OFFLINE is
 # set it asks nobody, not even a server on this machine.
@@ -58,9 +76,11 @@ class ServerWriter:
         concurrency: int,
     ):
         self.endpoint = endpoint
-        self.url = endpoint.rstrip("/") + "/chat/completions"
+        # The address of the questions themselves is easily copied instead.
+        self.url = endpoint.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
         self.concurrency = concurrency
-        key = os.environ.get("OPENAI_API_KEY")
+        # A key that was read from a file may end in a line feed, which no header may hold.
+        key = os.environ.get("OPENAI_API_KEY", "").strip()
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self.client = httpx2.Client(timeout=TIMEOUT, headers=headers)
         self.settings = {
