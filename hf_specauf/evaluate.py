@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import TrlParser
 
 from .cli import OneSpelling, errors_in_one_line
+from .data.conversation import stop_at_both_ends
 from .identity import Identity
 from .layouts.folders import fetch
 from .layouts.load import load_drafter, torch_dtype
@@ -250,6 +251,7 @@ def evaluate(args: EvaluateArguments) -> tuple[dict, str]:
     """
     folder, commit = fetch(args.drafter, args.drafter_revision, "--drafter")
     target, tokenizer, drafter = load_models(args, folder)
+    stop_at_both_ends(target, tokenizer, drafter.config.chat_template_kwargs)
     out = Path(args.out)
     identity = Identity.of(
         target, tokenizer, name_or_path=args.target, revision=args.target_revision

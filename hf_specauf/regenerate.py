@@ -26,9 +26,9 @@ from trl import TrlParser
 from .cli import OneSpelling, errors_in_one_line
 from .data.answers import TargetWriter
 from .data.chunks import ChunkFiles
-from .data.conversation import Answer, Conversation, Sampling
+from .data.conversation import Answer, Conversation, Sampling, stop_at_both_ends
 from .data.on_policy import written_by
-from .data.server import ServerWriter
+from .data.server import ServerWriter, check_endpoint
 from .data.sources import load_rows
 from .identity import Identity
 from .recipe import DataArguments, TargetArguments, json_mapping
@@ -119,6 +119,8 @@ class RegenerateArguments:
         for key in ("max_new_tokens", "prompt_tokens", "rows_per_chunk", "concurrency"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key} is {getattr(self, key)}; it must be at least 1")
+        if self.endpoint is not None:
+            check_endpoint(self.endpoint)
         if self.max_rows is not None and self.max_rows < 1:
             raise ValueError(f"max_rows is {self.max_rows}; it must be at least 1, or left out")
 
@@ -209,6 +211,7 @@ def writer(args: RegenerateArguments) -> tuple[Writer, dict]:
         trust_remote_code=args.trust_remote_code,
         device_map=device,  # loaded in place, because quantised targets cannot be moved
     )
+    ends = stop_at_both_ends(target, tokenizer, args.chat_template_kwargs)
     write = TargetWriter(
         target,
         tokenizer,
@@ -219,6 +222,8 @@ def writer(args: RegenerateArguments) -> tuple[Writer, dict]:
     )
     identity = Identity.of(target, tokenizer, name_or_path=args.target)
     found = {"engine": write.engine, "target": identity.record(), "target_dtype": str(target.dtype)}
+    if ends is not None:
+        found["stops_at"] = ends
     if identity.fingerprint is None:
         # A quantised target has no fingerprint. Its head is not quantised: some rows tell it.
         head = target.get_output_embeddings().weight[:8].detach().float().cpu().numpy().tobytes()
@@ -241,6 +246,12 @@ def answer_chunks(
     """
     size = args.rows_per_chunk
     missing = [number for number in chunks if not files.chunk(number).is_file()]
+    if missing and isinstance(write, ServerWriter):
+        # 0.1.0 began without a note, and left all of sampling's keys to the server.
+        if files.any_chunk() and not files.noted("neutral_sampling"):
+            write.leave_to_server()
+        else:
+            files.note(write.learn())
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

@@ -19,6 +19,7 @@ from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase, se
 
 from .cli import errors_in_one_line
 from .data.config import DataArguments
+from .data.conversation import stop_at_both_ends
 from .data.on_policy import check_settings, on_policy_score
 from .data.rows import prepare_rows, show_row
 from .data.splits import load_data
@@ -58,6 +59,7 @@ def train(
     target, tokenizer = load_target(
         target_args.target, target_args.target_revision, **target_args.loading()
     )
+    stop_at_both_ends(target, tokenizer, draft.chat_template_kwargs, args.process_index == 0)
     identity = Identity.of(target, tokenizer, revision=target_args.target_revision)
     drafter, base = start_drafter(draft, target, tokenizer, identity, args.seed)
     # The first process writes the cache of `datasets`, and the others read it.

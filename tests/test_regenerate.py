@@ -15,17 +15,18 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import CHAT_TEMPLATE, byte_level_tokenizer, make_target, warm_python
-from test_tokens import GOLDEN, model_tokenizer
+from test_tokens import CHATML, GOLDEN, model_tokenizer
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.import_utils import is_serve_available
 from warm_python import Process
 
-from hf_specauf import train
+from hf_specauf import evaluate, train
 from hf_specauf.data.answers import TargetWriter, generate_continuously, generate_in_batches, until_end
-from hf_specauf.data.conversation import Conversation, Sampling
+from hf_specauf.data.conversation import Conversation, Sampling, chat_end
 from hf_specauf.data.rows import show_row
 from hf_specauf.data.sources import load_rows
+from hf_specauf.data.tokens import RowEncoder
 from hf_specauf.regenerate import main
 
 pytestmark = pytest.mark.internals
@@ -81,7 +82,8 @@ def by_hand(target, tokenizer, questions: list[str]) -> tuple[list[dict], list[l
         )
         out = target.generate(**prompt, max_new_tokens=NEW, do_sample=False)[0].tolist()
         answer = out[prompt["input_ids"].shape[1] :]
-        turns.append({"role": "assistant", "content": tokenizer.decode(answer, skip_special_tokens=True)})
+        said = {"role": "assistant", "content": tokenizer.decode(answer, skip_special_tokens=True)}
+        turns.append(said | {"truncated": True})
         ids.append(out)
     return turns, ids
 
@@ -262,6 +264,60 @@ def test_answers_that_the_template_keeps_stand_in_one_row(words, tmp_path):
         "<|user|>What does the fox do?<|end|><|assistant|>⟦It jumps.<|end|>⟧<|user|>And the sheep?<|end|>"
         "<|assistant|>⟦They sleep.<|end|>⟧"
     )
+
+
+@pytest.fixture
+def talkative(tmp_path) -> Path:
+    """A target whose chat ends a turn with <|end|>. Its own end is another token, and it goes on to ask itself."""
+    tokenizer = byte_level_tokenizer(CHAT_TEMPLATE)
+    said = "It jumps.<|end|><|user|>And the sheep?<|end|><|assistant|>It sleeps.<|end|>"
+    return taught(tmp_path / "target", tokenizer, [([FOX], None, said)], ["<|eos|>"])
+
+
+def test_an_answer_ends_where_the_chat_does_though_the_targets_own_end_is_another(talkative, words, tmp_path, capsys):
+    data = save_rows(tmp_path / "data.jsonl", [{"messages": [FOX]}])
+    main(words(target=talkative, dataset_name=data, max_new_tokens=60))
+    [row] = written(tmp_path / "own.jsonl")
+    assert row["messages"] == [FOX, turn("assistant", "It jumps.")] and row["truncated"] is False
+    said = "ends an answer with '<|end|>', and the target's generation_config.eos_token_id names '<|eos|>'"
+    assert capsys.readouterr().out.count(said) == 1
+    assert json.loads((tmp_path / "own.settings.json").read_text())["stops_at"] == [0, 6]
+
+
+def test_training_and_evaluation_stop_where_the_chat_ends(talkative, command, tmp_path, capsys):
+    said = "ends an answer with '<|end|>', and the target's generation_config.eos_token_id names '<|eos|>'"
+    rows = [{"messages": [FOX, turn("assistant", "It jumps.")]}] * 20
+    data = save_rows(tmp_path / "data.jsonl", rows)
+    keys = dict(target=talkative, dataset_name=data, target_layer_ids="0", eval_new_tokens=40)
+    train.main(command(**keys))
+    evaluate.main(
+        ["--target", str(talkative), "--drafter", str(tmp_path / "out"), "--prompts", str(data), "--device", "cpu"]
+        + ["--out", str(tmp_path / "eval"), "--count", "1"]
+    )
+    assert capsys.readouterr().out.count(said) == 2
+    answer = len(AutoTokenizer.from_pretrained(talkative)("It jumps.<|end|>")["input_ids"])
+    for folder in ("out", "eval"):
+        measured = json.loads((tmp_path / folder / "eval.json").read_text())["prompts"]
+        assert [row["new_tokens"] for row in measured] == [answer] * len(measured)
+
+
+ENDS = {"qwen3, thinking on": "<|im_end|>", "llama-3.1": "<|eot_id|>", "gemma-3": "<end_of_turn>", "mistral": "</s>",
+        "gpt-oss": "<|return|>", "chatml": "<|im_end|>"}  # fmt: skip
+
+
+@pytest.mark.own
+@pytest.mark.parametrize("case", ENDS)
+def test_the_end_of_a_chat_is_the_token_behind_its_last_answer(case):
+    template, special, kwargs, _, _ = GOLDEN[case]
+    tokenizer = model_tokenizer(template, special)
+    assert tokenizer.convert_ids_to_tokens(chat_end(tokenizer, kwargs)) == ENDS[case]
+
+
+@pytest.mark.own
+@pytest.mark.parametrize("template", [None, "{{ raise_exception('no') }}", "{{ messages[0].content }}", CHATML[:-5]])
+def test_a_template_that_ends_no_answer_changes_no_end(template):
+    tokenizer = byte_level_tokenizer(template)
+    assert chat_end(tokenizer, None) is None
 
 
 @pytest.mark.parametrize("template", THINKING)
@@ -534,9 +590,16 @@ def test_a_drafter_trains_on_the_answers(words, command, tmp_path, capsys):
         (dict(chat_template_kwargs="[1]"), "chat_template_kwargs is '[1]', which is no JSON object"),
         (dict(max_rows=-3), "max_rows is -3"),
         (dict(temprature=1), "--temprature"),
+        (dict(endpoint="not a url"), "endpoint is 'not a url', which is no address; it must be one like http://"),
+        (dict(endpoint="localhost:8000/v1"), "endpoint is 'localhost:8000/v1', which is no address"),
+        (dict(endpoint="http://"), "endpoint is 'http://', which is no address"),
+        (dict(endpoint="http://localhost:8O00/v1"), "endpoint is 'http://localhost:8O00/v1', which is no address"),
+        (dict(endpoint="http://localhost:99999/v1"), "endpoint is 'http://localhost:99999/v1', which is no address"),
+        (dict(endpoint="http://local host/v1"), "endpoint is 'http://local host/v1', which is no address"),
     ],
 )
-def test_errors_are_one_line(words, overrides, message):
+def test_errors_are_one_line(words, monkeypatch, overrides, message):
+    monkeypatch.setattr("hf_specauf.data.server.PATIENCE", 0)
     with pytest.raises(SystemExit) as stop:
         main(words(**overrides))
     assert stop.value.code.startswith("error: ") and "\n" not in stop.value.code and message in stop.value.code
@@ -546,9 +609,10 @@ def test_errors_are_one_line(words, overrides, message):
 
 
 @contextmanager
-def server(pair, failures: list[int], **more):
+def server(pair, failures: list[int], reasons: str | list[str] = "length", refuses: tuple[str, ...] = (), **more):
     """An OpenAI-compatible chat server over loopback: greedy answers of the real target; yields its URL and the
-    requests it got. `failures` are statuses it answers with first, `more` belongs to its messages."""
+    requests it got. `failures` are statuses it answers with first, `reasons` why its answers end (one, or one each),
+    `refuses` the keys that it does not know, `more` belongs to its messages."""
     target, tokenizer = pair
     seen, lock = [], threading.Lock()
 
@@ -558,6 +622,7 @@ def server(pair, failures: list[int], **more):
             with lock:
                 seen.append((self.path, self.headers["Authorization"], body))
                 status = failures.pop(0) if failures else 200
+                status = 400 if body.keys() & {*refuses} else status
                 if status == 200:
                     prompt = tokenizer.apply_chat_template(
                         body["messages"], add_generation_prompt=True, return_dict=True, return_tensors="pt"
@@ -565,7 +630,8 @@ def server(pair, failures: list[int], **more):
                     out = target.generate(**prompt, max_new_tokens=body["max_tokens"], do_sample=False)
                     text = tokenizer.decode(out[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
                     message = {"role": "assistant", "content": text} | more
-                    reply = {"choices": [{"index": 0, "finish_reason": "length", "message": message}]}
+                    reason = reasons if isinstance(reasons, str) else reasons.pop(0)
+                    reply = {"choices": [{"index": 0, "finish_reason": reason, "message": message}]}
                     reply |= {
                         "id": "1",
                         "created": 0,
@@ -603,21 +669,111 @@ def test_a_servers_answers_are_those_of_the_target_itself(words, pair, tmp_path,
     main(words())
     with server(pair, failures=[503, 500]) as (url, seen):
         main(words(endpoint=url, target="tiny", out=tmp_path / "served.jsonl", chat_template_kwargs='{"a": 1}'))
+    del seen[:3]  # two retries, and a trial
     own, served = conversations(tmp_path / "own.jsonl"), written(tmp_path / "served.jsonl")
     assert [row["messages"] for row in served] == own
     assert [set(row) for row in served] == [{"source_row", "truncated", "messages"}] * 10
-    assert len(seen) == 10 + 3 + 2  # three second questions, two retries
+    assert len(seen) == 10 + 3  # three second questions
     for path, authorization, body in seen:
         assert (path, authorization) == ("/v1/chat/completions", None)
         wanted = dict(model="tiny", max_tokens=NEW, temperature=0, top_p=1, chat_template_kwargs={"a": 1})
         assert wanted.items() <= body.items()
 
 
+def last_words(path, tokenizer) -> list[str]:
+    """The end of each answer that is learned of a file's first row, after the row as training reads it."""
+    rows = load_rows(str(path))
+    encoder = RowEncoder(tokenizer, rows.column_names, 1000, None)
+    ids, mask, _ = encoder._encode_or_say_why(rows[0])
+    shown = show_row({"input_ids": ids, "supervised": mask}, tokenizer, most=1000)
+    return [span.split("⟧")[0][-7:] for span in shown.split("⟦")[1:]]
+
+
+@pytest.mark.own
+@pytest.mark.parametrize("reason", ["length", "content_filter", "abort"])
+def test_an_answer_that_a_server_cut_teaches_no_end(words, pair, tmp_path, reason):
+    data = save_rows(tmp_path / "data.jsonl", [{"messages": [FOX, turn("assistant", "?"), SHEEP]}])
+    keys = dict(target="tiny", dataset_name=data, concurrency=1)
+    for reasons, ends in (
+        (["stop"] * 2, [True, True]),
+        ([reason, "stop"], [False, True]),
+        ([reason] * 2, [False] * 2),
+    ):
+        out = tmp_path / f"{len(list(tmp_path.iterdir()))}.jsonl"
+        with server(pair, [], reasons=["stop", *reasons]) as (url, _):  # the first of the trial
+            main(words(endpoint=url, out=out, **keys))
+        assert [end == "<|end|>" for end in last_words(out, pair[1])] == ends
+        counts = json.loads(out.with_suffix(".settings.json").read_text())["counts"]
+        assert counts.get("truncated", 0) == (False in ends)
+
+
+@pytest.mark.own
+def test_an_address_that_names_the_questions_and_a_key_with_a_line_feed_are_understood(words, pair, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret\n")
+    with server(pair, []) as (url, seen):
+        main(words(endpoint=f"{url}/chat/completions", target="tiny", max_rows=1))
+    assert {asked[:2] for asked in seen} == {("/v1/chat/completions", "Bearer secret")}
+
+
+NEUTRAL = dict(top_k=-1, min_p=0, repetition_penalty=1, presence_penalty=0, frequency_penalty=0)
+
+
+@pytest.mark.own
+@pytest.mark.parametrize("temperature", [0, 0.7])
+def test_a_servers_own_sampling_defaults_decide_nothing(words, pair, tmp_path, temperature):
+    keys = dict(target="tiny", max_rows=3, temperature=temperature)
+    with server(pair, []) as (url, seen):
+        main(words(endpoint=url, **keys))
+        assert all(NEUTRAL.items() <= body.items() for _, _, body in seen)
+        if temperature:
+            seen.clear()
+            main(words(endpoint=url, top_k=7, out=tmp_path / "seven.jsonl", **keys))
+            assert all((NEUTRAL | {"top_k": 7}).items() <= body.items() for _, _, body in seen)
+    assert json.loads((tmp_path / "own.settings.json").read_text())["neutral_sampling"] == [*NEUTRAL]
+
+
+@pytest.mark.own
+def test_keys_that_a_server_refuses_are_said_once_and_noted(words, pair, tmp_path, capsys):
+    refuses = ("top_k", "min_p", "repetition_penalty")
+    with server(pair, [], refuses=refuses) as (url, seen):
+        main(words(endpoint=url, target="tiny"))
+        asked = [body for _, _, body in seen if body["max_tokens"] == NEW]
+    printed = capsys.readouterr().out
+    assert printed.count("refuses top_k, min_p, repetition_penalty: its own defaults decide these") == 1
+    assert "10 rows answered" in printed and len(asked) == 13
+    assert all(body.keys().isdisjoint(refuses) and body["presence_penalty"] == 0 for body in asked)
+    settings = json.loads((tmp_path / "own.settings.json").read_text())
+    assert settings["neutral_sampling"] == ["presence_penalty", "frequency_penalty"]
+
+
+@pytest.mark.own
+def test_answers_of_servers_that_sample_otherwise_are_not_mixed(words, pair, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("hf_specauf.data.server.PATIENCE", 0.01)
+    keys = dict(target="tiny", concurrency=1, rows_per_chunk=3)
+    with server(pair, [200] * 6 + [401]) as (url, _):
+        with pytest.raises(SystemExit, match="refuses every question"):
+            main(words(endpoint=url, **keys))
+    # another server at the same address would be noticed, here the address is another too
+    settings = tmp_path / "own.parts/settings.json"
+    with server(pair, [], refuses=("min_p",)) as (url, _):
+        noted = json.loads(settings.read_text()) | {"endpoint": url}
+        settings.write_text(json.dumps(noted))
+        with pytest.raises(SystemExit, match="neutral_sampling was .*'min_p'.* and is .*give another --out"):
+            main(words(endpoint=url, **keys))
+        # 0.1.0 noted nothing and sent nothing: its answers go on as they were begun
+        del noted["neutral_sampling"]
+        settings.write_text(json.dumps(noted))
+        capsys.readouterr()
+        main(words(endpoint=url, **keys))
+    assert "left to the endpoint's own defaults, and go on so" in capsys.readouterr().out
+    assert len({row["source_row"] for row in written(tmp_path / "own.jsonl")}) == 10
+
+
 @pytest.mark.own
 def test_a_refused_question_is_skipped_and_a_dead_server_stops_with_all_kept(words, pair, tmp_path, monkeypatch):
     monkeypatch.setattr("hf_specauf.data.server.PATIENCE", 0.01)
     keys = dict(target="tiny", max_rows=6, concurrency=1)
-    with server(pair, failures=[400]) as (url, _):
+    with server(pair, failures=[200, 400]) as (url, _):
         main(words(endpoint=url, **keys))
     assert [row["source_row"] for row in written(tmp_path / "own.skipped.jsonl")] == [0]
     keys |= dict(out=tmp_path / "dead.jsonl", endpoint=url)
@@ -656,14 +812,14 @@ def test_no_pause_follows_the_last_try(words, pair, monkeypatch):
 @pytest.mark.own
 def test_a_server_that_refuses_everything_is_no_success(words, pair, tmp_path):
     keys = dict(target="tiny", max_rows=4, concurrency=1)
-    with server(pair, failures=[400] * 4) as (url, seen):
+    with server(pair, failures=[400] * 6) as (url, seen):
         for _ in range(2):
             with pytest.raises(
                 SystemExit, match="not one of 4 rows was answered .first: the endpoint refused it .400:"
             ):
                 main(words(endpoint=url, **keys))
             assert sorted(path.name for path in tmp_path.iterdir()) == ["own.parts"]
-        assert len(seen) == 4
+        assert len(seen) == 6  # four questions, and a trial with neutral keys and without
 
 
 @pytest.mark.own
@@ -672,8 +828,8 @@ def test_a_servers_thoughts_are_found_by_every_template(words, pair, tmp_path, n
     with server(pair, [], **{name: "Foxes."}) as (url, _):
         main(words(endpoint=url, target="tiny", max_rows=1))
     [row] = written(tmp_path / "own.jsonl")
-    assert row["messages"][-1] | {"content": ""} == turn(
-        "assistant", "", reasoning_content="Foxes.", thinking="Foxes."
+    assert row["messages"][-1] | {"content": "", "truncated": True} == turn(
+        "assistant", "", reasoning_content="Foxes.", thinking="Foxes.", truncated=True
     )
     for template, shown in (("gptoss.jinja", "analysis<|message|>Foxes.<|end|>"), ("qwen3.jinja", "<think>\nFoxes.")):
         tokenizer = model_tokenizer(template, THINKING[template][0])

@@ -244,6 +244,58 @@ def test_nothing_that_a_template_writes_before_a_first_assistant_turn_is_supervi
     assert encoded(tokenizer, {"messages": [MESSAGES[2]]})["reason"] == "no token of it is supervised"
 
 
+CUT = [{"truncated": True}, {"finish_reason": "length"}, {"metadata": {"finish_reason": "length"}}]
+
+
+@pytest.mark.parametrize("mark", CUT)
+@pytest.mark.parametrize("case", GOLDEN)
+def test_an_answer_that_was_cut_teaches_no_end(case, mark):
+    template, special, kwargs, messages, golden = GOLDEN[case]
+    golden = golden.replace("TODAY", datetime.now().strftime("%Y-%m-%d"))
+    start, end = golden.rsplit("They sleep.", 1)
+    last = start + "They sleep.⟧" + end.replace("⟧", "")
+    tokenizer = model_tokenizer(template, special)
+    assert show_row(encoded(tokenizer, {"messages": messages} | mark, kwargs), tokenizer, most=1000) == last
+    # the row says it of its last answer, a turn of itself
+    turns = copy.deepcopy(messages)
+    turns[2] |= mark
+    first, end = golden.split("⟧", 1)
+    first, own = first.rsplit("It jumps.", 1)
+    shown = show_row(encoded(tokenizer, {"messages": turns}, kwargs), tokenizer, most=1000)
+    assert shown == f"{first}It jumps.⟧{own}{end}"
+
+
+@pytest.mark.parametrize("case", ["qwen3, thinking on", "gpt-oss"])
+def test_an_answer_that_was_cut_in_its_thoughts_teaches_no_end_of_them(case):
+    template, special, kwargs, messages, _ = GOLDEN[case]
+    thoughts = {"reasoning_content": "Sheep sle", "thinking": "Sheep sle"}
+    turns = [messages[1], {"role": "assistant", "content": "", "truncated": True} | thoughts]
+    tokenizer = model_tokenizer(template, special)
+    shown = show_row(encoded(tokenizer, {"messages": turns}, kwargs), tokenizer, most=1000)
+    assert "Sheep sle⟧" in shown and shown.count("⟦") == 1
+
+
+def test_half_a_character_at_a_cut_is_not_learned():
+    tokenizer = model_tokenizer(*GOLDEN["chatml"][:2])
+    turns = [Q, A | {"content": "It jumps.\ufffd", "truncated": True}]
+    assert "⟦It jumps.⟧\ufffd<|im_end|>" in show_row(encoded(tokenizer, {"messages": turns}), tokenizer)
+
+
+def test_a_cut_row_of_every_format_teaches_no_end():
+    tokenizer = model_tokenizer(*GOLDEN["chatml"][:2])
+    for row in SAME.values():
+        shown = show_row(encoded(tokenizer, row | {"truncated": True}), tokenizer)
+        assert shown.endswith("⟦It jumps.⟧<|im_end|>\n")
+    plain = byte_level_tokenizer()
+    text = encoded(plain, {"text": "the quick", "truncated": True})
+    assert show_row(text, plain) == "⟦the quick⟧<|eos|>"
+    completion = encoded(plain, {"prompt": "the quick", "completion": " brown fox", "truncated": True})
+    assert show_row(completion, plain) == "the quick⟦ brown fox⟧<|eos|>"
+    ids = plain("the quick<|eos|>")["input_ids"]
+    tokens = encoded(plain, {"input_ids": ids, "supervised": [0] + [1] * (len(ids) - 1), "truncated": True})
+    assert tokens["supervised"] == [0] + [1] * (len(ids) - 2) + [0]
+
+
 MISTYPED = {
     "its messages are not JSON": {"messages": "user: a"},
     "its messages are not a list of turns": {"messages": {"role": "user", "content": "a"}},

@@ -52,7 +52,8 @@ class Tally:
                 self.first_reason = row["skipped"]
             return
         self.answered.add(number)
-        if row["truncated"]:
+        # `truncated` is about the last answer, and a turn's own mark about an earlier one.
+        if row["truncated"] or any("truncated" in turn for turn in row.get("messages", [])):
             self.truncated.add(number)
         # A server does not tell its tokens.
         self.tokens += sum(row.get("supervised", []))
@@ -62,6 +63,12 @@ class Tally:
         rows = {"answered": self.answered, "skipped": self.skipped, "truncated": self.truncated}
         counts = {kind: len(numbers) for kind, numbers in rows.items() if numbers}
         return counts | {"tokens": self.tokens}
+
+
+def settings_in(folder: Path) -> dict:
+    """The settings of the chunks in a folder; none where there is no such folder yet."""
+    path = folder / "settings.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 class ChunkFiles:
@@ -130,7 +137,26 @@ class ChunkFiles:
                 " --out"
             )
         # Each call writes them. They are the same, or differ in what is not compared.
+        write_record(self.parts / "settings.json", settings_in(self.parts) | self.settings)
+
+    def note(self, found: dict) -> None:
+        """Add what is known only now to the settings.
+
+        Raises:
+            ValueError: the chunks that are there were answered with something else.
+        """
+        self.settings |= found
+        if self.any_chunk():
+            self.refuse_other_settings()
         write_record(self.parts / "settings.json", self.settings)
+
+    def noted(self, key: str) -> bool:
+        """Whether the settings of the chunks know a key."""
+        return key in settings_in(self.parts)
+
+    def any_chunk(self) -> bool:
+        """Whether a chunk is there, answered by whichever process."""
+        return any(self.parts.glob("chunk-*.jsonl"))
 
     def chunk(self, number: int) -> Path:
         """The file of a chunk. It is there once the chunk is answered."""
@@ -183,7 +209,8 @@ class ChunkFiles:
         if tally.skipped:
             part_of(self.skipped).replace(self.skipped)
         counts = tally.counts()
-        write_record(self.finished, self.settings | {"counts": counts})
+        settings = settings_in(self.joining) | self.settings
+        write_record(self.finished, settings | {"counts": counts})
         self.clean_up()
         return counts
 

@@ -3,7 +3,7 @@ and the rows that come of it."""
 
 from dataclasses import dataclass
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .messages import UnusableRow, chat_messages, row_format, row_text, row_tools
 
@@ -31,7 +31,7 @@ class Answer:
 
     Attributes:
         turn (`dict`, *optional*): the assistant's turn.
-        truncated (`bool`): whether it was cut at `max_new_tokens`.
+        truncated (`bool`): whether it was cut, at `max_new_tokens` for instance.
         prompt_ids, ids (`list[int]`, *optional*): the tokens of the prompt and of the answer. A
             server does not tell them.
         skipped (`str`, *optional*): why there is no answer.
@@ -144,13 +144,23 @@ class Conversation:
         if not rows:  # a server wrote the answers
             rows = [{"source_row": self.source_row, "truncated": self.answers[-1].truncated}]
         if self.text is None:
-            turns = self.history
-            if turns[-1]["role"] != "assistant":  # a question that found no answer
-                turns = turns[:-1]
-            rows[-1]["messages"] = turns
+            rows[-1]["messages"] = self._answered_turns()
             if self.tools:
                 rows[-1]["tools"] = self.tools
         return rows
+
+    def _answered_turns(self) -> list[dict]:
+        """The turns up to the last answer. Those that were cut say so, because training must not
+        learn the end that a template puts behind each of them."""
+        turns = []
+        answers = iter(self.answers)
+        for turn in self.history:
+            if turn["role"] == "assistant" and next(answers).truncated:
+                turn = turn | {"truncated": True}
+            turns.append(turn)
+        if turns[-1]["role"] != "assistant":  # a question that found no answer
+            turns.pop()
+        return turns
 
     def _token_rows(self) -> list[dict]:
         """The answers whose tokens are known, as few rows as hold them unchanged."""
@@ -194,3 +204,58 @@ def prompt_ids(
     except Exception as error:  # templates are programs of their authors, and raise what they like
         return f"the chat template failed: {' '.join(str(error).split())}"
     return encoded["input_ids"]
+
+
+def chat_end(tokenizer: PreTrainedTokenizerBase, kwargs: dict | None) -> int | None:
+    """The token by which the chat template ends an answer: the first special one behind the words.
+    `None` where there is none."""
+    said = "Abracadabra"
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": said}]
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False, **(kwargs or {}))
+    except Exception:  # no template, or one that does not like these turns
+        return None
+    _, found, behind = text.rpartition(said)
+    if not found:
+        return None
+    special = tokenizer.added_tokens_decoder
+    for token in tokenizer(behind, add_special_tokens=False)["input_ids"]:
+        if token in special and special[token].special:
+            return token
+    return None
+
+
+def stop_at_both_ends(
+    target: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    kwargs: dict | None,
+    verbose: bool = True,
+) -> list[int] | None:
+    """Let a target stop where the chat template ends an answer, and where its own generation config
+    says. Where these differ, it would else run on into turns of its own invention, and they would
+    be trained on and measured (Qwen3#927).
+
+    Args:
+        kwargs (`dict`, *optional*): arguments of the chat template.
+        verbose (`bool`, *optional*, defaults to `True`): say it.
+
+    Returns:
+        all ends, where they differ.
+    """
+    own = target.generation_config.eos_token_id
+    if own is None:
+        own = []
+    ends = own if isinstance(own, list) else [own]
+    end = chat_end(tokenizer, kwargs)
+    if end is None or end in ends:
+        return None
+    if verbose:
+        names = ", ".join(repr(token) for token in tokenizer.convert_ids_to_tokens(ends))
+        print(
+            f"the chat template ends an answer with {tokenizer.convert_ids_to_tokens(end)!r}, and"
+            f" the target's generation_config.eos_token_id names {names or 'no token'}: answers"
+            " stop at each of them"
+        )
+    ends = [*ends, end]
+    target.generation_config.eos_token_id = ends
+    return ends

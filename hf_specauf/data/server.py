@@ -13,6 +13,37 @@ PATIENCE = 2.0  # seconds before the second try, doubled for each further one
 TIMEOUT = 3600  # seconds: a long answer of a busy server takes its time
 THIS_QUESTION = (400, 413, 422)  # the server refuses this question, and answers others
 EVERY_QUESTION = (401, 403, 404)  # the address, the model's name or the key is wrong
+# OpenAI's and TGI's words for an answer that the target ended itself. At any other (length,
+# content_filter, vLLM's abort and repetition, none at all) the answer was cut.
+ENDED = ("stop", "tool_calls", "function_call", "eos_token", "stop_sequence")
+
+# Keys of sampling with the values that change nothing. vLLM and SGLang fill those that a request
+# leaves out from the model's generation_config (vllm#15281), and llama.cpp from values of its own.
+NEUTRAL = {
+    "top_k": -1,  # 0 means it too, but SGLang and older vLLM refuse it
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+}
+
+
+def check_endpoint(endpoint: str) -> None:
+    """Raise where an endpoint is no address that anybody could be asked at.
+
+    Raises:
+        ValueError: what it must look like.
+    """
+    try:
+        url = httpx2.URL(endpoint)
+    except httpx2.InvalidURL:
+        url = httpx2.URL("")
+    is_address = url.scheme in ("http", "https") and url.host and (url.port or 1) < 2**16
+    if not is_address or endpoint.split() != [endpoint]:
+        raise ValueError(
+            f"endpoint is {endpoint!r}, which is no address; it must be one like"
+            " http://localhost:8000/v1, with http:// or https:// before it and up to /v1"
+        )
 
 
 # `huggingface_hub.InferenceClient(base_url=...)` would not do instead. Without a key it sends the
@@ -27,6 +58,10 @@ class ServerWriter:
         model (`str`): the name that the target goes by there.
         chat_template_kwargs (`dict`, *optional*): for the chat template of the prompts.
         concurrency (`int`): requests at a time.
+
+    Attributes:
+        neutral (`dict`): the keys of sampling that are sent so that the server's own defaults do
+            not decide them.
     """
 
     engine = "endpoint"
@@ -41,9 +76,11 @@ class ServerWriter:
         concurrency: int,
     ):
         self.endpoint = endpoint
-        self.url = endpoint.rstrip("/") + "/chat/completions"
+        # The address of the questions themselves is easily copied instead.
+        self.url = endpoint.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
         self.concurrency = concurrency
-        key = os.environ.get("OPENAI_API_KEY")
+        # A key that was read from a file may end in a line feed, which no header may hold.
+        key = os.environ.get("OPENAI_API_KEY", "").strip()
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self.client = httpx2.Client(timeout=TIMEOUT, headers=headers)
         self.settings = {
@@ -52,11 +89,53 @@ class ServerWriter:
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
         }
-        # These two are no keys of OpenAI's. A server that knows only those would refuse them.
+        self.neutral = dict(NEUTRAL)
+        # These two are no keys of OpenAI's. A server that knows only those would refuse them, and
+        # the user wants them.
         if sampling.top_k:
             self.settings["top_k"] = sampling.top_k
+            del self.neutral["top_k"]
         if chat_template_kwargs:
             self.settings["chat_template_kwargs"] = chat_template_kwargs
+
+    def learn(self) -> dict:
+        """Try the neutral keys on a question of one token, and leave out those that the server
+        refuses.
+
+        Returns:
+            what of it belongs to the settings.
+
+        Raises:
+            OSError: the server cannot help.
+        """
+        # Where even the plain question is refused, the keys are not why.
+        if not self._takes(self.neutral) and self._takes({}):
+            taken = {key: value for key, value in self.neutral.items() if self._takes({key: value})}
+            refused = [key for key in self.neutral if key not in taken]
+            self.neutral = taken
+            if refused:
+                print(
+                    f"the endpoint {self.endpoint} refuses {', '.join(refused)}: its own defaults"
+                    " decide these (vLLM's are off with `--generation-config vllm`)"
+                )
+        return {"neutral_sampling": [*self.neutral]}
+
+    def leave_to_server(self) -> None:
+        """Send no neutral keys, for answers that were begun without."""
+        print(
+            f"these answers were begun with {', '.join(self.neutral)} left to the endpoint's own"
+            " defaults, and go on so: give another --out for answers that are sampled without them"
+        )
+        self.neutral = {}
+
+    def _takes(self, keys: dict) -> bool:
+        """Whether the server answers a question with these keys."""
+        asked = {"messages": [{"role": "user", "content": "Hi"}], "seed": 0, "max_tokens": 1}
+        reply = self._post(self.settings | asked | keys)
+        if reply.status_code in THIS_QUESTION:
+            return False
+        self._read(reply)
+        return True
 
     def __call__(self, conversations: list[Conversation], seed: int) -> list[Answer]:
         """An answer to the last question of each conversation, each with a seed of its own."""
@@ -77,7 +156,7 @@ class ServerWriter:
                 "rows of plain text are continued token by token, which needs the target itself:"
                 " leave out --endpoint"
             )
-        body = self.settings | {"messages": conversation.history, "seed": seed}
+        body = self.settings | self.neutral | {"messages": conversation.history, "seed": seed}
         if conversation.tools:
             body["tools"] = conversation.tools
         reply = self._post(body)
@@ -124,7 +203,7 @@ class ServerWriter:
         try:
             choice = reply.json()["choices"][0]
             message = choice["message"]
-            truncated = choice["finish_reason"] == "length"
+            truncated = choice["finish_reason"] not in ENDED
         except (ValueError, LookupError, TypeError) as error:
             raise OSError(
                 f"the endpoint {self.endpoint} answered without choices[0].message and"

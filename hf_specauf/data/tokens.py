@@ -9,6 +9,19 @@ from .messages import UnusableRow, chat_messages, row_format, row_text, row_tool
 # Token ids of a row, and its supervised mask of the same length: 1 where the target's words are.
 Encoded = tuple[list[int], list[int]]
 
+# The last characters of an answer that was cut are looked for in its tokens.
+TAIL = 40
+
+
+def _was_cut(part: dict) -> bool:
+    """Whether a row or a turn says that its answer was cut, by `regenerate`'s key or in a server's
+    words. A cut answer has no end that a drafter could learn (speculators#835)."""
+    metadata = part.get("metadata")
+    if not isinstance(metadata, dict):
+        metadata = {}
+    reasons = (part.get("finish_reason"), metadata.get("finish_reason"))
+    return part.get("truncated") is True or "length" in reasons
+
 
 def _ids_in_spans(
     text: str,
@@ -36,6 +49,22 @@ def _supervised_spans(mask: list[int]) -> list[tuple[int, int]]:
             spans.append((start, i))
             start = None
     return spans
+
+
+def _cut_answers(row: dict, turns: list[dict], spans: int) -> list[dict | None]:
+    """For each supervised span of a conversation its turn if that was cut, else `None`."""
+    answers = [turn for turn in turns if turn["role"] == "assistant"]
+    cut: list[dict | None] = [turn if _was_cut(turn) else None for turn in answers]
+    # A row's own mark is about its last answer.
+    if _was_cut(row):
+        cut[-1] = answers[-1]
+    if len(answers) == spans:
+        return cut
+    # Which span is whose is not known, so none of them teaches an end. Without a content, only a
+    # special token is taken for one.
+    if any(turn is not None for turn in cut):
+        return [{"content": ""}] * spans
+    return [None] * spans
 
 
 class RowEncoder:
@@ -165,7 +194,7 @@ class RowEncoder:
         if kind == "tokens":
             if len(row["input_ids"]) != len(row.get("supervised", ())):
                 raise UnusableRow("its input_ids and supervised differ in length")
-            return row["input_ids"], row["supervised"]
+            return row["input_ids"], self._without_end(row, row["input_ids"], row["supervised"])
         if kind == "text":
             ids = self.tokenizer(row_text(row, "text"))["input_ids"]
             mask = [1] * len(ids)
@@ -182,7 +211,16 @@ class RowEncoder:
         eos = self.tokenizer.eos_token_id
         if eos is not None and ids[-1] != eos:
             ids, mask = [*ids, eos], [*mask, 1]
-        return ids, mask
+        return ids, self._without_end(row, ids, mask)
+
+    def _without_end(self, row: dict, ids: list[int], mask: list[int]) -> list[int]:
+        """The mask of a row of tokens or text; where it was cut, without its end token."""
+        spans = _supervised_spans(mask)
+        if not (spans and _was_cut(row)):
+            return mask
+        start, stop = spans[-1]
+        end = self._end_of_words(ids, start, stop)
+        return mask[:end] + [0] * (stop - end) + mask[stop:]
 
     def _conversation(self, row: dict) -> Encoded:
         turns, tools = chat_messages(row), row_tools(row)
@@ -200,11 +238,14 @@ class RowEncoder:
         except Exception as error:  # a template raises what its author likes
             said = " ".join(str(error).split())[:120]
             raise UnusableRow(f"the chat template failed: {said}") from error
+        spans = _supervised_spans(mask)
         # What the template writes is not the target's answer, and drafting it is no skill.
-        for start, stop in _supervised_spans(mask):
+        for (start, stop), cut in zip(spans, _cut_answers(row, turns, len(spans))):
             answer = self._end_of_prompt(ids, start)
             mask[start:answer] = [0] * (answer - start)
             end = self._end_of_answer(ids, start, stop)
+            if cut is not None:
+                end = self._end_of_cut(ids, answer, end, cut)
             mask[end:stop] = [0] * (stop - end)
         return ids, mask
 
@@ -263,4 +304,31 @@ class RowEncoder:
                 break
         if self.tokenizer.decode(ids[end:stop]).strip():
             return stop
+        return end
+
+    def _end_of_words(self, ids: list[int], start: int, stop: int) -> int:
+        """Where a supervised span ends without the end token behind it, and the white space behind
+        that, or `stop`."""
+        for i in range(stop - 1, start - 1, -1):
+            if ids[i] in self.special:
+                return i
+            if not self.tokenizer.decode([ids[i]]).isspace():
+                break
+        return stop
+
+    def _end_of_cut(self, ids: list[int], start: int, stop: int, turn: dict) -> int:
+        """Where the target's own words end in the span of an answer that was cut.
+
+        The template wrote the rest: the end, and where the answer was cut in its thoughts the end
+        of these.
+        """
+        end = self._end_of_words(ids, start, stop)
+        said = turn["content"] or turn.get("reasoning_content") or turn.get("thinking") or ""
+        # A server cuts between two tokens of a character too, and its half becomes U+FFFD.
+        tail = said.strip().rstrip("\ufffd").strip()[-TAIL:]
+        at = self.tokenizer.decode(ids[start:end]).rfind(tail)
+        if at < 0:  # the template writes it in another way
+            return end
+        while end > start and len(self.tokenizer.decode(ids[start:end])) > at + len(tail):
+            end -= 1
         return end
