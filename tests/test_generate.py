@@ -37,7 +37,8 @@ import hf_specauf
 from hf_specauf.drafters.candidates import BlockCandidateGenerator, Round
 from hf_specauf.drafters.modeling_dflash import DFlashDraftModel
 from hf_specauf.drafters.transformers_internals import CACHE, STATIC_CACHES_CROP, check_cache
-from hf_specauf.identity import _ORIGINS, Origin, note_origin, origin_of, tokenizer_hashes
+from hf_specauf.identity import Origin, note_origin, origin_of, tokenizer_hashes
+from hf_specauf.identity.origins import _ORIGINS
 from hf_specauf.losses.blocks import make_blocks
 from hf_specauf.serving.acceptance import accepted_prefix, summarize
 from hf_specauf.serving.decoding import attach
