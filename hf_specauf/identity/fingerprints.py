@@ -54,17 +54,40 @@ def _bf16_bytes(tensor: torch.Tensor) -> np.ndarray:
 
 def tokenizer_hashes(tokenizer: PreTrainedTokenizerBase) -> dict[str, str | None]:
     """Short SHA-256 of the vocabulary and of the chat template, by which a pair is recognised."""
-
-    def short(text: str) -> str:
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
-
     template = tokenizer.chat_template
     template_hash = None
     if template is not None:
         # A tokenizer may have several templates by name, so this need not be text.
-        template_hash = short(json.dumps(template))
-    vocabulary = sorted(tokenizer.get_vocab().items())
+        template_hash = _short_hash(template)
     return {
-        "tokenizer_hash": short(json.dumps(vocabulary)),
+        "tokenizer_hash": _short_hash(sorted(tokenizer.get_vocab().items())),
         "chat_template_hash": template_hash,
     }
+
+
+# A whole vocabulary is hashed for each word that may have been added: a tenth of a second.
+MOST_WORDS_ADDED = 100
+
+
+def words_added_since(
+    tokenizer: PreTrainedTokenizerBase, tokenizer_hash: str
+) -> dict[int, str] | None:
+    """The words, by their ids, that were added at the end of a vocabulary since it had a hash;
+    `None` where it never had it, or more than `MOST_WORDS_ADDED` were added.
+
+    A fine-tune that adds tokens keeps all others at their ids, and so serves the same drafter.
+    """
+    words = tokenizer.get_vocab()
+    # Only those can have been added since, and whatever is added comes last.
+    candidates = sorted(tokenizer.get_added_vocab().items(), key=lambda word: -word[1])
+    added = {}
+    for word, number in candidates[:MOST_WORDS_ADDED]:
+        del words[word]
+        added[number] = word
+        if _short_hash(sorted(words.items())) == tokenizer_hash:
+            return added
+    return None
+
+
+def _short_hash(value: object) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]

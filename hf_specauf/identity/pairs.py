@@ -6,7 +6,8 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..drafters.configuration_dflash import DFlashConfig
-from ..drafters.overrides import shape_differences
+from ..drafters.overrides import check_shape
+from .fingerprints import words_added_since
 from .record import Identity
 from .wrappers import innermost
 
@@ -14,21 +15,15 @@ from .wrappers import innermost
 def check_pair(
     target: PreTrainedModel, config: DFlashConfig, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> None:
-    """Raise unless the drafter can serve the target: layers, hidden size, vocabulary and, if a
-    tokenizer is given, its words agree. Warn if the model, its commit or the chat template is not
-    the one of training.
+    """Raise unless the drafter can serve the target: layers, hidden size, a vocabulary of its own
+    and, if a tokenizer is given, its words agree. Warn if the model, its commit, the size of its
+    vocabulary or the chat template is not the one of training.
 
     Raises:
         ValueError: what differs, and what to do.
     """
     target = innermost(target)
-    wrong = shape_differences(target, config)
-    if wrong:
-        raise ValueError(
-            f"this drafter does not belong to this target: its config says {', '.join(wrong)}. It"
-            f" was trained for {config.target_model_name_or_path or 'an unnamed target'}; load that"
-            " target or another drafter."
-        )
+    check_shape(target, config)
     if target.config.is_encoder_decoder or target.get_output_embeddings() is None:
         raise ValueError(
             f"{type(target).__name__} is not a decoder-only language model with a head; drafters"
@@ -36,14 +31,33 @@ def check_pair(
         )
     found, meant = Identity.of(target, tokenizer), Identity.of_target_of(config)
     _warn_of_another_target(found, meant)
-    if tokenizer is None:
-        return
-    if meant.tokenizer_hash not in (None, found.tokenizer_hash):
-        raise ValueError(
-            f"the tokenizer's vocabulary (hash {found.tokenizer_hash}) is not the one this drafter"
-            f" was trained with ({meant.tokenizer_hash}): load the tokenizer of"
-            f" {meant.name_or_path}"
+    if found.vocab_size != meant.vocab_size:
+        warn(
+            f"its target's embedding had {meant.vocab_size} rows in training, and this one's has"
+            f" {found.vocab_size}: it has never drafted new tokens"
         )
+    if tokenizer is not None:
+        _check_words(tokenizer, found, meant, config.mask_token_id)
+
+
+def _check_words(
+    tokenizer: PreTrainedTokenizerBase, found: Identity, meant: Identity, mask_token_id: int
+) -> None:
+    """Raise unless the tokenizer's words are those of training, or those and some more."""
+    if meant.tokenizer_hash not in (None, found.tokenizer_hash):
+        added = words_added_since(tokenizer, meant.tokenizer_hash)
+        if added is None:
+            raise ValueError(
+                f"the tokenizer's vocabulary (hash {found.tokenizer_hash}) is not the one this"
+                f" drafter was trained with ({meant.tokenizer_hash}), nor that one with a few"
+                f" tokens added: load the tokenizer of {meant.name_or_path}. Where you know that"
+                " the tokens it was trained with have kept their ids, leave tokenizer out."
+            )
+        if mask_token_id in added:
+            warn(
+                f"its mask token {mask_token_id} is now the word {added[mask_token_id]!r} of the"
+                " tokenizer, so that a blank looks like that word"
+            )
     if meant.chat_template_hash not in (None, found.chat_template_hash):
         warn("the tokenizer's chat template is not the one it was trained with")
 

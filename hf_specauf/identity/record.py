@@ -124,10 +124,13 @@ class Identity:
         return asdict(self)
 
     def write_into(self, config: DFlashConfig) -> None:
-        """Make a drafter's config say that it is for this target. Its shape stays as it is."""
+        """Make a drafter's config say that it is for this target. Its shape stays as it is, but for
+        the vocabulary of a target that was resized, where the drafter has no part in that."""
         for key, value in self.config_keys().items():
             if key not in SHAPE_KEYS:
                 setattr(config, key, value)
+        if self.vocab_size is not None and not config.owns_vocabulary:
+            config.vocab_size = self.vocab_size
 
     def differences(self, other: "Identity") -> dict[str, tuple[Any, Any]]:
         """Fields that both know and that differ -> (ours, theirs)."""
