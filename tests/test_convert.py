@@ -67,6 +67,14 @@ def test_z_lab_folder_is_converted_bit_for_bit_and_serves(folder, drafter):
         assert torch.equal(found(noise, context).last_hidden_state, drafter(noise, context).last_hidden_state)
 
 
+@pytest.mark.parametrize("dtype", ["auto", torch.float32])
+def test_rope_frequencies_of_a_bf16_folder_stay_in_fp32(folder, drafter, dtype):
+    found = load_drafter(folder, dtype=dtype)
+    trained = DFlashDraftModel(drafter.config).rotary_emb
+    for name, frequencies in found.rotary_emb.named_buffers():
+        assert frequencies.dtype == torch.float32 and torch.equal(frequencies, getattr(trained, name))
+
+
 def test_newer_files_may_keep_the_block_size_inside_and_name_two_tensors_as_transformers_does(folder, drafter):
     change(folder, block_size="gone", rope_theta="gone", rope_scaling="gone",
            rope_parameters=drafter.config.rope_parameters,

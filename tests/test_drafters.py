@@ -34,6 +34,35 @@ SMALL = dict(
 ROPE = {"rope_type": "default", "rope_theta": 1e4}
 
 
+# ---- rope
+
+
+@pytest.mark.parametrize("make", [make_drafter, make_domino])
+@pytest.mark.parametrize(
+    "cast",
+    [
+        lambda drafter: drafter.to(torch.bfloat16),
+        lambda drafter: drafter.bfloat16().float(),
+        lambda drafter: drafter.half(),
+        lambda drafter: drafter.double(),
+        lambda drafter: torch.nn.ModuleList([drafter]).to("cpu", torch.bfloat16)[0],
+    ],
+    ids=["to", "there and back", "half", "double", "inside another module"],
+)
+def test_no_cast_of_a_whole_drafter_reaches_its_rope_frequencies(cast, make):
+    drafter = make(make_target())
+    before = {name: buffer.clone() for name, buffer in drafter.rotary_emb.named_buffers()}
+    after = dict(cast(drafter).rotary_emb.named_buffers())
+    assert after.keys() == before.keys() == {"inv_freq", "original_inv_freq"}
+    for name, frequencies in after.items():
+        assert frequencies.dtype == torch.float32 and torch.equal(frequencies, before[name])
+
+
+def test_rope_frequencies_move_with_the_drafter():
+    drafter = make_drafter(make_target()).to("meta", torch.bfloat16)
+    assert all(buffer.is_meta for buffer in drafter.rotary_emb.buffers())
+
+
 # ---- the config
 
 

@@ -8,7 +8,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, EOS, MASK, PAD, VOCAB, make_drafter, make_target, overfit, random_prompts
+from conftest import (
+    ARCHITECTURES,
+    EOS,
+    MASK,
+    PAD,
+    VOCAB,
+    byte_level_tokenizer,
+    make_domino,
+    make_drafter,
+    make_target,
+    overfit,
+    random_prompts,
+)
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from scipy.stats import chisquare
 from transformers import (
@@ -37,7 +49,8 @@ import hf_specauf
 from hf_specauf.drafters.candidates import BlockCandidateGenerator, Round
 from hf_specauf.drafters.modeling_dflash import DFlashDraftModel
 from hf_specauf.drafters.transformers_internals import CACHE, STATIC_CACHES_CROP, check_cache
-from hf_specauf.identity import _ORIGINS, Origin, note_origin, origin_of, tokenizer_hashes
+from hf_specauf.identity import Origin, note_origin, origin_of, tokenizer_hashes
+from hf_specauf.identity.origins import _ORIGINS
 from hf_specauf.losses.blocks import make_blocks
 from hf_specauf.serving.acceptance import accepted_prefix, summarize
 from hf_specauf.serving.decoding import attach
@@ -832,7 +845,7 @@ def test_a_stateful_target_is_refused():
     [
         (lambda: make_drafter(make_target(), dtype=torch.float16), {}, ValueError, "bfloat16 or float32"),
         (lambda: make_drafter(make_target(hidden_size=64)), {}, ValueError, r"hidden_size 64 \(target: 32\)"),
-        (lambda: make_drafter(make_target(vocab_size=128)), {}, ValueError, r"vocab_size 128 \(target: 96\)"),
+        (lambda: make_domino(make_target(vocab_size=97)), {}, ValueError, r"Domino .* vocab_size 97 \(target: 96\)"),
         (lambda: make_drafter(make_target(num_hidden_layers=5)), {}, ValueError, r"num_target_layers 5 \(target: 4\)"),
         (lambda: make_target(), {}, TypeError, "is not a block drafter; load one with AutoModel"),
         (lambda: pair().drafter, dict(max_draft_tokens=0), ValueError, r"must be in 1\.\.3"),
@@ -846,6 +859,58 @@ def test_attach_refuses_what_cannot_work_and_leaves_the_target_alone(drafter, op
     with pytest.raises(error, match=advice):
         attach(target, drafter(), **options)
     assert set(vars(target)) == before
+
+
+@pytest.mark.parametrize("rows", [VOCAB + 8, MASK + 1], ids=["more rows", "fewer rows"])
+@pytest.mark.parametrize("route", ["attach", "generate", "native"])
+def test_a_fine_tune_with_a_resized_vocabulary_is_drafted_for_with_a_warning(rows, route):
+    big = make_target(vocab_size=VOCAB + 4)
+    drafter = make_drafter(big, dtype=torch.float64)
+    target = deepcopy(big)
+    target.resize_token_embeddings(rows, mean_resizing=False)
+    prompt = random_prompts(1)
+    expected = target.generate(prompt, **GREEDY)
+    call = dict(GREEDY, assistant_model=drafter)
+    if route == "native":
+        assert torch.equal(target.generate(prompt, **call, speculation_type="dflash"), expected)
+        return
+    with pytest.warns(UserWarning, match=f"had {VOCAB + 4} rows in training, and this one's has {rows}"):
+        if route == "generate":
+            assert torch.equal(hf_specauf.generate(target, drafter, prompt, **GREEDY), expected)
+            return
+        attachment = attach(target, drafter)
+    with attachment:
+        assert torch.equal(target.generate(prompt, **call), expected)
+    assert any(r.drafted for r in attachment.rounds)
+    assert drafter.config.vocab_size == VOCAB + 4  # it is still the drafter of the target it was trained for
+
+
+def test_a_target_whose_config_names_fewer_rows_than_it_was_padded_to_is_drafted_for():
+    target = make_target(vocab_size=VOCAB + 4)
+    drafter = make_drafter(target, dtype=torch.float64)
+    target.config.vocab_size = VOCAB
+    prompt = random_prompts(1)
+    assert torch.equal(hf_specauf.generate(target, drafter, prompt, **GREEDY), target.generate(prompt, **GREEDY))
+
+
+def test_words_added_by_a_fine_tune_are_no_other_vocabulary_and_one_that_takes_the_mask_is_a_warning(text_target):
+    tokenizer = byte_level_tokenizer()
+    trained = len(tokenizer)
+    target = deepcopy(text_target)
+    target.resize_token_embeddings(trained + 4, mean_resizing=False)
+    drafter = make_drafter(target)
+    for key, value in tokenizer_hashes(tokenizer).items():
+        setattr(drafter.config, key, value)
+    assert tokenizer.add_tokens(["<tool>", "</tool>"]) == 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attach(target, drafter, tokenizer=tokenizer).detach()
+    drafter.config.mask_token_id = trained + 1
+    with pytest.warns(UserWarning, match=f"mask token {trained + 1} is now the word '</tool>'"):
+        attach(target, drafter, tokenizer=tokenizer).detach()
+    drafter.config.tokenizer_hash = "0" * 16
+    with pytest.raises(ValueError, match="nor that one with a few tokens added: load the tokenizer of"):
+        attach(target, drafter, tokenizer=tokenizer)
 
 
 def test_other_weights_of_the_target_are_noticed_whatever_it_is_called(text_target):

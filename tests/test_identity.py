@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from hf_specauf import add_adapter, attach, load_drafter
 from hf_specauf.data.on_policy import written_by
 from hf_specauf.evaluate import main as evaluate
-from hf_specauf.identity import CONFIG_KEYS, Identity, Origin, note_origin, origin_of
+from hf_specauf.identity import CONFIG_KEYS, Identity, Origin, note_origin, origin_of, origins
 from hf_specauf.regenerate import main as regenerate
 from hf_specauf.target import load_target
 from hf_specauf.train import main as train
@@ -108,12 +108,11 @@ def test_what_a_model_was_loaded_from_is_remembered_as_long_as_it_lives(files):
     assert Identity.of(target, revision="main").revision == "a" * 40
     bare = AutoModelForCausalLM.from_pretrained(files / "target")
     assert origin_of(bare) is None
-    from hf_specauf import identity
 
-    kept = len(identity._ORIGINS)
+    kept = len(origins._ORIGINS)
     del target
     gc.collect()
-    assert len(identity._ORIGINS) < kept
+    assert len(origins._ORIGINS) < kept
 
 
 # ---- files that 0.1.0 wrote

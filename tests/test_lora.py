@@ -193,6 +193,29 @@ def test_a_base_by_a_relative_path_is_found_from_anywhere(base, tmp_path, monkey
     assert load_drafter(tmp_path / "a")
 
 
+def check_rope(drafter):
+    """The frequencies that it was trained with: in bf16 they are off by up to 0.4 %."""
+    trained = DFlashDraftModel(drafter.config).rotary_emb.inv_freq
+    assert drafter.rotary_emb.inv_freq.dtype == torch.float32
+    assert torch.equal(drafter.rotary_emb.inv_freq, trained)
+
+
+def test_rope_frequencies_stay_in_fp32_where_an_adapter_is_merged_or_layers_are_borrowed(base, tmp_path):
+    load_drafter(base, dtype=torch.bfloat16).save_pretrained(tmp_path / "bf16")
+    adapter_on(load_drafter(z_lab_folder(tmp_path / "bf16", tmp_path)), tmp_path / "a")
+    for dtype in ("auto", torch.bfloat16, torch.float32):
+        check_rope(load_drafter(tmp_path / "a", dtype=dtype))
+    target = make_target(dtype=torch.bfloat16)
+    layers = AdapterBase.of_layers(target, [1, 3])
+    drafter = borrow(target, config_for(target), [1, 3], frozen=True)
+    get_peft_model(drafter, LoraConfig(target_modules="all-linear", modules_to_save=["fc"])).save_pretrained(
+        tmp_path / "b"
+    )
+    finish_adapter(tmp_path / "b", layers, drafter.config)
+    for dtype in ("auto", torch.float32):
+        check_rope(from_target(target, tmp_path / "b", dtype=dtype))
+
+
 def test_unmerged_and_merged_give_the_same_drafts(base, tmp_path):
     drafter = adapter_on(load_drafter(base), tmp_path / "a")
     peft = add_adapter(drafter, tmp_path / "a")

@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, MASK, VOCAB, make_drafter, make_target, random_prompts
+from conftest import ARCHITECTURES, MASK, VOCAB, make_domino, make_drafter, make_target, random_prompts
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 from transformers.models.muse_glimmer.modeling_muse_glimmer import MuseGlimmerTextNormedEmbedding
 
 from hf_specauf.drafters.candidates import embed_noise
-from hf_specauf.identity import check_pair, embedding_rows
+from hf_specauf.identity import Identity, check_pair, embedding_rows
 from hf_specauf.serving.decoding import attach
 from hf_specauf.target import (
     FrozenTarget,
@@ -217,9 +217,8 @@ def test_training_and_decoding_embed_noise_alike(case):
     ("change", "message"),
     [
         ({"hidden_size": 64}, r"hidden_size 64 \(target: 32\)"),
-        ({"vocab_size": 128}, r"vocab_size 128 \(target: 96\)"),
         ({"num_target_layers": 5}, r"num_target_layers 5 \(target: 4\)"),
-        ({"hidden_size": 64, "vocab_size": 128}, r"hidden_size 64 .*vocab_size 128 .*another drafter"),
+        ({"hidden_size": 64, "num_target_layers": 5}, r"hidden_size 64 .*num_target_layers 5 .*another drafter"),
     ],
 )
 def test_a_drafter_of_another_target_is_refused_by_name(change, message):
@@ -230,6 +229,27 @@ def test_a_drafter_of_another_target_is_refused_by_name(change, message):
         setattr(config, key, value)
     with pytest.raises(ValueError, match=message):
         FrozenTarget(target, config)
+
+
+def resized(rows: int, **kwargs):
+    target = make_target(**kwargs)
+    target.resize_token_embeddings(rows, mean_resizing=False)
+    return target
+
+
+def test_a_drafter_trained_further_for_a_resized_target_says_so_in_its_config():
+    target = resized(VOCAB + 8)
+    for make, rows in ((make_drafter, VOCAB + 8), (make_domino, VOCAB)):
+        config = make(make_target()).config
+        Identity.of(target).write_into(config)
+        assert config.vocab_size == rows  # Domino has V rows of its own
+    with pytest.raises(ValueError, match=r"^this Domino drafter .* vocab_size 96 \(target: 104\).*a row of its own"):
+        FrozenTarget(target, config)
+
+
+def test_a_resized_vocabulary_without_the_mask_token_is_refused_with_what_to_give_back():
+    with pytest.raises(ValueError, match=r"mask_token_id is 95, .* cut to 95 rows.*its 96 rows back .*resize_token"):
+        FrozenTarget(resized(MASK), make_drafter(make_target()).config)
 
 
 def test_vocabulary_is_counted_in_embedding_rows():

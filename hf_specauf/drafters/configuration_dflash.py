@@ -115,6 +115,7 @@ class DFlashConfig(PreTrainedConfig):
     branches = 1  # of logits; 2 where a causal head corrects the backbone's
     reads_previous_tokens = False  # whether training tells each slot the true tokens before it
     starts_at_random = ("fc",)  # modules that no layer of a target can be copied into
+    owns_vocabulary = False  # whether it has weights of its own for each token
     runs_in_native_generator = True  # by `speculation_type="dflash"`, without this package
     card_tags = ("dflash",)
     card_method = "DFlash, "  # how its card's sentence on the method begins

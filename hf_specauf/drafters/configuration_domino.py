@@ -39,6 +39,7 @@ class DominoConfig(DFlashConfig):
     branches = 2
     reads_previous_tokens = True
     starts_at_random = ("fc", "prefix_gru", "embed_proj")
+    owns_vocabulary = True
     runs_in_native_generator = False
     card_tags = ("domino", "arxiv:2605.29707")
     card_method = (

@@ -25,6 +25,24 @@ from .transformers_internals import (
 )
 
 
+class RotaryEmbedding(Qwen3RotaryEmbedding):
+    """Qwen3's, whose frequencies stay in fp32 when a whole module is cast, as they were trained.
+
+    They are buffers, and `module.to(torch.bfloat16)` casts those too. In bf16 they are off by up to
+    0.4 %, which is whole turns far into a text (NVIDIA-NeMo/Automodel#2549).
+    """
+
+    def _apply(self, fn, recurse=True):
+        # Every cast and move of a module comes through here: `to`, `half`, `bfloat16`, `to_empty`.
+        before = dict(self.named_buffers())
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            moved = getattr(self, name)
+            if moved.dtype != buffer.dtype:
+                setattr(self, name, buffer.to(moved.device))
+        return self
+
+
 class DFlashAttention(nn.Module):
     """Queries from the block; keys and values from the context and the block (arXiv 2602.06036)."""
 
@@ -175,7 +193,7 @@ class DFlashDraftModel(PreTrainedModel):
             DFlashDecoderLayer(config, i) for i in range(config.num_hidden_layers)
         )
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.rotary_emb = Qwen3RotaryEmbedding(config=config)
+        self.rotary_emb = RotaryEmbedding(config=config)
         self.gradient_checkpointing = False
         self.post_init()
 

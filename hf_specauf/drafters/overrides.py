@@ -113,21 +113,55 @@ def check_inputs(target, input_ids: torch.Tensor, model_kwargs: dict) -> None:
         )
 
 
-def shape_differences(target, config) -> list[str]:
-    """What of a drafter's config does not fit a target's shape, in words; empty where all fits."""
+def check_shape(target, config) -> None:
+    """Raise unless a drafter fits a target's shape.
+
+    A target's vocabulary may have grown or shrunk since: a DFlash drafter drafts with the target's
+    own embedding and head, so that all it needs of the vocabulary is its mask token.
+
+    Args:
+        target (`PreTrainedModel`): the target, no wrapper.
+        config (`DFlashConfig`): of the drafter.
+
+    Raises:
+        ValueError: what does not fit, and what to do.
+    """
     text = target.config.get_text_config(decoder=True)
-    found = {
-        "hidden_size": text.hidden_size,
-        # The embedding's rows: a config may name fewer than a target was padded to.
-        "vocab_size": target.get_input_embeddings().weight.shape[0],
-        "num_target_layers": text.num_hidden_layers,
-    }
-    wrong = []
+    # The embedding's rows: a config may name fewer than a target was padded to.
+    rows = target.get_input_embeddings().weight.shape[0]
+    found = {"hidden_size": text.hidden_size, "num_target_layers": text.num_hidden_layers}
+    # Code that older folders bring along does not say whether it has rows of its own.
+    owns_vocabulary = getattr(config, "owns_vocabulary", True)
+    if owns_vocabulary:
+        found["vocab_size"] = rows
+    wrong = {}
     for key, value in found.items():
         trained = getattr(config, key)
         if trained != value:
-            wrong.append(f"{key} {trained} (target: {value})")
-    return wrong
+            wrong[key] = f"{key} {trained} (target: {value})"
+    name = config.target_model_name_or_path or "an unnamed target"
+    if list(wrong) == ["vocab_size"]:
+        raise ValueError(
+            f"this {type(config).__name__.removesuffix('Config')} drafter does not fit this"
+            f" target's vocabulary: its config says {wrong['vocab_size']}, and it has a row of its"
+            f" own for each token. It was trained for {name}. Where only unused rows were added"
+            f" since, target.resize_token_embeddings({config.vocab_size}) takes them away again."
+            " Else train a drafter for this target; a DFlash drafter has no such rows and serves"
+            " both."
+        )
+    if wrong:
+        raise ValueError(
+            "this drafter does not belong to this target: its config says"
+            f" {', '.join(wrong.values())}. It was trained for {name}; load that target or another"
+            " drafter."
+        )
+    if config.mask_token_id >= rows:
+        raise ValueError(
+            f"the drafter's mask_token_id is {config.mask_token_id}, and this target's embedding"
+            f" was cut to {rows} rows: the drafter would have no mask token. Give it its"
+            f" {config.vocab_size} rows back (target.resize_token_embeddings), with row"
+            f" {config.mask_token_id} of {name}."
+        )
 
 
 # ---- stopping
@@ -245,6 +279,10 @@ class DraftingOverrides:
         self.generator = None
         if self._of(generation_mode_kwargs.get("assistant_model")) is not None:
             check_generation(target, generation_mode, generation_config)
+            # Without it, because transformers asks an assistant for the target's vocabulary, and
+            # this target's may have been resized since the drafter was trained.
+            generation_mode_kwargs = dict(generation_mode_kwargs)
+            del generation_mode_kwargs["assistant_model"]
         type(target)._validate_generation_mode(
             target, generation_mode, generation_config, generation_mode_kwargs
         )
@@ -304,15 +342,9 @@ def generate_with_drafter(target, drafter, *args, **kwargs):
         What `target.generate` returns: the target's own output.
 
     Raises:
-        ValueError: the drafter was trained for another model.
+        ValueError: the drafter was trained for a model of another shape.
     """
-    wrong = shape_differences(target, drafter.config)
-    if wrong:
-        raise ValueError(
-            f"this drafter does not belong to this target: its config says {', '.join(wrong)}. It"
-            f" was trained for {drafter.config.target_model_name_or_path or 'an unnamed target'};"
-            " load that target or another drafter."
-        )
+    check_shape(target, drafter.config)
     overrides = DraftingOverrides(target, drafter, drafter.eval().get_candidate_generator)
     try:
         return target.generate(*args, **kwargs, assistant_model=drafter)
