@@ -172,7 +172,7 @@ def test_a_row_of_a_mixture_is_named_with_its_source(prepare, capsys):
     sources = [Dataset.from_dict(columns) for columns in (own, {"messages": [MESSAGES, MESSAGES[:2]]})]
     assert len(prepare(several=sources)) == 2
     assert "dropped 1 of 3 rows: it has no assistant turn (1, first: row 1 of source 2)" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="row 0 of source 2 contains the mask token"):
+    with pytest.raises(ValueError, match="1 of 1 rows contain the mask token .id 15, first: row 0 of source 2"):
         prepare(several=[sources[1], Dataset.from_dict(own)], mask_token_id=15)
 
 
@@ -204,6 +204,13 @@ def test_rows_without_two_supervised_tokens_in_a_row_are_dropped_and_counted(pre
     assert rows["supervised"] == [supervised, supervised]
     assert rows["row"] == [0, 1]
     assert "dropped 3 of 5 rows: fewer than 2 supervised tokens" in capsys.readouterr().out
+
+
+def test_a_row_with_the_mask_token_among_many_is_left_out_counted_and_named(prepare, capsys):
+    text, masked = "the quick brown fox", "the <|mask|> fox"
+    rows = prepare(text=[text, masked] + [text] * 98)
+    assert rows["input_ids"] == prepare(text=[text] * 99)["input_ids"]
+    assert "dropped 1 of 100 rows: the mask token (id 2) occurs in it (1, first: row 1)" in capsys.readouterr().out
 
 
 def test_only_the_count_is_printed_when_no_row_is_dropped(prepare, capsys):
@@ -283,13 +290,13 @@ REFUSED = {
         dict(input_ids=[[10, 11, 12, 13]], supervised=[[0, 0, 1, 0]], block_size=2),
         "rows are too short",
     ),
-    "mask token in text": (
-        dict(text=["the fox", "the <|mask|> fox"]),
-        r"row 1 contains the mask token \(id 2\).*Choose another mask_token_id",
+    "mask token in most texts": (
+        dict(text=["the fox", "the <|mask|> fox", "a <|mask|>"]),
+        r"2 of 3 rows contain the mask token \(id 2, first: row 1\).*Choose another mask_token_id",
     ),
-    "mask token in an answer": (
-        dict(messages=[MESSAGES, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "<|mask|>"}]]),
-        "row 1 contains the mask token",
+    "mask token in every answer": (
+        dict(messages=[[{"role": "user", "content": "a"}, {"role": "assistant", "content": "<|mask|>"}]] * 2),
+        "2 of 2 rows contain the mask token",
     ),
     "no chat template": (
         dict(template=None, messages=[MESSAGES]),

@@ -12,6 +12,8 @@ from datasets import Dataset
 FEWEST_FULL_BLOCKS = 0.1
 # Share of a source's raw rows that the template may refuse. With more, it is the wrong data.
 MOST_REFUSED = 0.5
+# Share of a source's token rows that may hold the mask token. With more, it is the wrong token.
+MOST_MASKED = 0.5
 REASONS_SHOWN = 5
 
 
@@ -79,6 +81,9 @@ class Findings:
         # The smallest row that teaches anything: a token of context, an anchor and its label.
         keep = (columns["run"] >= 2) & (columns["tokens"] >= 3)
         reason[~keep & ~refused] = "fewer than 2 supervised tokens in a row"
+        # A real token would look like a slot to fill.
+        reason[columns["has_mask"]] = f"the mask token (id {mask_token_id}) occurs in it"
+        keep &= ~columns["has_mask"]
         dataset = np.repeat(np.arange(len(sizes)), sizes)
         return cls(dataset=dataset, reason=reason, refused=refused, keep=keep, **columns)
 
@@ -88,6 +93,10 @@ class Findings:
         if self.dataset[-1] > 0:
             name += f" of source {self.dataset[index] + 1}"
         return name
+
+    def first(self, flags: np.ndarray) -> str:
+        """The name of the first row that has a flag."""
+        return self.name(int(np.flatnonzero(flags)[0]))
 
     def reasons(self, number: int | None = None) -> str:
         """`it has no assistant turn (3, first: row 7), ...`, the most frequent first; of one source
@@ -129,12 +138,15 @@ def refuse_unusable(
     Raises:
         ValueError: see `prepare_rows`.
     """
-    if found.has_mask.any():
-        raise ValueError(
-            f"{found.name(found.has_mask.argmax())} contains the mask token (id"
-            f" {mask_token_id}): a real token would look like a slot to fill. Choose another"
-            " mask_token_id, or remove the token from the data."
-        )
+    for number in range(len(sizes)):
+        own = found.has_mask[found.dataset == number]
+        if own.sum() > MOST_MASKED * len(own):
+            masked = found.has_mask & (found.dataset == number)
+            raise ValueError(
+                f"{own.sum()} of {len(own)} rows contain the mask token (id {mask_token_id}, first:"
+                f" {found.first(masked)}): a real token would look like a slot to fill. Choose"
+                " another mask_token_id, or remove the token from the data."
+            )
     if not found.run.any():
         raise ValueError(
             f"not one token of {sum(sizes)} rows is supervised: the drafter would learn nothing"

@@ -58,8 +58,8 @@ def prepare_rows(
     Text is cut into rows of `max_length` tokens, every token supervised. Conversations are rendered
     by the target's own template and cut at `max_length`; only what the assistant wrote is
     supervised. Rows of no use (no assistant turn, refused by the template, a prompt as long as the
-    row, fewer than two supervised tokens in a row) are left out and counted by reason, with the
-    first row of each.
+    row, fewer than two supervised tokens in a row, the mask token in it) are left out and counted
+    by reason, with the first row of each.
 
     Args:
         datasets (`Dataset` or `list[Dataset]`): one source or several, each in a format of its own.
@@ -71,7 +71,7 @@ def prepare_rows(
 
     Raises:
         ValueError: unknown columns; no supervised token anywhere; the template refuses most rows of
-            a source; hardly a row with a whole block; the mask token occurs in the data.
+            a source; hardly a row with a whole block; most rows of a source hold the mask token.
     """
     if isinstance(datasets, Dataset):
         datasets = [datasets]
