@@ -42,8 +42,8 @@ from .config import AUFConfig
 from .diagnostics import (
     StepSums,
     count_rows,
-    empty_counters,
     diagnostics,
+    empty_counters,
     evaluation_metrics,
     loss_terms_of,
     will_log,
