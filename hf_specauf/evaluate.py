@@ -99,6 +99,10 @@ class EvaluateArguments:
     prompts_revision: str | None = field(
         default=None, metadata={"help": "Branch, tag or commit of a Hub dataset."}
     )
+    prompts_salvage: bool = field(
+        default=False,
+        metadata={"help": "Read what is whole of a .json or .jsonl file that is not."},
+    )
     prompts_column: str | None = field(
         default=None,
         metadata={"help": "Column that holds the question, in a dataset or file of other columns."},
@@ -211,6 +215,7 @@ def measure(
         args.prompts_split,
         args.prompts_revision,
         args.prompts_column,
+        args.prompts_salvage,
     )
     count = source.count if args.count is None else args.count
     template_kwargs = drafter.config.chat_template_kwargs

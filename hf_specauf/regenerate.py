@@ -29,7 +29,7 @@ from .data.chunks import ChunkFiles
 from .data.conversation import Answer, Conversation, Sampling, stop_at_both_ends
 from .data.on_policy import written_by
 from .data.server import ServerWriter, check_endpoint
-from .data.sources import load_rows
+from .data.sources import load_rows, rows_hash
 from .identity import Identity
 from .recipe import DataArguments, TargetArguments, json_mapping
 from .target import load_target
@@ -69,6 +69,10 @@ class RegenerateArguments:
     dataset_split: str = field(default="train", metadata={"help": "Split of a Hub dataset."})
     dataset_revision: str | None = field(
         default=None, metadata={"help": "Branch, tag or commit of a Hub dataset."}
+    )
+    dataset_salvage: bool = field(
+        default=False,
+        metadata={"help": "Read what is whole of a .json or .jsonl file that is not."},
     )
     max_rows: int | None = field(default=None, metadata={"help": "Answer only the first rows."})
     chat_template_kwargs: str | None = field(
@@ -153,7 +157,11 @@ def regenerate(args: RegenerateArguments) -> dict | None:
     rank = number_of_process("RANK", "SLURM_PROCID", 0)
     world = number_of_process("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", 1)
     rows = load_rows(
-        args.dataset_name, args.dataset_config, args.dataset_split, args.dataset_revision
+        args.dataset_name,
+        args.dataset_config,
+        args.dataset_split,
+        args.dataset_revision,
+        salvage=args.dataset_salvage,
     )
     if args.max_rows is not None:
         rows = rows.select(range(min(args.max_rows, len(rows))))
@@ -174,15 +182,6 @@ def regenerate(args: RegenerateArguments) -> dict | None:
     if not files.claim():
         return None
     return files.put_together()
-
-
-def rows_hash(rows: Dataset) -> str:
-    """Short SHA-256 of all rows."""
-    # A name would not do: files are edited, and branches on the Hub move.
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(json.dumps(row, default=str).encode())
-    return digest.hexdigest()[:16]
 
 
 def writer(args: RegenerateArguments) -> tuple[Writer, dict]:
@@ -368,7 +367,8 @@ def on_policy_words(
     for number in wanted:
         out = "answers.jsonl" if len(sources) == 1 else f"answers-{number + 1}.jsonl"
         outs.append(out)
-        commands.append(command(target, sources[number], chat_template_kwargs, out))
+        keys = {"dataset_salvage": data.dataset_salvage or None, "out": out}
+        commands.append(command(target, sources[number], chat_template_kwargs, keys))
     whose = "Nothing says that the target wrote these answers"
     if is_foreign:
         whose = "These are not the target's own words"
@@ -383,7 +383,7 @@ def on_policy_words(
 
 
 def command(
-    target: TargetArguments, source: dict, chat_template_kwargs: dict | None, out: str
+    target: TargetArguments, source: dict, chat_template_kwargs: dict | None, more: dict
 ) -> str:
     """The command that lets the target answer one source of a recipe. What is the command's own
     default is left out."""
@@ -397,7 +397,7 @@ def command(
         "dataset_revision": source["revision"],
         "dataset_split": source["split"],
         "chat_template_kwargs": json.dumps(chat_template_kwargs) if chat_template_kwargs else None,
-        "out": out,
+        **more,
     }
     defaults = {argument.name: argument.default for argument in fields(RegenerateArguments)}
     words = ["python", "-m", "hf_specauf.regenerate"]

@@ -391,6 +391,23 @@ def test_killed_twice_and_resumed_is_byte_for_byte_an_uninterrupted_run(words, f
 
 
 @pytest.mark.own
+def test_the_prompts_of_a_file_that_is_cut_off_are_answered_where_that_is_asked_for(words, tmp_path, capsys):
+    path = tmp_path / "cut.json"
+    path.write_text(json.dumps([{"messages": [FOX]}, {"messages": [SHEEP]}, {"messages": [FOX]}])[:-30])
+    with pytest.raises(SystemExit, match="cut.json: .*--dataset_salvage true"):
+        main(words(dataset_name=path))
+    main(words(dataset_name=path, dataset_salvage="true"))
+    assert [row["messages"][0] for row in written(tmp_path / "own.jsonl")] == [FOX, SHEEP]
+    assert "cut.json is not whole: read 2 rows, and left out 1" in capsys.readouterr().out
+    # settings of before this key was there
+    settings = json.loads((tmp_path / "own.settings.json").read_text())
+    del settings["dataset_salvage"]
+    (tmp_path / "own.settings.json").write_text(json.dumps(settings))
+    main(words(dataset_name=path, dataset_salvage="true"))
+    assert "own.jsonl is finished" in capsys.readouterr().out
+
+
+@pytest.mark.own
 def test_texts_with_other_line_ends_are_put_together(words, files, tmp_path):
     odd = ["a\u2028b", "a\u2029b", "a\u0085b", "a\x0bb\x0cb", "a\r\nb"]
     data = save_rows(files / "line_ends.jsonl", [{"messages": [turn("user", text)]} for text in odd])

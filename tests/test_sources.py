@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -14,8 +15,9 @@ from loopback_hub import LoopbackHub, Repository
 from warm_python import WarmPython
 
 from hf_specauf.data.messages import row_format
-from hf_specauf.data.sources import load_rows, take_shares
+from hf_specauf.data.sources import load_rows, rows_and_faults, take_shares
 from hf_specauf.recipe import DataArguments
+from hf_specauf.serving.benchmarks import load_prompts
 from hf_specauf.train import load_data
 
 
@@ -93,6 +95,90 @@ def test_a_file_that_cannot_be_read_is_named_whatever_its_ending(name, tmp_path)
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=f"{message}.*start the same command again"):
         load_rows(str(tmp_path / name))
+
+
+ROWS = [{"text": f"row {i}", "of": [{"a": "}, {"}]} for i in range(4)]
+AS_JSON = [json.dumps(row) for row in ROWS]
+CUT = {  # file, content, the rows that are whole, what is said of the first part that is not
+    "in a string": ("a.json", "[" + ", ".join(AS_JSON)[:-20], ROWS[:3],
+                    "behind row 3 it is not whole JSON .Unterminated string"),
+    "between rows": ("a.json", "[" + ",".join(AS_JSON) + ", ", ROWS, "behind row 4 its end is missing"),
+    "within a character": ("a.json", b'[{"text": "a"}, {"text": "\xe2\x82', [{"text": "a"}],
+                           "behind row 1 it is not UTF-8 .unexpected end of data at byte 26"),
+    "indented": ("a.json", json.dumps(ROWS, indent=2)[:-9], ROWS[:3], "behind row 3 it is not whole JSON"),
+    "two arrays": ("a.json", f"[{AS_JSON[0]}]\n[{AS_JSON[1]}, {AS_JSON[2][:9]}", ROWS[:2], "behind row 2 it is not"),
+    "lines": ("a.jsonl", "\n".join([AS_JSON[0], AS_JSON[1][:9], "", "[1]", AS_JSON[2]]), [ROWS[0], ROWS[2]],
+              "2 .first: line 2 is not whole JSON, cut off perhaps"),
+    "lines with half a character": ("a.jsonl", AS_JSON[0] + '\n{"text": "\\ud800"}\n', ROWS[:1], "line 2 holds half"),
+    "lines in .json": ("a.json", "\n".join([AS_JSON[0], AS_JSON[1][:9]]), ROWS[:1], "line 2 is not whole JSON"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CUT)
+def test_what_is_whole_of_a_file_is_read_where_that_is_asked_for_and_counted(case, tmp_path, capsys):
+    name, content, whole, said = CUT[case]
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="or read only the rows that are whole: --dataset_salvage true"):
+        load_rows(str(path))
+    assert capsys.readouterr().out == ""
+    assert load_rows(str(path), salvage=True).to_list() == whole
+    assert re.search(f"{name} is not whole: read {len(whole)} rows, and left out .*{said}", capsys.readouterr().out)
+    assert load_rows(str(path), salvage=True, stream_rows=1).to_list() == whole[:1]
+    assert path.read_bytes() == before
+
+
+ODD = {
+    "half a character": (
+        "a.json",
+        "[" + AS_JSON[0] + r', {"text": "\ud800"}, ' + AS_JSON[1] + "]",
+        "row 2 holds half",
+    ),
+    "a key twice": ("a.json", '[{"text": "a", "text": "b"}, ' + AS_JSON[0] + "]", "row 1 has a key twice"),
+    "not UTF-8": ("a.jsonl", b'{"text": "\xff"}\n{"text": "a"}', "line 1 is not UTF-8"),
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_a_row_that_is_odd_within_is_left_out_of_a_salvaged_file_and_named(case, tmp_path):
+    name, content, said = ODD[case]
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    faults = [fault for _, fault in rows_and_faults(str(tmp_path / name)) if fault]
+    assert len(faults) == 1 and faults[0].startswith(said)
+
+
+def test_a_whole_file_is_read_as_ever_where_salvage_is_asked_for(tmp_path, capsys):
+    for name, content in (("a.json", json.dumps(ROWS)), ("a.jsonl", "\n".join(AS_JSON))):
+        (tmp_path / name).write_text(content)
+        assert load_rows(str(tmp_path / name), salvage=True).to_list() == ROWS
+    assert capsys.readouterr().out == ""
+
+
+def test_a_file_of_which_no_row_is_whole_is_refused_with_salvage_too(tmp_path):
+    (tmp_path / "a.json").write_text('[{"text": "a')
+    with pytest.raises(ValueError, match="a.json: not one row of it is whole .behind row 0 it is not whole JSON"):
+        load_rows(str(tmp_path / "a.json"), salvage=True)
+
+
+def test_training_and_evaluation_salvage_where_their_own_key_asks_for_it(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text("[" + ", ".join(AS_JSON)[:-20])
+    data = dict(dataset_name=str(path), eval_rows=1)
+    train, heldout = load_data(DataArguments(dataset_salvage=True, **data))
+    assert (train[0].to_list(), heldout[0].to_list()) == (ROWS[:2], ROWS[2:3])
+    data = dict(dataset_name=str(tmp_path / "whole.txt"), eval_dataset_name=str(path))
+    (tmp_path / "whole.txt").write_text("the fox\n")
+    assert load_data(DataArguments(dataset_salvage=True, **data))[1][0].to_list() == ROWS[:3]
+    assert load_prompts(str(path), salvage=True).rows.to_list() == ROWS[:3]
+    with pytest.raises(ValueError, match="or read only the rows that are whole: --prompts_salvage true"):
+        load_prompts(str(path))
+
+
+def test_salvaged_rows_are_found_in_the_cache_by_the_next_run(tmp_path):
+    (tmp_path / "a.jsonl").write_text(f"{AS_JSON[0]}\n{AS_JSON[1][:9]}")
+    files = [load_rows(str(tmp_path / "a.jsonl"), salvage=True).cache_files for _ in range(2)]
+    assert files[0] and files[0] == files[1]
 
 
 @pytest.mark.parametrize("given", [dict(split="test"), dict(config="en"), dict(revision="abc")])

@@ -14,8 +14,15 @@ from ..identity import Identity
 from ..records import part_of, write_record, write_whole
 
 # These settings decide speed, not words. (What answers is compared as `engine`.) The target is
-# compared by its identity instead of its name.
-NOT_COMPARED = ("device", "concurrency", "out", "continuous_batching", "target")
+# compared by its identity instead of its name, and rows by their hash.
+NOT_COMPARED = (
+    "device",
+    "concurrency",
+    "out",
+    "continuous_batching",
+    "target",
+    "dataset_salvage",
+)
 # What is compared of the target, by the names that it has in errors (0.1.0's keys), and the fields.
 COMPARED_IDENTITY = {
     "target": "name_or_path",

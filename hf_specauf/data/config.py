@@ -56,6 +56,15 @@ class DataArguments:
             )
         },
     )
+    dataset_salvage: bool = field(
+        default=False,
+        metadata={
+            "help": (
+                "Read what is whole of .json and .jsonl files that are not, held-out rows among"
+                " them, and count what is left out."
+            )
+        },
+    )
     dataset_num_proc: int | None = field(
         default=None, metadata={"help": "Processes that tokenize; one by default."}
     )

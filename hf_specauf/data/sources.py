@@ -1,13 +1,22 @@
 """Files and Hub datasets -> raw rows, of one source or of several by weight."""
 
+import hashlib
 import json
 import os
+import re
+from collections.abc import Iterator
 from fractions import Fraction
+from pathlib import Path
 
+import datasets
 from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
 
+from ..records import part_of
+
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
+# What may stand between two rows of a JSON array. Arrays may follow each other too.
+BETWEEN_ROWS = re.compile(r"[\s,\[\]]*")
 
 
 def load_rows(
@@ -17,6 +26,7 @@ def load_rows(
     revision: str | None = None,
     stream_rows: int | None = None,
     keys: str = "dataset_",
+    salvage: bool = False,
 ) -> Dataset:
     """Rows of a local file (`.jsonl`, `.json`, `.parquet`, `.csv`, `.txt`) or of a dataset on the
     Hub.
@@ -26,6 +36,8 @@ def load_rows(
             rest.
         keys (`str`, *optional*, defaults to `"dataset_"`): what the caller's keys begin with, to
             name them in errors.
+        salvage (`bool`, *optional*, defaults to `False`): read what is whole of a `.json` or
+            `.jsonl` file that is not, and say what was left out.
 
     Raises:
         FileNotFoundError: the name looks like a file and there is none.
@@ -51,13 +63,24 @@ def load_rows(
             f" private ones need access and `hf auth login`). {error}"
         ) from error
     except (DatasetsError, ValueError, StopIteration) as error:
-        # What `datasets` raises names no file, and seldom a line.
-        said = " ".join(str(error.__cause__ or error).split()).rstrip(".")
-        if reader is not None and not os.path.getsize(name):
-            said = "it is empty"
-        elif name.endswith(".jsonl"):
-            said = bad_line(name) or said
-        raise ValueError(f"{name}: {said}. Mend that and start the same command again") from error
+        copy = salvaged(name) if salvage and reader == "json" else None
+        if copy is not None:
+            return load_rows(copy, stream_rows=stream_rows)
+        way_out = "Mend that and start the same command again"
+        if reader == "json" and not salvage:
+            key = "prompts_salvage" if keys == "prompts_" else "dataset_salvage"
+            way_out += f", or read only the rows that are whole: --{key} true"
+        raise ValueError(f"{name}: {_why_unreadable(name, error)}. {way_out}") from error
+
+
+def _why_unreadable(name: str, error: Exception) -> str:
+    """What `datasets` raised, in short. It names no file, and seldom a line."""
+    said = " ".join(str(error.__cause__ or error).split()).rstrip(".")
+    if os.path.isfile(name) and not os.path.getsize(name):
+        return "it is empty"
+    if name.endswith(".jsonl"):
+        return bad_line(name) or said
+    return said
 
 
 def name_key(keys: str) -> str:
@@ -104,26 +127,119 @@ def bad_line(path: str) -> str | None:
     """What is wrong with the first line of a `.jsonl` file that cannot be read, or `None`."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode("utf-8"), object_pairs_hook=_once)
-                # Python reads half of a surrogate pair, and only writing it fails.
-                json.dumps(row, ensure_ascii=False).encode("utf-8")
-            except UnicodeDecodeError as error:
-                return f"line {number} is not UTF-8 ({error.reason} at byte {error.start})"
-            except UnicodeEncodeError as error:
-                return f"line {number} holds half a character, {error.object[error.start]!r}"
-            except json.JSONDecodeError as error:
-                return (
-                    f"line {number} is not whole JSON, cut off perhaps ({error.msg} at column"
-                    f" {error.colno})"
-                )
-            except ValueError as error:
-                return f"line {number} {error}"
-            if not isinstance(row, dict):
-                return f"line {number} is a {type(row).__name__}, not an object"
+            fault = row_fault(line) if line.strip() else None
+            if fault is not None:
+                return f"line {number} {fault}"
     return None
+
+
+def row_fault(line: bytes) -> str | None:
+    """Why a row, written as JSON, cannot be read, or `None`."""
+    try:
+        row = json.loads(line.decode("utf-8"), object_pairs_hook=_once)
+        # Python reads half of a surrogate pair, and only writing it fails.
+        json.dumps(row, ensure_ascii=False).encode("utf-8")
+    except UnicodeDecodeError as error:
+        return f"is not UTF-8 ({error.reason} at byte {error.start})"
+    except UnicodeEncodeError as error:
+        return f"holds half a character, {error.object[error.start]!r}"
+    except json.JSONDecodeError as error:
+        return f"is not whole JSON, cut off perhaps ({error.msg} at column {error.colno})"
+    except ValueError as error:
+        return str(error)
+    if not isinstance(row, dict):
+        return f"is a {type(row).__name__}, not an object"
+    return None
+
+
+# ---- files that are not whole
+
+
+def salvaged(path: str) -> str | None:
+    """Copy the rows that are whole of a `.json` or `.jsonl` file, and say what was left out.
+
+    The copy lies in the cache of `datasets`, named by the file's content. So several processes, and
+    the next run, find its tokens in the cache.
+
+    Returns:
+        the copy, a `.jsonl` file; `None` where all rows are whole, so that the fault is another.
+
+    Raises:
+        ValueError: not one row is whole.
+    """
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "salvaged"
+    folder.mkdir(parents=True, exist_ok=True)
+    copy = folder / f"{Path(path).stem}-{digest}.jsonl"
+    part = part_of(copy)
+    rows, faults, first = 0, 0, ""
+    with open(part, "wb") as file:
+        for line, fault in rows_and_faults(path):
+            if fault is None:
+                rows += 1
+                file.write(line + b"\n")
+            else:
+                faults += 1
+                first = first or fault
+    # The same bytes may be there already. Their time must stay, because `datasets` looks at it.
+    if rows and faults and not copy.is_file():
+        part.replace(copy)
+    part.unlink(missing_ok=True)
+    if not faults:
+        return None
+    if not rows:
+        raise ValueError(f"{path}: not one row of it is whole ({first}): give another file")
+    print(f"{path} is not whole: read {rows} rows, and left out {faults} (first: {first})")
+    return str(copy)
+
+
+def rows_and_faults(path: str) -> Iterator[tuple[bytes, str | None]]:
+    """The rows of a `.json` or `.jsonl` file as JSON of one line, each with `None` or why it cannot
+    be read."""
+    with open(path, "rb") as file:
+        lines = (line.strip() for line in file)
+        first = next((line for line in lines if line), b"")
+    # A `.json` file may hold lines too. Those of an array are not rows.
+    if first.startswith(b"[") or (path.endswith(".json") and row_fault(first)):
+        yield from _rows_of_array(path)
+        return
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            line = line.strip()
+            if line:
+                fault = row_fault(line)
+                yield line, fault and f"line {number} {fault}"
+
+
+def _rows_of_array(path: str) -> Iterator[tuple[bytes, str | None]]:
+    """The rows of a JSON array, as far as it is whole. Where the rows go on behind one that is not
+    cannot be told: a brace may belong to its text."""
+    content = Path(path).read_bytes()
+    said = ""
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        text = content[: error.start].decode("utf-8-sig")
+        said = f"it is not UTF-8 ({error.reason} at byte {error.start})"
+    decoder = json.JSONDecoder()
+    number, start = 0, BETWEEN_ROWS.match(text).end()
+    while start < len(text):
+        try:
+            row, end = decoder.raw_decode(text, start)
+        except json.JSONDecodeError as error:
+            # Where the text ends because it is no text any more, that is the reason.
+            said = said or f"it is not whole JSON ({error.msg}, character {error.pos})"
+            break
+        number += 1
+        fault = row_fault(text[start:end].encode())
+        yield json.dumps(row).encode(), fault and f"row {number} {fault}"
+        start = BETWEEN_ROWS.match(text, end).end()
+    if text.lstrip().startswith("[") and not text.rstrip().endswith("]"):
+        said = said or "its end is missing"
+    if said:
+        left = 1 - len(text[:start].encode()) / len(content)
+        yield b"", f"behind row {number} {said}, and {left:.1%} of the file was not read"
 
 
 # trl's `get_dataset` takes shares of several datasets by another rule: it rounds each share by
@@ -151,3 +267,12 @@ def take_shares(
     for i in by_remainder[: total - sum(counts)]:
         counts[i] += 1
     return [source.select(range(count)) for source, count in zip(sources, counts)]
+
+
+def rows_hash(rows: Dataset) -> str:
+    """Short SHA-256 of all rows."""
+    # A name would not do: files are edited, and branches on the Hub move.
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, default=str).encode())
+    return digest.hexdigest()[:16]

@@ -57,6 +57,7 @@ def _load_source(source: Source, share: float, held_out: int, data: DataArgument
         source["revision"],
         stream_rows=stream_rows,
         keys=keys,
+        salvage=data.dataset_salvage,
     )
     if held_out and len(rows) < 2:
         raise ValueError(
@@ -85,5 +86,6 @@ def _load_heldout(data: DataArguments) -> Dataset:
         data.eval_dataset_revision,
         stream_rows=data.eval_rows if data.dataset_streaming else None,
         keys="eval_dataset_",
+        salvage=data.dataset_salvage,
     )
     return rows.select(range(min(data.eval_rows, len(rows))))

@@ -169,6 +169,7 @@ def load_prompts(
     split: str = "train",
     revision: str | None = None,
     column: str | None = None,
+    salvage: bool = False,
 ) -> PromptSet:
     """The prompts of `--prompts`: a benchmark, a dataset on the Hub, or a file.
 
@@ -178,6 +179,7 @@ def load_prompts(
         config, split, revision (`str`, *optional*): of a dataset on the Hub. A benchmark has its
             own config and split.
         column (`str`, *optional*): the column that holds the question.
+        salvage (`bool`, *optional*, defaults to `False`): read what is whole of a file that is not.
 
     Raises:
         ValueError: a benchmark was given another config, split or column; or the rows have no such
@@ -199,7 +201,7 @@ def load_prompts(
         if name == benchmark.dataset and column is None:
             print(f"{name} holds the benchmark {key}: --prompts {key} asks its questions")
     try:
-        rows = load_rows(name, config, split, revision, keys="prompts_")
+        rows = load_rows(name, config, split, revision, keys="prompts_", salvage=salvage)
     except OSError as error:
         # Only now, because a set on the Hub may have a name near a benchmark's.
         near = get_close_matches(name.lower(), BENCHMARKS, n=1)
