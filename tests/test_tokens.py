@@ -8,11 +8,15 @@ from pathlib import Path
 import pytest
 import trl
 from conftest import byte_level_tokenizer
+from datasets import Dataset
+from tokenizers.processors import TemplateProcessing
 from transformers import AddedToken
 
+from hf_specauf.data.conversation import Conversation, prompt_ids
 from hf_specauf.data.messages import UnusableRow
 from hf_specauf.data.rows import show_row
 from hf_specauf.data.tokens import RowEncoder
+from hf_specauf.serving.benchmarks import encode_prompts
 
 SHIPPED = Path(trl.__file__).parent / "chat_templates"
 # In the form Mistral-7B-Instruct published: system text before the first question, roles must alternate.
@@ -298,3 +302,38 @@ def test_a_template_whose_beginnings_change_makes_its_rows_unusable():
     tokenizer.chat_template = CHATML.replace("m.content", "(m.content if loop.last else 'gone')")
     with pytest.raises(UnusableRow, match="renders a conversation's beginning differently.*generation"):
         RowEncoder(tokenizer, ["messages"], 1000, None).encode({"messages": MESSAGES})
+
+
+# ---- begin and end tokens
+
+
+def bos_tokenizer(after: str):
+    """A tokenizer that puts its begin token before each text, and behind it what `after` says."""
+    tokenizer = model_tokenizer(*GOLDEN["mistral"][:2])
+    ids = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single=f"<s> $A {after}".strip(), special_tokens=ids)
+    return tokenizer
+
+
+@pytest.mark.parametrize("after", ["", "</s>"])
+@pytest.mark.parametrize("begin", ["", "<s>"])
+def test_a_text_begins_once_and_ends_once(begin, after):
+    tokenizer = bos_tokenizer(after)
+    row = encoded(tokenizer, {"text": begin + "the fox"})
+    assert show_row(row, tokenizer) == "⟦<s>the fox</s>⟧"
+    tokenizer.chat_template = None
+    row = encoded(tokenizer, {"prompt": begin + "the", "completion": " fox"})
+    assert show_row(row, tokenizer) == "<s>the⟦ fox</s>⟧"
+
+
+@pytest.mark.parametrize("after", ["", "</s>"])
+@pytest.mark.parametrize("begin", ["", "<s>"])
+def test_a_prompt_begins_once_and_does_not_end(begin, after):
+    tokenizer = bos_tokenizer(after)
+    expected = tokenizer("<s>the fox", add_special_tokens=False)["input_ids"]
+    assert prompt_ids(Conversation(0, {"text": begin + "the fox"}), tokenizer, None, 99) == expected
+    assert prompt_ids(Conversation(0, {"text": ""}), tokenizer, None, 99) == "its text is empty"
+    tokenizer.chat_template = None
+    rows = Dataset.from_list([{"prompt": begin + "the fox"}])
+    [prompt] = encode_prompts(rows, tokenizer, 1, 99, None, ("prompt",))
+    assert prompt[0].tolist() == expected

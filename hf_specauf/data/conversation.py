@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from .messages import UnusableRow, chat_messages, row_format, row_text, row_tools
+from .messages import UnusableRow, chat_messages, row_format, row_text, row_tools, text_ids
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ def prompt_ids(
     """The prompt of a conversation's next answer, or why there is none. Of plain text it is the
     first `text_tokens`."""
     if conversation.text is not None:
-        return tokenizer(conversation.text)["input_ids"][:text_tokens] or "its text is empty"
+        return text_ids(tokenizer, conversation.text)[:text_tokens] or "its text is empty"
     try:
         encoded = tokenizer.apply_chat_template(
             conversation.history,

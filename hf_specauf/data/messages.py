@@ -2,6 +2,8 @@
 
 import json
 
+from transformers import PreTrainedTokenizerBase
+
 # Row formats and the columns that must be filled. The first that fits wins.
 FORMATS = {
     "tokens": ("input_ids",),
@@ -195,3 +197,19 @@ def row_tools(row: dict) -> list[dict] | None:
         return None
     # Templates ask whether tools are given, and to some an empty list is given.
     return _parsed(tools, "its tools are") or None
+
+
+def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The ids of a plain text that goes on: with the one begin token that the tokenizer puts before
+    texts, and without the end token that some put behind them (OpenRLHF#1069)."""
+    ids = tokenizer(text)["input_ids"]
+    own = tokenizer(text, add_special_tokens=False)["input_ids"]
+    size = len(own)
+    added = 0
+    while added < len(ids) - size and ids[added : added + size] != own:
+        added += 1
+    begin = ids[:added]
+    # The text may have been written with its begin token.
+    if own[:added] == begin:
+        return own
+    return begin + own

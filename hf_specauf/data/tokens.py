@@ -4,21 +4,18 @@ wrote."""
 from transformers import PreTrainedTokenizerBase
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
-from .messages import UnusableRow, chat_messages, row_format, row_text, row_tools
+from .messages import UnusableRow, chat_messages, row_format, row_text, row_tools, text_ids
 
 # Token ids of a row, and its supervised mask of the same length: 1 where the target's words are.
 Encoded = tuple[list[int], list[int]]
 
 
 def _ids_in_spans(
-    text: str,
-    spans: list[tuple[int, int]],
-    tokenizer: PreTrainedTokenizerBase,
-    add_special_tokens: bool,
+    text: str, spans: list[tuple[int, int]], tokenizer: PreTrainedTokenizerBase
 ) -> Encoded:
     """The tokens of a text. Supervised are those that begin inside of one of the spans of
     characters."""
-    encoded = tokenizer(text, add_special_tokens=add_special_tokens, return_offsets_mapping=True)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     mask = []
     for first, _ in encoded["offset_mapping"]:
         mask.append(int(any(start <= first < stop for start, stop in spans)))
@@ -167,13 +164,10 @@ class RowEncoder:
                 raise UnusableRow("its input_ids and supervised differ in length")
             return row["input_ids"], row["supervised"]
         if kind == "text":
-            ids = self.tokenizer(row_text(row, "text"))["input_ids"]
+            ids = text_ids(self.tokenizer, row_text(row, "text"))
             mask = [1] * len(ids)
         elif kind == "prompt_completion" and self.template is None:
-            prompt = row_text(row, "prompt")
-            text = prompt + row_text(row, "completion")
-            completion = (len(prompt), len(text))
-            ids, mask = _ids_in_spans(text, [completion], self.tokenizer, add_special_tokens=True)
+            ids, mask = self._completion(row)
         else:
             return self._conversation(row)
         if not ids:
@@ -183,6 +177,14 @@ class RowEncoder:
         if eos is not None and ids[-1] != eos:
             ids, mask = [*ids, eos], [*mask, 1]
         return ids, mask
+
+    def _completion(self, row: dict) -> Encoded:
+        """A prompt and its completion as one text, for a target without a chat template."""
+        prompt = row_text(row, "prompt")
+        text = prompt + row_text(row, "completion")
+        ids, mask = _ids_in_spans(text, [(len(prompt), len(text))], self.tokenizer)
+        whole = text_ids(self.tokenizer, text)
+        return whole, [0] * (len(whole) - len(ids)) + mask
 
     def _conversation(self, row: dict) -> Encoded:
         turns, tools = chat_messages(row), row_tools(row)
@@ -239,7 +241,7 @@ class RowEncoder:
                 )
             spans.append((len(before), len(through)))
         # The template has written the begin token into the text, if there is one.
-        return _ids_in_spans(text, spans, self.tokenizer, add_special_tokens=False)
+        return _ids_in_spans(text, spans, self.tokenizer)
 
     def _end_of_prompt(self, ids: list[int], start: int) -> int:
         """Where the generation prompt ends that covers the beginning of a supervised span, or
