@@ -17,6 +17,19 @@ MOST_MASKED = 0.5
 REASONS_SHOWN = 5
 
 
+def supervised_spans(mask: list[int]) -> list[tuple[int, int]]:
+    """(start, stop) of each run of ones."""
+    spans = []
+    start = None
+    for i, flag in enumerate([*mask, 0]):
+        if flag and start is None:
+            start = i
+        elif not flag and start is not None:
+            spans.append((start, i))
+            start = None
+    return spans
+
+
 def longest_run(supervised: list[int]) -> int:
     """Longest run of supervised tokens in a row."""
     # 1 where a run starts, -1 behind its end.
@@ -36,6 +49,8 @@ class Findings:
         refused: whether the raw row was refused, so that it has no tokens at all.
         keep: whether it is trained on.
         cut: whether it was cut at `max_length`.
+        apart: whether it is the first of a conversation's several rows.
+        thoughts: thoughts that its raw row lost, because the template's prompt is past them.
         has_mask: whether the mask token occurs in it.
         tokens: its length.
         run: its longest run of supervised tokens.
@@ -47,6 +62,8 @@ class Findings:
     refused: np.ndarray
     keep: np.ndarray
     cut: np.ndarray
+    apart: np.ndarray
+    thoughts: np.ndarray
     has_mask: np.ndarray
     tokens: np.ndarray
     run: np.ndarray
@@ -125,6 +142,18 @@ def print_findings(found: Findings, raw_rows: int, kinds: str, max_length: int) 
     cut = found.cut[found.keep].sum()
     if cut:
         print(f"cut {cut} rows at max_length, {max_length} tokens")
+    apart = found.apart.sum()
+    if apart:
+        print(
+            f"{apart} conversations are several rows each, first: {found.first(found.apart)}: the"
+            " chat template writes earlier turns differently once a conversation goes on"
+        )
+    thoughts = found.thoughts.sum()
+    if thoughts:
+        print(
+            f"left out the thoughts of {thoughts} answers, first: {found.first(found.thoughts)}:"
+            " with these chat_template_kwargs the target answers without (thinking is off)"
+        )
 
 
 def refuse_unusable(
@@ -155,7 +184,8 @@ def refuse_unusable(
         )
     # Source by source, because the many token rows of a long text would hide another's refusals.
     for number, size in enumerate(sizes):
-        refused = found.refused[found.dataset == number].sum()
+        used = found.source[(found.dataset == number) & ~found.refused]
+        refused = size - len(np.unique(used))
         if refused > MOST_REFUSED * size:
             raise ValueError(
                 f"{refused} of {size} rows cannot be used ({found.reasons(number)}): this is not"

@@ -1,13 +1,42 @@
 """A raw row through the target's own chat template -> token ids, and which of them the assistant
 wrote."""
 
-from transformers import PreTrainedTokenizerBase
-from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+from dataclasses import dataclass, replace
 
-from .messages import UnusableRow, chat_messages, row_format, row_text, row_tools, text_ids
+from transformers import PreTrainedTokenizerBase
+
+from .findings import supervised_spans
+from .messages import (
+    ChatTemplate,
+    UnusableRow,
+    chat_messages,
+    row_format,
+    row_text,
+    row_tools,
+    split_thought,
+    text_ids,
+)
 
 # Token ids of a row, and its supervised mask of the same length: 1 where the target's words are.
 Encoded = tuple[list[int], list[int]]
+
+
+@dataclass
+class EncodedRow:
+    """What one raw row became.
+
+    Attributes:
+        parts: its token rows. A template may write earlier turns differently once a conversation
+            goes on. One row then cannot hold all answers after what serving writes before them.
+        cut: whether parts were left out because their prompts are too long.
+        apart: whether the answers of its conversation are in several parts.
+        thoughts: answers whose thought was left out, because the template's prompt is past it.
+    """
+
+    parts: list[Encoded]
+    cut: bool = False
+    apart: bool = False
+    thoughts: int = 0
 
 
 def _ids_in_spans(
@@ -22,17 +51,16 @@ def _ids_in_spans(
     return encoded["input_ids"], mask
 
 
-def _supervised_spans(mask: list[int]) -> list[tuple[int, int]]:
-    """(start, stop) of each run of ones."""
-    spans = []
-    start = None
-    for i, flag in enumerate([*mask, 0]):
-        if flag and start is None:
-            start = i
-        elif not flag and start is not None:
-            spans.append((start, i))
-            start = None
-    return spans
+# Of what `RowEncoder` returns.
+COLUMNS = (
+    "input_ids",
+    "supervised",
+    "reason",
+    "source",
+    "cut",
+    "apart",
+    "thoughts",
+)
 
 
 class RowEncoder:
@@ -40,7 +68,8 @@ class RowEncoder:
     with_indices=True)`.
 
     Each token row comes with the `reason` it is of no use (empty: none), the number `source` of its
-    raw row, and whether it was `cut` at the row length.
+    raw row, and whether it was `cut` at the row length. The first of a raw row says whether its
+    answers stand `apart`, and how many `thoughts` were left out.
 
     Args:
         columns (`list[str]`): of the raw rows.
@@ -64,92 +93,69 @@ class RowEncoder:
         self.kind = row_format(columns)
         # Turns end with one of these.
         self.special = {
-            token for token, content in tokenizer.added_tokens_decoder.items() if content.special
+            token: added.content
+            for token, added in tokenizer.added_tokens_decoder.items()
+            if added.special
         }
         if self.kind == "tokens" and "supervised" not in columns:
             raise ValueError(
                 "token rows need a `supervised` column beside `input_ids`: 1 where the target's"
                 " words are, else 0"
             )
-        self.template = tokenizer.chat_template
-        if self.template is None and self.kind not in ("tokens", "text", "prompt_completion"):
+        self.has_template = tokenizer.chat_template is not None
+        if not self.has_template and self.kind not in ("tokens", "text", "prompt_completion"):
             raise ValueError(
                 "the rows are conversations, but the target's tokenizer has no chat template: give"
                 " `text` rows"
             )
-        self.by_prefix = False
-        self.prompted: list[int] = []
-        if self.template is not None and self.kind != "text":
-            self.template = self._training_template()
-            # Without markers transformers returns a mask of zeros and says nothing (marin#7237).
-            self.by_prefix = not has_generation_markers(self.template)
-            self.prompted = self._generation_prompt()
-
-    def _training_template(self) -> str:
-        """The chat template, with markers added by trl where it knows the template."""
-        try:
-            known = get_training_chat_template(self.tokenizer)
-        except ValueError:  # trl does not know it; the author may have put markers in
-            known = None
-        return known or self.tokenizer.get_chat_template()
-
-    def _generation_prompt(self) -> list[int]:
-        """What the template itself writes at the start of an answer, e.g. an empty thought where
-        thinking is off."""
-        asked = [{"role": "user", "content": "a"}]
-        try:
-            before = self._render(asked, self.kwargs, with_prompt=False)
-            after = self._render(asked, self.kwargs, with_prompt=True)
-        except Exception:
-            # The template does not like this conversation (it wants a system turn, for instance).
-            # If it does not like the rows either, each of them will say so.
-            return []
-        if not after.startswith(before):
-            return []
-        return self.tokenizer(after[len(before) :], add_special_tokens=False)["input_ids"]
-
-    def _render(self, turns: list[dict], kwargs: dict, with_prompt: bool) -> str:
-        """A conversation as text, with the generation prompt at its end or without."""
-        return self.tokenizer.apply_chat_template(
-            turns,
-            chat_template=self.template,
-            tokenize=False,
-            add_generation_prompt=with_prompt,
-            **kwargs,
-        )
+        self.template: ChatTemplate | None = None
+        if self.has_template and self.kind != "text":
+            self.template = ChatTemplate(tokenizer, self.kwargs)
 
     def __call__(self, batch: dict, indices: list[int]) -> dict:
-        rows = {"input_ids": [], "supervised": [], "reason": [], "source": [], "cut": []}
-        size = self.max_length
-        is_text = self.kind == "text"
+        rows = {name: [] for name in COLUMNS}
         for i, index in enumerate(indices):
             # Arrow fills the columns that a row does not have with nulls.
             row = {column: values[i] for column, values in batch.items() if values[i] is not None}
-            ids, mask, reason = self._encode_or_say_why(row)
-            # Text goes on in the next token row. A conversation is cut.
-            starts = range(0, max(len(ids), 1), size) if is_text else [0]
-            for start in starts:
-                rows["input_ids"].append(ids[start : start + size])
-                rows["supervised"].append(mask[start : start + size])
+            reason = ""
+            try:
+                found = self._cut(self.encode(row))
+            except UnusableRow as error:
+                found, reason = EncodedRow([([], [])]), str(error)
+            for number, (ids, mask) in enumerate(found.parts):
+                is_first, is_last = number == 0, number == len(found.parts) - 1
+                rows["input_ids"].append(ids[: self.max_length])
+                rows["supervised"].append(mask[: self.max_length])
                 rows["reason"].append(reason)
                 rows["source"].append(index)
-                rows["cut"].append(len(ids) > size and not is_text)
+                rows["cut"].append(len(ids) > self.max_length or (is_last and found.cut))
+                rows["apart"].append(found.apart and is_first)
+                rows["thoughts"].append(found.thoughts if is_first else 0)
         return rows
 
-    def _encode_or_say_why(self, row: dict) -> tuple[list[int], list[int], str]:
-        """(ids, mask, ""), or ([], [], reason) where the row is of no use."""
-        try:
-            ids, mask = self.encode(row)
-        except UnusableRow as error:
-            return [], [], str(error)
-        if not any(mask):
-            return [], [], "no token of it is supervised"
-        if self.kind != "text" and not any(mask[: self.max_length]):
-            return [], [], f"its prompt alone fills the {self.max_length} tokens of a row"
-        return ids, mask, ""
+    def _cut(self, found: EncodedRow) -> EncodedRow:
+        """Text in rows of `max_length`, and a conversation's parts that have an answer in theirs.
 
-    def encode(self, row: dict) -> Encoded:
-        """Token ids and the supervised mask of one row, uncut.
+        Raises:
+            UnusableRow: not one token would be supervised.
+        """
+        size = self.max_length
+        if not any(any(mask) for _, mask in found.parts):
+            raise UnusableRow("no token of it is supervised")
+        if self.kind == "text":
+            # Text goes on in the next token row. A conversation is cut.
+            [(ids, mask)] = found.parts
+            starts = range(0, len(ids), size)
+            return EncodedRow([(ids[at : at + size], mask[at : at + size]) for at in starts])
+        parts = [(ids, mask) for ids, mask in found.parts if any(mask[:size])]
+        if not parts:
+            raise UnusableRow(f"its prompt alone fills the {size} tokens of a row")
+        cut = len(parts) < len(found.parts)
+        return replace(found, parts=parts, cut=cut)
+
+    def encode(self, row: dict) -> EncodedRow:
+        """Token ids and the supervised mask of one row, uncut. A conversation may end after the
+        first answer whose prompt leaves no room for it in a token row.
 
         Raises:
             UnusableRow: the row holds nothing to train on, or the template refuses it.
@@ -162,11 +168,11 @@ class RowEncoder:
         if kind == "tokens":
             if len(row["input_ids"]) != len(row.get("supervised", ())):
                 raise UnusableRow("its input_ids and supervised differ in length")
-            return row["input_ids"], row["supervised"]
+            return EncodedRow([(row["input_ids"], row["supervised"])])
         if kind == "text":
             ids = text_ids(self.tokenizer, row_text(row, "text"))
             mask = [1] * len(ids)
-        elif kind == "prompt_completion" and self.template is None:
+        elif kind == "prompt_completion" and not self.has_template:
             ids, mask = self._completion(row)
         else:
             return self._conversation(row)
@@ -176,7 +182,7 @@ class RowEncoder:
         eos = self.tokenizer.eos_token_id
         if eos is not None and ids[-1] != eos:
             ids, mask = [*ids, eos], [*mask, 1]
-        return ids, mask
+        return EncodedRow([(ids, mask)])
 
     def _completion(self, row: dict) -> Encoded:
         """A prompt and its completion as one text, for a target without a chat template."""
@@ -186,75 +192,141 @@ class RowEncoder:
         whole = text_ids(self.tokenizer, text)
         return whole, [0] * (len(whole) - len(ids)) + mask
 
-    def _conversation(self, row: dict) -> Encoded:
+    def _conversation(self, row: dict) -> EncodedRow:
         turns, tools = chat_messages(row), row_tools(row)
         if not any(turn["role"] == "assistant" for turn in turns):
             raise UnusableRow("it has no assistant turn")
+        template = self.template
         # A template that knows no calls would leave them out and say nothing.
-        if any("tool_calls" in turn for turn in turns) and "tool_calls" not in self.template:
+        if any("tool_calls" in turn for turn in turns) and "tool_calls" not in template.serving:
             raise UnusableRow("the chat template does not render tool calls")
-        kwargs = self.kwargs | ({"tools": tools} if tools else {})
-        encode = self._encode_by_prefix if self.by_prefix else self._encode_by_markers
         try:
-            ids, mask = encode(turns, kwargs)
+            found = self._answers(template, turns, tools)
         except UnusableRow:
             raise
         except Exception as error:  # a template raises what its author likes
             said = " ".join(str(error).split())[:120]
             raise UnusableRow(f"the chat template failed: {said}") from error
-        # What the template writes is not the target's answer, and drafting it is no skill.
-        for start, stop in _supervised_spans(mask):
-            answer = self._end_of_prompt(ids, start)
+        return found
+
+    def _answers(
+        self, template: ChatTemplate, turns: list[dict], tools: list[dict] | None
+    ) -> EncodedRow:
+        """A conversation, each answer after the very ids that serving gives to the target."""
+        turns = list(turns)
+        prompts: dict[int, tuple[str, list[int]]] = {}  # text and ids, by the answer's turn
+        found = EncodedRow([])
+        for i, turn in enumerate(turns):
+            if turn["role"] != "assistant":
+                continue
+            text = template.prompt(turns[:i], tools)
+            if text is None:
+                continue
+            if template.thinking_is_off(text):
+                # The target would not have written that thought.
+                thought, turns[i] = split_thought(turn)
+                found.thoughts += bool(thought)
+            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            prompts[i] = text, ids
+            if len(ids) >= self.max_length:  # no token row can hold what comes after it
+                break
+        whole = self._whole(template, turns, tools, prompts)
+        if whole is not None:
+            found.parts = [whole]
+        else:
+            found.parts = self._apart(template, turns, tools, prompts)
+            found.apart = len(found.parts) > 1
+        return found
+
+    def _whole(
+        self,
+        template: ChatTemplate,
+        turns: list[dict],
+        tools: list[dict] | None,
+        prompts: dict[int, tuple[str, list[int]]],
+    ) -> Encoded | None:
+        """The conversation in one row, if that holds every answer after its prompt."""
+        text = template.render(turns, tools, template=template.marked)
+        spans = []
+        for i, (prompt, _) in prompts.items():
+            through = template.render(turns[: i + 1], tools, template=template.marked)
+            if template.marked is not None:
+                # Some templates end the last turn otherwise than the turns before.
+                through = self._without_end_token(through)
+            elif not through.startswith(prompt):
+                return None
+            if not text.startswith(through):
+                return None
+            spans.append((len(prompt), len(through)))
+        if template.marked is not None:
+            ids, mask = self._by_markers(template, turns, tools)
+        else:
+            # The assistant wrote what each of its turns adds to the text. The template has written
+            # the begin token into it, if there is one.
+            ids, mask = _ids_in_spans(text, spans, self.tokenizer)
+        sizes = [len(before) for _, before in prompts.values()]
+        if any(ids[: len(before)] != before for _, before in prompts.values()):
+            return None
+        # What the template writes is not the target's answer, and drafting it is no skill. Markers
+        # enclose what their author took for the answer, an empty thought for instance.
+        for start, stop in supervised_spans(mask):
+            answer = max((size for size in sizes if size < stop), default=stop)
+            answer = max(answer, start)
             mask[start:answer] = [0] * (answer - start)
-            end = self._end_of_answer(ids, start, stop)
+            end = self._end_of_answer(ids, answer, stop)
             mask[end:stop] = [0] * (stop - end)
         return ids, mask
 
-    def _encode_by_markers(self, turns: list[dict], kwargs: dict) -> Encoded:
+    def _by_markers(
+        self, template: ChatTemplate, turns: list[dict], tools: list[dict] | None
+    ) -> Encoded:
         """A conversation whose template marks by `{% generation %}` what the assistant wrote."""
         out = self.tokenizer.apply_chat_template(
             turns,
-            chat_template=self.template,
+            tools=tools,
+            chat_template=template.marked,
             return_dict=True,
             return_assistant_tokens_mask=True,
-            **kwargs,
+            **self.kwargs,
         )
         return list(out["input_ids"]), list(out["assistant_masks"])
 
-    def _encode_by_prefix(self, turns: list[dict], kwargs: dict) -> Encoded:
-        """A conversation whose template has no markers: the assistant wrote what each of its turns
-        adds to the text."""
-        text = self._render(turns, kwargs, with_prompt=False)
-        spans = []
-        for i, turn in enumerate(turns):
-            # Templates refuse to render no turn at all. So what a template writes before a first
-            # assistant turn cannot be told from that turn, and neither is supervised.
-            if turn["role"] != "assistant" or i == 0:
-                continue
-            before = self._render(turns[:i], kwargs, with_prompt=True)
-            through = self._render(turns[: i + 1], kwargs, with_prompt=False)
-            if not (text.startswith(through) and through.startswith(before)):
-                raise UnusableRow(
-                    "the chat template renders a conversation's beginning differently once it goes"
-                    " on, so the assistant's tokens cannot be told apart: use a template with {%"
-                    " generation %} markers"
-                )
-            spans.append((len(before), len(through)))
-        # The template has written the begin token into the text, if there is one.
-        return _ids_in_spans(text, spans, self.tokenizer)
+    def _without_end_token(self, text: str) -> str:
+        """A text without the special token that ends it, and without white space around that."""
+        text = text.rstrip()
+        for token in self.special.values():
+            if text.endswith(token):
+                return text.removesuffix(token).rstrip()
+        return text
 
-    def _end_of_prompt(self, ids: list[int], start: int) -> int:
-        """Where the generation prompt ends that covers the beginning of a supervised span, or
-        `start` if none does.
-
-        Serving hands over to the target only after all of that prompt. It may begin before the
-        span, because markers enclose what its author took for the answer.
-        """
-        size = len(self.prompted)
-        for begin in range(start, max(start - size, -1), -1):
-            if ids[begin : begin + size] == self.prompted:
-                return begin + size
-        return start
+    def _apart(
+        self,
+        template: ChatTemplate,
+        turns: list[dict],
+        tools: list[dict] | None,
+        prompts: dict[int, tuple[str, list[int]]],
+    ) -> list[Encoded]:
+        """Each answer after its prompt, in as few rows as hold them unchanged."""
+        parts: list[Encoded] = []
+        for i, (prompt, before) in prompts.items():
+            answer = template.answer(turns[: i + 1], tools, prompt)
+            ids = self.tokenizer(prompt + answer, add_special_tokens=False)["input_ids"]
+            size = len(before)
+            if ids[:size] != before:
+                # A token would span the place where serving hands over.
+                ids = before + self.tokenizer(answer, add_special_tokens=False)["input_ids"]
+            mask = [0] * size + [1] * (len(ids) - size)
+            end = self._end_of_answer(ids, size, len(ids))
+            mask[end:] = [0] * (len(ids) - end)
+            if parts:
+                earlier, supervised = parts[-1]
+                # Without what the template writes behind an answer.
+                stop = supervised_spans(supervised)[-1][1]
+                if before[:stop] == earlier[:stop]:  # then that row goes on
+                    mask[:stop] = supervised[:stop]
+                    parts.pop()
+            parts.append((ids, mask))
+        return parts
 
     def _end_of_answer(self, ids: list[int], start: int, stop: int) -> int:
         """Where a supervised span ends without the white space after its end token, or `stop`."""
