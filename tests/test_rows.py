@@ -298,7 +298,9 @@ def test_two_processes_give_the_rows_of_one(prepare):
     assert prepare(messages=batch, num_proc=2).to_list() == prepare(messages=batch).to_list()
 
 
-def test_tokenized_rows_are_cached_until_the_template_or_its_arguments_change(prepare, tmp_path, monkeypatch):
+def test_tokenized_rows_are_cached_until_the_template_its_arguments_or_a_version_change(
+    prepare, tmp_path, monkeypatch
+):
     """Renderings are counted where templates run, in the tokenizer's own class."""
     (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": MESSAGES}) + "\n")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
@@ -317,6 +319,10 @@ def test_tokenized_rows_are_cached_until_the_template_or_its_arguments_change(pr
     assert run(kwargs={"enable_thinking": False}) == 1
     assert run(template=UNMARKED) == 1
     assert run(max_length=64) == 1
+    # an upgrade may change what is supervised
+    monkeypatch.setattr("hf_specauf.data.findings.version", lambda name: f"{name} 99")
+    assert run() == 1
+    assert run() == 0
 
 
 REFUSED = {

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
 
-from .findings import supervised_spans
+from .findings import made_by, supervised_spans
 from .messages import (
     ChatTemplate,
     UnusableRow,
@@ -102,6 +102,7 @@ class RowEncoder:
                 "token rows need a `supervised` column beside `input_ids`: 1 where the target's"
                 " words are, else 0"
             )
+        self.made_by = made_by()
         self.has_template = tokenizer.chat_template is not None
         if not self.has_template and self.kind not in ("tokens", "text", "prompt_completion"):
             raise ValueError(
