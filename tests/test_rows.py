@@ -165,6 +165,12 @@ def test_thoughts_are_left_out_and_counted_where_thinking_is_off(prepare, tokeni
     assert off["input_ids"] == list(plain["input_ids"]) * 3
 
 
+def test_tools_that_a_template_never_mentions_are_named(prepare, capsys):
+    tools = [{"name": "weather"}]
+    assert len(prepare(messages=[MESSAGES] * 3, tools=[None, tools, tools])) == 3
+    assert "the tools of 2 rows are not in their prompts, first: row 1: the chat" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("template", [CHAT_TEMPLATE, UNMARKED])
 def test_chat_template_kwargs_reach_the_template(prepare, tokenizer, template):
     template = "{% if enable_thinking %}<|system|>think<|end|>{% endif %}" + template

@@ -454,3 +454,43 @@ def test_a_prompt_begins_once_and_does_not_end(begin, after):
     rows = Dataset.from_list([{"prompt": begin + "the fox"}])
     [prompt] = encode_prompts(rows, tokenizer, 1, 99, None, ("prompt",))
     assert prompt[0].tolist() == expected
+
+
+# ---- several chat templates
+
+
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
+
+
+def test_rows_with_tools_are_rendered_as_serving_renders_them():
+    tokenizer = model_tokenizer(*GOLDEN["qwen3, thinking off"][:2])
+    tokenizer.chat_template = {"default": CHATML, "tool_use": tokenizer.chat_template}
+    row = encoded(tokenizer, {"messages": MESSAGES[:3], "tools": TOOLS})
+    [prompt] = prompts(tokenizer, MESSAGES[:3], {"tools": TOOLS})
+    assert "<tools>" in tokenizer.decode(prompt) and before_answers([row]) == [prompt]
+    assert prompt_ids(asked(TOOLS), tokenizer, None, 99) == prompt
+    # a row without tools goes through the default, and trl's marks are found for each template by itself
+    plain = encoded(tokenizer, {"messages": MESSAGES[:3]})
+    assert before_answers([plain]) == prompts(tokenizer, MESSAGES[:3], {}) and not plain["unseen_tools"]
+
+
+def test_several_templates_without_a_default_serve_the_rows_with_tools():
+    tokenizer = model_tokenizer(*GOLDEN["qwen3, thinking off"][:2])
+    tokenizer.chat_template = {"tool_use": tokenizer.chat_template}
+    assert encoded(tokenizer, {"messages": MESSAGES[:3], "tools": TOOLS})["reason"] == ""
+    assert "none called default" in encoded(tokenizer, {"messages": MESSAGES[:3]})["reason"]
+
+
+def asked(tools: list[dict]) -> Conversation:
+    """A conversation with tools, at its first question."""
+    conversation = Conversation(0, {"messages": MESSAGES[:3], "tools": tools})
+    assert conversation.next_question()
+    return conversation
+
+
+def test_tools_that_a_template_never_mentions_are_named():
+    tokenizer = model_tokenizer(*GOLDEN["chatml"][:2])
+    row = encoded(tokenizer, {"messages": MESSAGES, "tools": TOOLS})
+    assert row["unseen_tools"] and row["reason"] == ""
+    with pytest.warns(UserWarning, match="never mentions any tools.*does not see the tools"):
+        assert prompt_ids(asked(TOOLS), tokenizer, None, 99) == prompts(tokenizer, MESSAGES[:3], {})[0]

@@ -5,7 +5,15 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from .messages import UnusableRow, chat_messages, row_format, row_text, row_tools, text_ids
+from .messages import (
+    UnusableRow,
+    chat_messages,
+    row_format,
+    row_text,
+    row_tools,
+    text_ids,
+    warn_of_unseen_tools,
+)
 
 
 @dataclass(frozen=True)
@@ -184,6 +192,8 @@ def prompt_ids(
     if conversation.text is not None:
         return text_ids(tokenizer, conversation.text)[:text_tokens] or "its text is empty"
     try:
+        if conversation.tools is not None:
+            warn_of_unseen_tools(tokenizer)
         encoded = tokenizer.apply_chat_template(
             conversation.history,
             tools=conversation.tools,

@@ -66,6 +66,7 @@ class Findings:
         cut: whether it was cut at `max_length`.
         apart: whether it is the first of a conversation's several rows.
         thoughts: thoughts that its raw row lost, because the template's prompt is past them.
+        unseen_tools: whether its raw row has tools that the template never mentions.
         has_mask: whether the mask token occurs in it.
         tokens: its length.
         run: its longest run of supervised tokens.
@@ -79,6 +80,7 @@ class Findings:
     cut: np.ndarray
     apart: np.ndarray
     thoughts: np.ndarray
+    unseen_tools: np.ndarray
     has_mask: np.ndarray
     tokens: np.ndarray
     run: np.ndarray
@@ -170,6 +172,13 @@ def print_findings(found: Findings, raw_rows: int, kinds: str, max_length: int) 
         print(
             f"left out the thoughts of {thoughts} answers, first: {found.first(found.thoughts)}:"
             " with these chat_template_kwargs the target answers without (thinking is off)"
+        )
+    unseen = found.unseen_tools.sum()
+    if unseen:
+        print(
+            f"the tools of {unseen} rows are not in their prompts, first:"
+            f" {found.first(found.unseen_tools)}: the chat template never mentions any, so the"
+            " target does not see them in serving either"
         )
 
 

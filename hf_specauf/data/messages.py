@@ -3,6 +3,8 @@ target's chat template writes them."""
 
 import json
 import re
+import warnings
+from copy import copy
 
 from transformers import PreTrainedTokenizerBase
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
@@ -240,24 +242,39 @@ def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return begin + own
 
 
+def warn_of_unseen_tools(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Warn where the chat template for rows with tools never mentions any."""
+    if "tools" not in tokenizer.get_chat_template(tools=[]):
+        warnings.warn(
+            "rows have tools, and the target's chat template never mentions any tools: it answers"
+            " and does not see the tools",
+            stacklevel=2,
+        )
+
+
 class ChatTemplate:
     """How a target's chat template writes conversations: in serving, and with trl's marks around
     what the assistant wrote.
 
     Args:
         kwargs (`dict`): of the chat template.
+        with_tools (`bool`): whether the conversations have tools. A tokenizer may have a template
+            of its own for these, and serving takes that one.
 
     Attributes:
         serving (`str`): the template that serving takes.
         marked (`str`, *optional*): the same with generation markers, where there are any.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, kwargs: dict):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, kwargs: dict, with_tools: bool):
         self.tokenizer = tokenizer
         self.kwargs = kwargs
-        self.serving = tokenizer.get_chat_template()
+        self.serving = tokenizer.get_chat_template(tools=[] if with_tools else None)
+        # trl looks at the default template alone.
+        single = copy(tokenizer)
+        single.chat_template = self.serving
         try:
-            known = get_training_chat_template(tokenizer)
+            known = get_training_chat_template(single)
         except ValueError:  # trl does not know it; the author may have put markers in
             known = None
         template = known or self.serving

@@ -31,12 +31,14 @@ class EncodedRow:
         cut: whether parts were left out because their prompts are too long.
         apart: whether the answers of its conversation are in several parts.
         thoughts: answers whose thought was left out, because the template's prompt is past it.
+        unseen_tools: whether it has tools that the template never mentions.
     """
 
     parts: list[Encoded]
     cut: bool = False
     apart: bool = False
     thoughts: int = 0
+    unseen_tools: bool = False
 
 
 def _ids_in_spans(
@@ -60,6 +62,7 @@ COLUMNS = (
     "cut",
     "apart",
     "thoughts",
+    "unseen_tools",
 )
 
 
@@ -69,7 +72,7 @@ class RowEncoder:
 
     Each token row comes with the `reason` it is of no use (empty: none), the number `source` of its
     raw row, and whether it was `cut` at the row length. The first of a raw row says whether its
-    answers stand `apart`, and how many `thoughts` were left out.
+    answers stand `apart`, how many `thoughts` were left out, and whether it has `unseen_tools`.
 
     Args:
         columns (`list[str]`): of the raw rows.
@@ -109,9 +112,15 @@ class RowEncoder:
                 "the rows are conversations, but the target's tokenizer has no chat template: give"
                 " `text` rows"
             )
-        self.template: ChatTemplate | None = None
+        # By whether a row has tools.
+        self.templates: dict[bool, ChatTemplate] = {}
         if self.has_template and self.kind != "text":
-            self.template = ChatTemplate(tokenizer, self.kwargs)
+            for with_tools in (False, True):
+                try:
+                    template = ChatTemplate(tokenizer, self.kwargs, with_tools)
+                except ValueError:  # there are several by name, and none of them is the default
+                    continue
+                self.templates[with_tools] = template
 
     def __call__(self, batch: dict, indices: list[int]) -> dict:
         rows = {name: [] for name in COLUMNS}
@@ -132,6 +141,7 @@ class RowEncoder:
                 rows["cut"].append(len(ids) > self.max_length or (is_last and found.cut))
                 rows["apart"].append(found.apart and is_first)
                 rows["thoughts"].append(found.thoughts if is_first else 0)
+                rows["unseen_tools"].append(found.unseen_tools and is_first)
         return rows
 
     def _cut(self, found: EncodedRow) -> EncodedRow:
@@ -197,7 +207,12 @@ class RowEncoder:
         turns, tools = chat_messages(row), row_tools(row)
         if not any(turn["role"] == "assistant" for turn in turns):
             raise UnusableRow("it has no assistant turn")
-        template = self.template
+        template = self.templates.get(tools is not None)
+        if template is None:
+            raise UnusableRow(
+                "the tokenizer has several chat templates, and none called default: name one so in"
+                " a copy of its folder"
+            )
         # A template that knows no calls would leave them out and say nothing.
         if any("tool_calls" in turn for turn in turns) and "tool_calls" not in template.serving:
             raise UnusableRow("the chat template does not render tool calls")
@@ -208,6 +223,7 @@ class RowEncoder:
         except Exception as error:  # a template raises what its author likes
             said = " ".join(str(error).split())[:120]
             raise UnusableRow(f"the chat template failed: {said}") from error
+        found.unseen_tools = tools is not None and "tools" not in template.serving
         return found
 
     def _answers(
