@@ -10,9 +10,11 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hf_specauf.data.config import DataArguments
 from hf_specauf.data.findings import longest_run
 from hf_specauf.data.rows import prepare_rows, prompt_length, show_row
 from hf_specauf.data.sources import load_rows
+from hf_specauf.data.splits import load_data
 from hf_specauf.data.tokens import RowEncoder
 
 UNMARKED = CHAT_TEMPLATE.replace("{% generation %}", "").replace("{% endgeneration %}", "")
@@ -100,19 +102,73 @@ def test_a_template_without_markers_gives_the_mask_of_the_one_with_them(prepare)
     assert prepare(UNMARKED, messages=batch).to_list() == prepare(messages=batch).to_list()
 
 
-@pytest.mark.parametrize(
-    "changed",
-    [
-        # thinking-style: an answer is written differently once another turn follows
-        UNMARKED.replace("{{ m['content'] }}<|end|>", "{{ m['content'] if loop.last else 'gone' }}<|end|>", 1),
-        # the generation prompt is not how the answer's turn begins
-        UNMARKED.replace("add_generation_prompt %}<|assistant|>", "add_generation_prompt %}<|assistant|>think"),
-    ],
-)
-def test_a_template_that_renders_beginnings_differently_is_refused(prepare, changed):
-    assert changed != UNMARKED
-    with pytest.raises(ValueError, match="renders a conversation's beginning differently.*generation.*row 1"):
+def test_a_template_that_begins_answers_otherwise_than_its_prompt_is_refused(prepare):
+    changed = UNMARKED.replace("add_generation_prompt %}<|assistant|>", "add_generation_prompt %}<|assistant|>think")
+    with pytest.raises(ValueError, match="otherwise than its generation prompt.*chat_template_kwargs.*row 1"):
         prepare(changed, messages=[MESSAGES[:2], MESSAGES])
+
+
+# An answer is written differently once another turn follows.
+CHANGING = CHAT_TEMPLATE.replace("{{ m['content'] }}", "{{ m['content'] if loop.last else 'gone' }}", 1)
+SPLIT_ROWS = [
+    "<|user|>What does the fox do?<|end|><|assistant|>⟦It jumps over the lazy dog.<|end|>⟧",
+    "<|user|>What does the fox do?<|end|><|assistant|>gone<|end|><|user|>And the sheep?<|end|><|assistant|>"
+    "⟦They sleep: 0123456789.<|end|>⟧",
+]
+
+
+def test_a_conversation_becomes_several_rows_where_one_cannot_hold_its_answers(prepare, tokenizer, capsys):
+    rows = prepare(CHANGING, messages=[MESSAGES[1:3], MESSAGES[1:]])
+    assert [show_row(row, tokenizer) for row in rows] == [SPLIT_ROWS[0], *SPLIT_ROWS]
+    assert rows["row"] == [0, 1, 2]
+    assert capsys.readouterr().out == (
+        "2 rows of messages -> 3 token rows\n1 conversations are several rows each, first: row 1: the chat template "
+        "writes earlier turns differently once a conversation goes on\n"
+    )
+
+
+def test_rows_of_one_conversation_are_documents_of_their_own_when_packed(prepare):
+    apart = prepare(CHANGING, messages=[MESSAGES[1:]], max_length=200)
+    [packed] = prepare(CHANGING, messages=[MESSAGES[1:]], max_length=200, packing=True)
+    assert sorted(apart["length"]) == sorted(packed["document_ids"].count(number) for number in (0, 1))
+
+
+def test_most_rows_are_refused_by_their_number_and_not_by_that_of_their_token_rows(prepare):
+    """Three conversations of which two are refused stay two of three, however many rows the third becomes."""
+    template = "{{ raise_exception('no') if messages[0]['role'] == 'system' }}" + CHANGING
+    with pytest.raises(ValueError, match="2 of 3 rows cannot be used"):
+        prepare(template, messages=[MESSAGES, MESSAGES, MESSAGES[1:] * 4])
+
+
+@pytest.mark.parametrize("numbers, trained", [([0, 1, 2, 3, 4, 4, 4], 4), ([0, 0, 0, 1, 2, 3, 4], 6), ([5, 5, 5], 2)])
+def test_no_conversation_is_both_trained_on_and_held_out(numbers, trained, tmp_path):
+    """`regenerate` writes several rows of one."""
+    lines = [json.dumps({"source_row": number, "messages": MESSAGES}) for number in numbers]
+    (tmp_path / "own.jsonl").write_text("\n".join(lines))
+    [train], [heldout] = load_data(DataArguments(dataset_name=str(tmp_path / "own.jsonl"), eval_rows=1))
+    assert [train["source_row"], heldout["source_row"]] == [numbers[:trained], numbers[trained:]]
+
+
+def test_thoughts_are_left_out_and_counted_where_thinking_is_off(prepare, tokenizer, capsys):
+    template = CHAT_TEMPLATE.replace("{{ m['content'] }}", "{{ (m['thinking'] or '') + m['content'] }}", 1)
+    turns = [MESSAGES[1], MESSAGES[2] | {"thinking": "Foxes."}]
+    thinking, plain = (
+        prepare(template, messages=[turns] * 2, kwargs={}),
+        prepare(template, messages=[turns[:1] + MESSAGES[2:3]]),
+    )
+    capsys.readouterr()
+    off = prepare(template, messages=[MESSAGES[1:3], turns, turns], kwargs={"enable_thinking": False})
+    assert (
+        "left out the thoughts of 2 answers, first: row 1: with these chat_template_kwargs" in capsys.readouterr().out
+    )
+    assert "Foxes." in supervised_text(thinking[0], tokenizer)
+    assert off["input_ids"] == list(plain["input_ids"]) * 3
+
+
+def test_tools_that_a_template_never_mentions_are_named(prepare, capsys):
+    tools = [{"name": "weather"}]
+    assert len(prepare(messages=[MESSAGES] * 3, tools=[None, tools, tools])) == 3
+    assert "the tools of 2 rows are not in their prompts, first: row 1: the chat" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("template", [CHAT_TEMPLATE, UNMARKED])
@@ -248,7 +304,9 @@ def test_two_processes_give_the_rows_of_one(prepare):
     assert prepare(messages=batch, num_proc=2).to_list() == prepare(messages=batch).to_list()
 
 
-def test_tokenized_rows_are_cached_until_the_template_or_its_arguments_change(prepare, tmp_path, monkeypatch):
+def test_tokenized_rows_are_cached_until_the_template_its_arguments_or_a_version_change(
+    prepare, tmp_path, monkeypatch
+):
     """Renderings are counted where templates run, in the tokenizer's own class."""
     (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": MESSAGES}) + "\n")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
@@ -267,6 +325,10 @@ def test_tokenized_rows_are_cached_until_the_template_or_its_arguments_change(pr
     assert run(kwargs={"enable_thinking": False}) == 1
     assert run(template=UNMARKED) == 1
     assert run(max_length=64) == 1
+    # an upgrade may change what is supervised
+    monkeypatch.setattr("hf_specauf.data.findings.version", lambda name: f"{name} 99")
+    assert run() == 1
+    assert run() == 0
 
 
 REFUSED = {

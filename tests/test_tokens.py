@@ -7,12 +7,16 @@ from pathlib import Path
 
 import pytest
 import trl
-from conftest import byte_level_tokenizer
+from conftest import CHAT_TEMPLATE, byte_level_tokenizer
+from datasets import Dataset
+from tokenizers.processors import TemplateProcessing
 from transformers import AddedToken
 
+from hf_specauf.data.conversation import Conversation, prompt_ids
 from hf_specauf.data.messages import UnusableRow
 from hf_specauf.data.rows import show_row
 from hf_specauf.data.tokens import RowEncoder
+from hf_specauf.serving.benchmarks import encode_prompts
 
 SHIPPED = Path(trl.__file__).parent / "chat_templates"
 # In the form Mistral-7B-Instruct published: system text before the first question, roles must alternate.
@@ -45,17 +49,26 @@ QWEN3 = (
     "<|im_start|>assistant\n{0}It jumps.<|im_end|>⟧\n<|im_start|>user\nAnd the sheep?<|im_end|>\n"
     "<|im_start|>assistant\n{1}They sleep.<|im_end|>⟧\n"
 )
-# template, special tokens (bos and eos first), template arguments, messages, the rendering with supervised spans
+# Serving writes earlier turns without their thoughts, not even empty ones: each answer has a row of its own.
+QWEN3_APART = (
+    "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWhat does the fox do?<|im_end|>\n"
+    "<|im_start|>assistant\n{0}It jumps.<|im_end|>⟧\n"
+    "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWhat does the fox do?<|im_end|>\n"
+    "<|im_start|>assistant\nIt jumps.<|im_end|>\n<|im_start|>user\nAnd the sheep?<|im_end|>\n"
+    "<|im_start|>assistant\n{1}They sleep.<|im_end|>⟧\n"
+)
+# template, special tokens (bos and eos first), template arguments, messages, the rendering with supervised spans (of
+# several rows, one after the other)
 GOLDEN = {
     "qwen3, thinking off": (
         "qwen3.jinja", ["<|endoftext|>", "<|im_end|>", "<|im_start|>", "<think>", "</think>"],
         {"enable_thinking": False}, MESSAGES,
-        QWEN3.format("<think>\n\n</think>\n\n⟦", "<think>\n\n</think>\n\n⟦"),
+        QWEN3_APART.format("<think>\n\n</think>\n\n⟦", "<think>\n\n</think>\n\n⟦"),
     ),
     "qwen3, thinking on": (
         "qwen3.jinja", ["<|endoftext|>", "<|im_end|>", "<|im_start|>", "<think>", "</think>"],
         {"enable_thinking": True}, THOUGHTFUL,
-        QWEN3.format("⟦<think>\nFoxes.\n</think>\n\n", "⟦<think>\nSheep.\n</think>\n\n"),
+        QWEN3_APART.format("⟦<think>\nFoxes.\n</think>\n\n", "⟦<think>\nSheep.\n</think>\n\n"),
     ),
     "llama-3.1": (
         "llama3_1.jinja", ["<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"],
@@ -103,10 +116,16 @@ def model_tokenizer(template: str, special: list[str]):
     return tokenizer
 
 
-def encoded(tokenizer, row: dict, kwargs: dict | None = None, max_length: int = 1000) -> dict:
+def encoded_rows(tokenizer, row: dict, kwargs: dict | None = None, max_length: int = 1000) -> list[dict]:
+    """The token rows of one raw row."""
     encoder = RowEncoder(tokenizer, list(row), max_length, kwargs)
     out = encoder({key: [value] for key, value in row.items()}, [0])
-    return {key: values[0] for key, values in out.items()}
+    return [dict(zip(out, values)) for values in zip(*out.values())]
+
+
+def encoded(tokenizer, row: dict, kwargs: dict | None = None, max_length: int = 1000) -> dict:
+    [row] = encoded_rows(tokenizer, row, kwargs, max_length)
+    return row
 
 
 @pytest.mark.parametrize("case", GOLDEN)
@@ -114,12 +133,13 @@ def test_golden_tokens_and_supervised_spans(case):
     template, special, kwargs, messages, golden = GOLDEN[case]
     golden = golden.replace("TODAY", datetime.now().strftime("%Y-%m-%d"))
     tokenizer = model_tokenizer(template, special)
-    row = encoded(tokenizer, {"messages": messages}, kwargs)
-    assert row["reason"] == ""
-    assert show_row(row, tokenizer, most=1000) == golden
+    rows = encoded_rows(tokenizer, {"messages": messages}, kwargs)
+    assert {row["reason"] for row in rows} == {""}
+    assert "".join(show_row(row, tokenizer, most=1000) for row in rows) == golden
     text = golden.replace("⟦", "").replace("⟧", "")
-    assert row["input_ids"] == tokenizer(text, add_special_tokens=False)["input_ids"]
-    assert all(tokenizer.convert_tokens_to_ids(token) in row["input_ids"] for token in special[1:])
+    ids = [token for row in rows for token in row["input_ids"]]
+    assert ids == tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert all(tokenizer.convert_tokens_to_ids(token) in ids for token in special[1:])
 
 
 def test_an_answer_that_no_token_ends_is_supervised_to_its_end():
@@ -151,13 +171,18 @@ def test_tools_calls_and_results_are_kept_and_only_the_assistant_is_supervised()
     ]
     shown = []
     for given in (tools, json.dumps(tools)):
-        row = encoded(tokenizer, {"messages": messages, "tools": given}, {"enable_thinking": False})
-        shown.append(show_row(row, tokenizer, most=2000))
+        rows = encoded_rows(tokenizer, {"messages": messages, "tools": given}, {"enable_thinking": False})
+        shown.append([show_row(row, tokenizer, most=2000) for row in rows])
     assert shown[0] == shown[1]
-    assert '<tools>\n{"type": "function", "function": {"name": "weather"' in shown[0]
-    assert shown[0].endswith(
+    call, said = shown[0]
+    assert '<tools>\n{"type": "function", "function": {"name": "weather"' in call
+    assert call.endswith(
         "<|im_start|>user\nRome?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
         '⟦<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call><|im_end|>⟧\n'
+    )
+    assert said.endswith(
+        "<|im_start|>user\nRome?<|im_end|>\n<|im_start|>assistant\n"
+        '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call><|im_end|>\n'
         "<|im_start|>user\n<tool_response>\nsunny\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
         "<think>\n\n</think>\n\n⟦Sunny.<|im_end|>⟧\n"
     )
@@ -206,9 +231,10 @@ def test_sharegpts_calls_and_observations_are_tool_calls_and_tool_turns():
         {"role": "tool", "content": "sunny"}, {"role": "assistant", "content": "Sunny."},
     ]  # fmt: skip
     off = {"enable_thinking": False}
-    sharegpt = encoded(tokenizer, {"conversations": [{"from": role, "value": value} for role, value in said]}, off)
-    assert sharegpt["reason"] == "" and sharegpt == encoded(tokenizer, {"messages": messages}, off)
-    assert '⟦<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}' in show_row(sharegpt, tokenizer, 999)
+    sharegpt = [{"from": role, "value": value} for role, value in said]
+    rows = encoded_rows(tokenizer, {"conversations": sharegpt}, off)
+    assert rows[0]["reason"] == "" and rows == encoded_rows(tokenizer, {"messages": messages}, off)
+    assert '⟦<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}' in show_row(rows[0], tokenizer, 999)
 
 
 def test_turns_may_be_json_text():
@@ -345,8 +371,178 @@ def test_a_row_of_no_use_says_why_and_gives_no_tokens(reason):
     assert (row["reason"], row["input_ids"], row["supervised"]) == (reason, [], [])
 
 
-def test_a_template_whose_beginnings_change_makes_its_rows_unusable():
+# ---- every answer stands after what serving gives to the target
+
+
+def prompts(tokenizer, turns: list[dict], kwargs: dict) -> list[list[int]]:
+    """What serving gives to the target before each answer."""
+    return [
+        tokenizer.apply_chat_template(turns[:i], add_generation_prompt=True, **kwargs)["input_ids"]
+        for i, turn in enumerate(turns)
+        if turn["role"] == "assistant"
+    ]
+
+
+def before_answers(rows: list[dict]) -> list[list[int]]:
+    """The ids before each supervised span, of all rows of a conversation."""
+    found = []
+    for row in rows:
+        mask = row["supervised"]
+        starts = [i for i, flag in enumerate(mask) if flag and not (i and mask[i - 1])]
+        found += [row["input_ids"][:start] for start in starts]
+    return found
+
+
+IN_CONTENT = copy.deepcopy(MESSAGES)
+for turn, thought in ((2, "Foxes."), (4, "Sheep.")):
+    IN_CONTENT[turn]["content"] = f"<think>\n{thought}\n</think>\n\n{MESSAGES[turn]['content']}"
+FAMILIES = [
+    "qwen3", "qwen3_5_think", "qwen3_5_nothink", "deepseek_r1_distill", "deepseekv3", "nemotron_3_nano", "glm4moe",
+    "gemma4_v5", "gptoss", "cohere", "llama3_1",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"enable_thinking": False}, {"enable_thinking": True}])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_before_every_answer_stand_the_ids_that_serving_gives(family, kwargs):
+    tokenizer = model_tokenizer(f"{family}.jinja", ["<|begin|>", "<|end_of_all|>", "<|im_start|>", "<|im_end|>"])
+    thinking_is_off = kwargs.get("enable_thinking") is False
+    for turns in (MESSAGES, THOUGHTFUL, IN_CONTENT):
+        if family in ("deepseekv3", "qwen3_5_think") and turns is THOUGHTFUL:
+            turns = [turn | {"thinking": "ignored"} for turn in turns]
+        rows = encoded_rows(tokenizer, {"messages": turns}, kwargs, max_length=3000)
+        lost = sum(row["thoughts"] for row in rows)
+        is_closed = tokenizer.decode(before_answers(rows)[0]).rstrip().endswith("</think>")
+        assert lost == (2 if turns is not MESSAGES and (thinking_is_off or is_closed) else 0)
+        served = MESSAGES if lost else turns
+        assert before_answers(rows) == prompts(tokenizer, served, kwargs)
+        words = tokenizer.decode([t for row in rows for t, s in zip(row["input_ids"], row["supervised"]) if s])
+        assert "It jumps." in words and "They sleep." in words
+
+
+def test_thoughts_that_a_template_drops_are_learned_after_the_thought_it_begins():
+    tokenizer = model_tokenizer("deepseek_r1_distill.jinja", ["<|begin|>", "<｜end▁of▁sentence｜>"])
+    rows = encoded_rows(tokenizer, {"messages": THOUGHTFUL})
+    shown = [show_row(row, tokenizer, most=1000) for row in rows]
+    assert shown[0].endswith("<think>\n⟦Foxes.\n</think>\n\nIt jumps.<｜end▁of▁sentence｜>⟧")
+    assert shown[1].endswith("<think>\n⟦Sheep.\n</think>\n\nThey sleep.<｜end▁of▁sentence｜>⟧")
+
+
+def test_a_template_whose_beginnings_change_gives_a_row_for_each_answer():
     tokenizer = model_tokenizer(*GOLDEN["chatml"][:2])
-    tokenizer.chat_template = CHATML.replace("m.content", "(m.content if loop.last else 'gone')")
-    with pytest.raises(UnusableRow, match="renders a conversation's beginning differently.*generation"):
+    tokenizer.chat_template = CHATML.replace("m.content", "(m.content if loop.last or m.role == 'user' else 'gone')")
+    rows = encoded_rows(tokenizer, {"messages": MESSAGES[1:]})
+    assert [show_row(row, tokenizer, most=1000) for row in rows] == [
+        "<|im_start|>user\nWhat does the fox do?<|im_end|>\n<|im_start|>assistant\n⟦It jumps.<|im_end|>⟧\n",
+        "<|im_start|>user\nWhat does the fox do?<|im_end|>\n<|im_start|>assistant\ngone<|im_end|>\n"
+        "<|im_start|>user\nAnd the sheep?<|im_end|>\n<|im_start|>assistant\n⟦They sleep.<|im_end|>⟧\n",
+    ]
+    assert [row["apart"] for row in rows] == [True, False]
+
+
+def test_no_token_spans_the_place_where_serving_hands_over():
+    tokenizer = model_tokenizer(*GOLDEN["chatml"][:2])
+    begun = "('f' if m.role == 'assistant' else '') + m.content"
+    tokenizer.chat_template = CHATML.replace("assistant\n'", "assistant\nf'").replace("m.content", begun)
+    assert tokenizer("fo")["input_ids"] != tokenizer("f")["input_ids"] + tokenizer("o")["input_ids"]
+    turns = [Q, A | {"content": "ox"}, Q, A | {"content": "or"}]
+    rows = encoded_rows(tokenizer, {"messages": turns})
+    assert before_answers(rows) == prompts(tokenizer, turns, {})
+    assert show_row(rows[0], tokenizer).endswith("assistant\nf⟦ox<|im_end|>⟧\n")
+
+
+def test_answers_whose_prompts_are_too_long_are_left_out_and_the_rows_before_are_kept():
+    tokenizer = model_tokenizer(*GOLDEN["qwen3, thinking off"][:2])
+    whole = encoded_rows(tokenizer, {"messages": MESSAGES})
+    size = len(prompts(tokenizer, MESSAGES, {})[1])
+    [row] = encoded_rows(tokenizer, {"messages": MESSAGES}, max_length=size)
+    assert row["input_ids"] == whole[0]["input_ids"] and row["cut"] and row["apart"]
+
+
+def test_a_first_answer_that_nobody_asked_for_is_not_supervised_with_markers_either():
+    tokenizer = byte_level_tokenizer(CHAT_TEMPLATE)
+    assert encoded(tokenizer, {"messages": [A]})["reason"] == "no token of it is supervised"
+
+
+def test_a_template_whose_prompt_begins_otherwise_than_its_answers_makes_its_rows_unusable():
+    tokenizer = model_tokenizer(*GOLDEN["chatml"][:2])
+    tokenizer.chat_template = CHATML.replace("assistant\n'", "assistant\nWell, '")
+    with pytest.raises(
+        UnusableRow, match="begins an answer otherwise than its generation prompt.*chat_template_kwargs"
+    ):
         RowEncoder(tokenizer, ["messages"], 1000, None).encode({"messages": MESSAGES})
+
+
+# ---- begin and end tokens
+
+
+def bos_tokenizer(after: str):
+    """A tokenizer that puts its begin token before each text, and behind it what `after` says."""
+    tokenizer = model_tokenizer(*GOLDEN["mistral"][:2])
+    ids = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single=f"<s> $A {after}".strip(), special_tokens=ids)
+    return tokenizer
+
+
+@pytest.mark.parametrize("after", ["", "</s>"])
+@pytest.mark.parametrize("begin", ["", "<s>"])
+def test_a_text_begins_once_and_ends_once(begin, after):
+    tokenizer = bos_tokenizer(after)
+    row = encoded(tokenizer, {"text": begin + "the fox"})
+    assert show_row(row, tokenizer) == "⟦<s>the fox</s>⟧"
+    tokenizer.chat_template = None
+    row = encoded(tokenizer, {"prompt": begin + "the", "completion": " fox"})
+    assert show_row(row, tokenizer) == "<s>the⟦ fox</s>⟧"
+
+
+@pytest.mark.parametrize("after", ["", "</s>"])
+@pytest.mark.parametrize("begin", ["", "<s>"])
+def test_a_prompt_begins_once_and_does_not_end(begin, after):
+    tokenizer = bos_tokenizer(after)
+    expected = tokenizer("<s>the fox", add_special_tokens=False)["input_ids"]
+    assert prompt_ids(Conversation(0, {"text": begin + "the fox"}), tokenizer, None, 99) == expected
+    assert prompt_ids(Conversation(0, {"text": ""}), tokenizer, None, 99) == "its text is empty"
+    tokenizer.chat_template = None
+    rows = Dataset.from_list([{"prompt": begin + "the fox"}])
+    [prompt] = encode_prompts(rows, tokenizer, 1, 99, None, ("prompt",))
+    assert prompt[0].tolist() == expected
+
+
+# ---- several chat templates
+
+
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
+
+
+def test_rows_with_tools_are_rendered_as_serving_renders_them():
+    tokenizer = model_tokenizer(*GOLDEN["qwen3, thinking off"][:2])
+    tokenizer.chat_template = {"default": CHATML, "tool_use": tokenizer.chat_template}
+    row = encoded(tokenizer, {"messages": MESSAGES[:3], "tools": TOOLS})
+    [prompt] = prompts(tokenizer, MESSAGES[:3], {"tools": TOOLS})
+    assert "<tools>" in tokenizer.decode(prompt) and before_answers([row]) == [prompt]
+    assert prompt_ids(asked(TOOLS), tokenizer, None, 99) == prompt
+    # a row without tools goes through the default, and trl's marks are found for each template by itself
+    plain = encoded(tokenizer, {"messages": MESSAGES[:3]})
+    assert before_answers([plain]) == prompts(tokenizer, MESSAGES[:3], {}) and not plain["unseen_tools"]
+
+
+def test_several_templates_without_a_default_serve_the_rows_with_tools():
+    tokenizer = model_tokenizer(*GOLDEN["qwen3, thinking off"][:2])
+    tokenizer.chat_template = {"tool_use": tokenizer.chat_template}
+    assert encoded(tokenizer, {"messages": MESSAGES[:3], "tools": TOOLS})["reason"] == ""
+    assert "none called default" in encoded(tokenizer, {"messages": MESSAGES[:3]})["reason"]
+
+
+def asked(tools: list[dict]) -> Conversation:
+    """A conversation with tools, at its first question."""
+    conversation = Conversation(0, {"messages": MESSAGES[:3], "tools": tools})
+    assert conversation.next_question()
+    return conversation
+
+
+def test_tools_that_a_template_never_mentions_are_named():
+    tokenizer = model_tokenizer(*GOLDEN["chatml"][:2])
+    row = encoded(tokenizer, {"messages": MESSAGES, "tools": TOOLS})
+    assert row["unseen_tools"] and row["reason"] == ""
+    with pytest.warns(UserWarning, match="never mentions any tools.*does not see the tools"):
+        assert prompt_ids(asked(TOOLS), tokenizer, None, 99) == prompts(tokenizer, MESSAGES[:3], {})[0]

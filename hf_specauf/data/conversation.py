@@ -5,7 +5,15 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .messages import UnusableRow, chat_messages, row_format, row_text, row_tools
+from .messages import (
+    UnusableRow,
+    chat_messages,
+    row_format,
+    row_text,
+    row_tools,
+    text_ids,
+    warn_of_unseen_tools,
+)
 
 
 @dataclass(frozen=True)
@@ -192,8 +200,10 @@ def prompt_ids(
     """The prompt of a conversation's next answer, or why there is none. Of plain text it is the
     first `text_tokens`."""
     if conversation.text is not None:
-        return tokenizer(conversation.text)["input_ids"][:text_tokens] or "its text is empty"
+        return text_ids(tokenizer, conversation.text)[:text_tokens] or "its text is empty"
     try:
+        if conversation.tools is not None:
+            warn_of_unseen_tools(tokenizer)
         encoded = tokenizer.apply_chat_template(
             conversation.history,
             tools=conversation.tools,

@@ -1,8 +1,11 @@
 """What decides about token rows: which are trained on, why others are not, and which data is
 refused."""
 
+import hashlib
 from collections import Counter
 from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
 
 import numpy as np
 from datasets import Dataset
@@ -15,6 +18,31 @@ MOST_REFUSED = 0.5
 # Share of a source's token rows that may hold the mask token. With more, it is the wrong token.
 MOST_MASKED = 0.5
 REASONS_SHOWN = 5
+
+
+def made_by() -> dict[str, str]:
+    """What decides about token rows beside the data: `datasets` would reuse those of an older
+    version (datasets#3297), because it looks at the names of functions and not into them."""
+    packages = ("hf-specauf", "trl", "transformers", "tokenizers")
+    versions = {name: version(name) for name in packages}
+    # An installation from a checkout changes without its version.
+    digest = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(file.read_bytes())
+    return versions | {"code": digest.hexdigest()}
+
+
+def supervised_spans(mask: list[int]) -> list[tuple[int, int]]:
+    """(start, stop) of each run of ones."""
+    spans = []
+    start = None
+    for i, flag in enumerate([*mask, 0]):
+        if flag and start is None:
+            start = i
+        elif not flag and start is not None:
+            spans.append((start, i))
+            start = None
+    return spans
 
 
 def longest_run(supervised: list[int]) -> int:
@@ -36,6 +64,9 @@ class Findings:
         refused: whether the raw row was refused, so that it has no tokens at all.
         keep: whether it is trained on.
         cut: whether it was cut at `max_length`.
+        apart: whether it is the first of a conversation's several rows.
+        thoughts: thoughts that its raw row lost, because the template's prompt is past them.
+        unseen_tools: whether its raw row has tools that the template never mentions.
         has_mask: whether the mask token occurs in it.
         tokens: its length.
         run: its longest run of supervised tokens.
@@ -47,6 +78,9 @@ class Findings:
     refused: np.ndarray
     keep: np.ndarray
     cut: np.ndarray
+    apart: np.ndarray
+    thoughts: np.ndarray
+    unseen_tools: np.ndarray
     has_mask: np.ndarray
     tokens: np.ndarray
     run: np.ndarray
@@ -61,7 +95,8 @@ class Findings:
             sizes (`list[int]`): encoded rows of each source.
         """
 
-        def measure(batch: dict) -> dict:
+        def measure(batch: dict, made_by: dict) -> dict:
+            # `made_by` only tells the cache which code this is.
             return {
                 "run": [longest_run(flags) for flags in batch["supervised"]],
                 "tokens": [len(ids) for ids in batch["input_ids"]],
@@ -72,6 +107,7 @@ class Findings:
             measure,
             batched=True,
             remove_columns=["input_ids", "supervised"],
+            fn_kwargs={"made_by": made_by()},
             num_proc=num_proc,
             desc="Checking rows",
         )
@@ -125,6 +161,25 @@ def print_findings(found: Findings, raw_rows: int, kinds: str, max_length: int) 
     cut = found.cut[found.keep].sum()
     if cut:
         print(f"cut {cut} rows at max_length, {max_length} tokens")
+    apart = found.apart.sum()
+    if apart:
+        print(
+            f"{apart} conversations are several rows each, first: {found.first(found.apart)}: the"
+            " chat template writes earlier turns differently once a conversation goes on"
+        )
+    thoughts = found.thoughts.sum()
+    if thoughts:
+        print(
+            f"left out the thoughts of {thoughts} answers, first: {found.first(found.thoughts)}:"
+            " with these chat_template_kwargs the target answers without (thinking is off)"
+        )
+    unseen = found.unseen_tools.sum()
+    if unseen:
+        print(
+            f"the tools of {unseen} rows are not in their prompts, first:"
+            f" {found.first(found.unseen_tools)}: the chat template never mentions any, so the"
+            " target does not see them in serving either"
+        )
 
 
 def refuse_unusable(
@@ -155,7 +210,8 @@ def refuse_unusable(
         )
     # Source by source, because the many token rows of a long text would hide another's refusals.
     for number, size in enumerate(sizes):
-        refused = found.refused[found.dataset == number].sum()
+        used = found.source[(found.dataset == number) & ~found.refused]
+        refused = size - len(np.unique(used))
         if refused > MOST_REFUSED * size:
             raise ValueError(
                 f"{refused} of {size} rows cannot be used ({found.reasons(number)}): this is not"

@@ -1,6 +1,13 @@
-"""A raw row of any recognised format -> the turns of a chat, its tools, or its text."""
+"""A raw row of any recognised format -> the turns of a chat, its tools, or its text; and how the
+target's chat template writes them."""
 
 import json
+import re
+import warnings
+from copy import copy
+
+from transformers import PreTrainedTokenizerBase
+from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
 # Row formats and the columns that must be filled. The first that fits wins.
 FORMATS = {
@@ -24,6 +31,14 @@ ROLES = {
 }
 # Templates pass over turns of any other role without a word.
 TEMPLATE_ROLES = ("system", "developer", "user", "assistant", "tool")
+
+# Servers and templates differ in the name of a turn's thought.
+THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")
+# A thought that a template begins for the target at a prompt's end, and where thinking is off ends.
+BEGUN_THOUGHT = re.compile(r"<think>(?P<over>\s*</think>)?\s*$")
+# Arguments of chat templates that turn thinking off. Some templates then only leave out a line.
+THINKING_KEYS = ("enable_thinking", "thinking")
+WHOLE_THOUGHT = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
 
 
 class UnusableRow(ValueError):
@@ -195,3 +210,138 @@ def row_tools(row: dict) -> list[dict] | None:
         return None
     # Templates ask whether tools are given, and to some an empty list is given.
     return _parsed(tools, "its tools are") or None
+
+
+def split_thought(turn: dict) -> tuple[str, dict]:
+    """The thought of a turn, under a key of its own or before `</think>`, and the turn without
+    it."""
+    turn = dict(turn)
+    thought = ""
+    for key in THOUGHT_KEYS:
+        thought = turn.pop(key, "") or thought
+    before, end, content = turn["content"].rpartition("</think>")
+    if end:
+        thought = before.split("<think>")[-1]
+        turn["content"] = content.lstrip("\n")
+    return thought.strip("\n"), turn
+
+
+def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The ids of a plain text that goes on: with the one begin token that the tokenizer puts before
+    texts, and without the end token that some put behind them (OpenRLHF#1069)."""
+    ids = tokenizer(text)["input_ids"]
+    own = tokenizer(text, add_special_tokens=False)["input_ids"]
+    size = len(own)
+    added = 0
+    while added < len(ids) - size and ids[added : added + size] != own:
+        added += 1
+    begin = ids[:added]
+    # The text may have been written with its begin token.
+    if own[:added] == begin:
+        return own
+    return begin + own
+
+
+def warn_of_unseen_tools(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Warn where the chat template for rows with tools never mentions any."""
+    if "tools" not in tokenizer.get_chat_template(tools=[]):
+        warnings.warn(
+            "rows have tools, and the target's chat template never mentions any tools: it answers"
+            " and does not see the tools",
+            stacklevel=2,
+        )
+
+
+class ChatTemplate:
+    """How a target's chat template writes conversations: in serving, and with trl's marks around
+    what the assistant wrote.
+
+    Args:
+        kwargs (`dict`): of the chat template.
+        with_tools (`bool`): whether the conversations have tools. A tokenizer may have a template
+            of its own for these, and serving takes that one.
+
+    Attributes:
+        serving (`str`): the template that serving takes.
+        marked (`str`, *optional*): the same with generation markers, where there are any.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, kwargs: dict, with_tools: bool):
+        self.tokenizer = tokenizer
+        self.kwargs = kwargs
+        self.serving = tokenizer.get_chat_template(tools=[] if with_tools else None)
+        # trl looks at the default template alone.
+        single = copy(tokenizer)
+        single.chat_template = self.serving
+        try:
+            known = get_training_chat_template(single)
+        except ValueError:  # trl does not know it; the author may have put markers in
+            known = None
+        template = known or self.serving
+        # Without markers transformers returns a mask of zeros and says nothing (marin#7237).
+        self.marked = template if has_generation_markers(template) else None
+
+    def render(
+        self,
+        turns: list[dict],
+        tools: list[dict] | None,
+        with_prompt: bool = False,
+        template: str | None = None,
+    ) -> str:
+        """A conversation as serving writes it, or as another template does, with the generation
+        prompt at its end or without."""
+        return self.tokenizer.apply_chat_template(
+            turns,
+            tools=tools,
+            chat_template=template or self.serving,
+            tokenize=False,
+            add_generation_prompt=with_prompt,
+            **self.kwargs,
+        )
+
+    def prompt(self, turns: list[dict], tools: list[dict] | None) -> str | None:
+        """What serving gives to the target before the answer to these turns; `None` where serving
+        never asks for one."""
+        if not turns:  # templates refuse to render no turn at all
+            return None
+        try:
+            return self.render(turns, tools, with_prompt=True)
+        except Exception:
+            # Many templates want a question.
+            if not any(turn["role"] == "user" for turn in turns):
+                return None
+            raise
+
+    def thinking_is_off(self, prompt: str) -> bool:
+        """Whether the target writes no thought after this prompt."""
+        begun = BEGUN_THOUGHT.search(prompt)
+        if begun and begun["over"]:
+            return True
+        return any(self.kwargs.get(key) is False for key in THINKING_KEYS)
+
+    def answer(self, turns: list[dict], tools: list[dict] | None, prompt: str) -> str:
+        """The last turn as the target would have written it after a prompt.
+
+        Raises:
+            UnusableRow: the template writes that turn otherwise than its own prompt begins.
+        """
+        text = self.render(turns, tools)
+        if text.startswith(prompt):
+            return text[len(prompt) :]
+        # Templates drop the thoughts of turns that are there already, and write an empty thought
+        # into prompts alone.
+        begun = BEGUN_THOUGHT.search(prompt)
+        if begun is None or not text.startswith(prompt[: begun.start()]):
+            raise UnusableRow(
+                "the chat template begins an answer otherwise than its generation prompt, so the"
+                " assistant's tokens cannot be told apart: set chat_template_kwargs to the mode of"
+                " the answers (thinking on or off), or mend the template"
+            )
+        said = text[begun.start() :]
+        written = WHOLE_THOUGHT.match(said)
+        if written:
+            said = said[written.end() :]
+        if begun["over"]:
+            return said
+        thought, _ = split_thought(turns[-1])
+        return f"{thought}\n</think>\n\n" + said.lstrip("\n")

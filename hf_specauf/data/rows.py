@@ -61,6 +61,9 @@ def prepare_rows(
     row, fewer than two supervised tokens in a row, the mask token in it) are left out and counted
     by reason, with the first row of each.
 
+    Before each answer stand the ids that serving gives to the target. A conversation becomes
+    several rows where one cannot hold all answers so.
+
     Args:
         datasets (`Dataset` or `list[Dataset]`): one source or several, each in a format of its own.
         num_proc (`int`, *optional*): processes that tokenize; the result is cached by `datasets`

@@ -29,8 +29,9 @@ def load_data(data: DataArguments) -> tuple[list[Dataset], list[Dataset] | None]
             # The last rows, because max_train_rows takes the first. At most a tenth, because
             # training needs most of a small source.
             size = min(held_out, max(len(rows) // 10, 1))
-            heldout.append(rows.select(range(len(rows) - size, len(rows))))
-            rows = rows.select(range(len(rows) - size))
+            first = _start_of_conversation(rows, len(rows) - size)
+            heldout.append(rows.select(range(first, len(rows))))
+            rows = rows.select(range(first))
         whole.append(rows)
     train = take_shares(whole, weights, data.max_train_rows)
     if len(sources) > 1:
@@ -40,6 +41,19 @@ def load_data(data: DataArguments) -> tuple[list[Dataset], list[Dataset] | None]
     if data.eval_dataset_name is not None:
         heldout = [_load_heldout(data)]
     return train, heldout or None
+
+
+def _start_of_conversation(rows: Dataset, first: int) -> int:
+    """The first row of the conversation that a row belongs to. `regenerate` writes several rows of
+    one conversation, and training on some of them would tell what the others hold."""
+    if "source_row" not in rows.column_names:
+        return first
+    sources = rows["source_row"]
+    start = first
+    while start > 0 and sources[start - 1] == sources[first]:
+        start -= 1
+    # All rows may be of one conversation, and something must be left to train on.
+    return start or first
 
 
 def _load_source(source: Source, share: float, held_out: int, data: DataArguments) -> Dataset:

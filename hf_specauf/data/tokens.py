@@ -1,16 +1,49 @@
 """A raw row through the target's own chat template -> token ids, and which of them the assistant
 wrote."""
 
-from transformers import PreTrainedTokenizerBase
-from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+from dataclasses import dataclass, field, replace
 
-from .messages import UnusableRow, chat_messages, row_format, row_text, row_tools
+from transformers import PreTrainedTokenizerBase
+
+from .findings import made_by, supervised_spans
+from .messages import (
+    ChatTemplate,
+    UnusableRow,
+    chat_messages,
+    row_format,
+    row_text,
+    row_tools,
+    split_thought,
+    text_ids,
+)
 
 # Token ids of a row, and its supervised mask of the same length: 1 where the target's words are.
 Encoded = tuple[list[int], list[int]]
 
 # The last characters of an answer that was cut are looked for in its tokens.
 TAIL = 40
+
+
+@dataclass
+class EncodedRow:
+    """What one raw row became.
+
+    Attributes:
+        parts: its token rows. A template may write earlier turns differently once a conversation
+            goes on. One row then cannot hold all answers after what serving writes before them.
+        answers: of a conversation, the numbers of the turns that the supervised spans are, in order.
+        cut: whether parts were left out because their prompts are too long.
+        apart: whether the answers of its conversation are in several parts.
+        thoughts: answers whose thought was left out, because the template's prompt is past it.
+        unseen_tools: whether it has tools that the template never mentions.
+    """
+
+    parts: list[Encoded]
+    answers: list[int] = field(default_factory=list)
+    cut: bool = False
+    apart: bool = False
+    thoughts: int = 0
+    unseen_tools: bool = False
 
 
 def _was_cut(part: dict) -> bool:
@@ -23,48 +56,40 @@ def _was_cut(part: dict) -> bool:
     return part.get("truncated") is True or "length" in reasons
 
 
+def _cut_turns(row: dict, turns: list[dict]) -> dict[int, dict]:
+    """The assistant's turns that were cut, by their numbers."""
+    answers = {i: turn for i, turn in enumerate(turns) if turn["role"] == "assistant"}
+    cut = {i: turn for i, turn in answers.items() if _was_cut(turn)}
+    # A row's own mark is about its last answer.
+    if _was_cut(row):
+        last = max(answers)
+        cut[last] = answers[last]
+    return cut
+
+
 def _ids_in_spans(
-    text: str,
-    spans: list[tuple[int, int]],
-    tokenizer: PreTrainedTokenizerBase,
-    add_special_tokens: bool,
+    text: str, spans: list[tuple[int, int]], tokenizer: PreTrainedTokenizerBase
 ) -> Encoded:
     """The tokens of a text. Supervised are those that begin inside of one of the spans of
     characters."""
-    encoded = tokenizer(text, add_special_tokens=add_special_tokens, return_offsets_mapping=True)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     mask = []
     for first, _ in encoded["offset_mapping"]:
         mask.append(int(any(start <= first < stop for start, stop in spans)))
     return encoded["input_ids"], mask
 
 
-def _supervised_spans(mask: list[int]) -> list[tuple[int, int]]:
-    """(start, stop) of each run of ones."""
-    spans = []
-    start = None
-    for i, flag in enumerate([*mask, 0]):
-        if flag and start is None:
-            start = i
-        elif not flag and start is not None:
-            spans.append((start, i))
-            start = None
-    return spans
-
-
-def _cut_answers(row: dict, turns: list[dict], spans: int) -> list[dict | None]:
-    """For each supervised span of a conversation its turn if that was cut, else `None`."""
-    answers = [turn for turn in turns if turn["role"] == "assistant"]
-    cut: list[dict | None] = [turn if _was_cut(turn) else None for turn in answers]
-    # A row's own mark is about its last answer.
-    if _was_cut(row):
-        cut[-1] = answers[-1]
-    if len(answers) == spans:
-        return cut
-    # Which span is whose is not known, so none of them teaches an end. Without a content, only a
-    # special token is taken for one.
-    if any(turn is not None for turn in cut):
-        return [{"content": ""}] * spans
-    return [None] * spans
+# Of what `RowEncoder` returns.
+COLUMNS = (
+    "input_ids",
+    "supervised",
+    "reason",
+    "source",
+    "cut",
+    "apart",
+    "thoughts",
+    "unseen_tools",
+)
 
 
 class RowEncoder:
@@ -72,7 +97,8 @@ class RowEncoder:
     with_indices=True)`.
 
     Each token row comes with the `reason` it is of no use (empty: none), the number `source` of its
-    raw row, and whether it was `cut` at the row length.
+    raw row, and whether it was `cut` at the row length. The first of a raw row says whether its
+    answers stand `apart`, how many `thoughts` were left out, and whether it has `unseen_tools`.
 
     Args:
         columns (`list[str]`): of the raw rows.
@@ -96,92 +122,77 @@ class RowEncoder:
         self.kind = row_format(columns)
         # Turns end with one of these.
         self.special = {
-            token for token, content in tokenizer.added_tokens_decoder.items() if content.special
+            token: added.content
+            for token, added in tokenizer.added_tokens_decoder.items()
+            if added.special
         }
         if self.kind == "tokens" and "supervised" not in columns:
             raise ValueError(
                 "token rows need a `supervised` column beside `input_ids`: 1 where the target's"
                 " words are, else 0"
             )
-        self.template = tokenizer.chat_template
-        if self.template is None and self.kind not in ("tokens", "text", "prompt_completion"):
+        self.made_by = made_by()
+        self.has_template = tokenizer.chat_template is not None
+        if not self.has_template and self.kind not in ("tokens", "text", "prompt_completion"):
             raise ValueError(
                 "the rows are conversations, but the target's tokenizer has no chat template: give"
                 " `text` rows"
             )
-        self.by_prefix = False
-        self.prompted: list[int] = []
-        if self.template is not None and self.kind != "text":
-            self.template = self._training_template()
-            # Without markers transformers returns a mask of zeros and says nothing (marin#7237).
-            self.by_prefix = not has_generation_markers(self.template)
-            self.prompted = self._generation_prompt()
-
-    def _training_template(self) -> str:
-        """The chat template, with markers added by trl where it knows the template."""
-        try:
-            known = get_training_chat_template(self.tokenizer)
-        except ValueError:  # trl does not know it; the author may have put markers in
-            known = None
-        return known or self.tokenizer.get_chat_template()
-
-    def _generation_prompt(self) -> list[int]:
-        """What the template itself writes at the start of an answer, e.g. an empty thought where
-        thinking is off."""
-        asked = [{"role": "user", "content": "a"}]
-        try:
-            before = self._render(asked, self.kwargs, with_prompt=False)
-            after = self._render(asked, self.kwargs, with_prompt=True)
-        except Exception:
-            # The template does not like this conversation (it wants a system turn, for instance).
-            # If it does not like the rows either, each of them will say so.
-            return []
-        if not after.startswith(before):
-            return []
-        return self.tokenizer(after[len(before) :], add_special_tokens=False)["input_ids"]
-
-    def _render(self, turns: list[dict], kwargs: dict, with_prompt: bool) -> str:
-        """A conversation as text, with the generation prompt at its end or without."""
-        return self.tokenizer.apply_chat_template(
-            turns,
-            chat_template=self.template,
-            tokenize=False,
-            add_generation_prompt=with_prompt,
-            **kwargs,
-        )
+        # By whether a row has tools.
+        self.templates: dict[bool, ChatTemplate] = {}
+        if self.has_template and self.kind != "text":
+            for with_tools in (False, True):
+                try:
+                    template = ChatTemplate(tokenizer, self.kwargs, with_tools)
+                except ValueError:  # there are several by name, and none of them is the default
+                    continue
+                self.templates[with_tools] = template
 
     def __call__(self, batch: dict, indices: list[int]) -> dict:
-        rows = {"input_ids": [], "supervised": [], "reason": [], "source": [], "cut": []}
-        size = self.max_length
-        is_text = self.kind == "text"
+        rows = {name: [] for name in COLUMNS}
         for i, index in enumerate(indices):
             # Arrow fills the columns that a row does not have with nulls.
             row = {column: values[i] for column, values in batch.items() if values[i] is not None}
-            ids, mask, reason = self._encode_or_say_why(row)
-            # Text goes on in the next token row. A conversation is cut.
-            starts = range(0, max(len(ids), 1), size) if is_text else [0]
-            for start in starts:
-                rows["input_ids"].append(ids[start : start + size])
-                rows["supervised"].append(mask[start : start + size])
+            reason = ""
+            try:
+                found = self._cut(self.encode(row))
+            except UnusableRow as error:
+                found, reason = EncodedRow([([], [])]), str(error)
+            for number, (ids, mask) in enumerate(found.parts):
+                is_first, is_last = number == 0, number == len(found.parts) - 1
+                rows["input_ids"].append(ids[: self.max_length])
+                rows["supervised"].append(mask[: self.max_length])
                 rows["reason"].append(reason)
                 rows["source"].append(index)
-                rows["cut"].append(len(ids) > size and not is_text)
+                rows["cut"].append(len(ids) > self.max_length or (is_last and found.cut))
+                rows["apart"].append(found.apart and is_first)
+                rows["thoughts"].append(found.thoughts if is_first else 0)
+                rows["unseen_tools"].append(found.unseen_tools and is_first)
         return rows
 
-    def _encode_or_say_why(self, row: dict) -> tuple[list[int], list[int], str]:
-        """(ids, mask, ""), or ([], [], reason) where the row is of no use."""
-        try:
-            ids, mask = self.encode(row)
-        except UnusableRow as error:
-            return [], [], str(error)
-        if not any(mask):
-            return [], [], "no token of it is supervised"
-        if self.kind != "text" and not any(mask[: self.max_length]):
-            return [], [], f"its prompt alone fills the {self.max_length} tokens of a row"
-        return ids, mask, ""
+    def _cut(self, found: EncodedRow) -> EncodedRow:
+        """Text in rows of `max_length`, and a conversation's parts that have an answer in theirs.
 
-    def encode(self, row: dict) -> Encoded:
-        """Token ids and the supervised mask of one row, uncut.
+        Raises:
+            UnusableRow: not one token would be supervised.
+        """
+        size = self.max_length
+        if not any(any(mask) for _, mask in found.parts):
+            raise UnusableRow("no token of it is supervised")
+        if self.kind == "text":
+            # Text goes on in the next token row. A conversation is cut.
+            [(ids, mask)] = found.parts
+            starts = range(0, len(ids), size)
+            return EncodedRow([(ids[at : at + size], mask[at : at + size]) for at in starts])
+        parts = [(ids, mask) for ids, mask in found.parts if any(mask[:size])]
+        if not parts:
+            raise UnusableRow(f"its prompt alone fills the {size} tokens of a row")
+        cut = len(parts) < len(found.parts)
+        return replace(found, parts=parts, cut=cut)
+
+    def encode(self, row: dict) -> EncodedRow:
+        """Token ids and the supervised mask of one row, uncut. A conversation may end after the
+        first answer whose prompt leaves no room for it in a token row.
 
         Raises:
             UnusableRow: the row holds nothing to train on, or the template refuses it.
@@ -194,15 +205,13 @@ class RowEncoder:
         if kind == "tokens":
             if len(row["input_ids"]) != len(row.get("supervised", ())):
                 raise UnusableRow("its input_ids and supervised differ in length")
-            return row["input_ids"], self._without_end(row, row["input_ids"], row["supervised"])
+            ids, mask = row["input_ids"], row["supervised"]
+            return EncodedRow([(ids, self._without_end(row, ids, mask))])
         if kind == "text":
-            ids = self.tokenizer(row_text(row, "text"))["input_ids"]
+            ids = text_ids(self.tokenizer, row_text(row, "text"))
             mask = [1] * len(ids)
-        elif kind == "prompt_completion" and self.template is None:
-            prompt = row_text(row, "prompt")
-            text = prompt + row_text(row, "completion")
-            completion = (len(prompt), len(text))
-            ids, mask = _ids_in_spans(text, [completion], self.tokenizer, add_special_tokens=True)
+        elif kind == "prompt_completion" and not self.has_template:
+            ids, mask = self._completion(row)
         else:
             return self._conversation(row)
         if not ids:
@@ -211,89 +220,187 @@ class RowEncoder:
         eos = self.tokenizer.eos_token_id
         if eos is not None and ids[-1] != eos:
             ids, mask = [*ids, eos], [*mask, 1]
-        return ids, self._without_end(row, ids, mask)
+        return EncodedRow([(ids, self._without_end(row, ids, mask))])
 
     def _without_end(self, row: dict, ids: list[int], mask: list[int]) -> list[int]:
         """The mask of a row of tokens or text; where it was cut, without its end token."""
-        spans = _supervised_spans(mask)
+        spans = supervised_spans(mask)
         if not (spans and _was_cut(row)):
             return mask
         start, stop = spans[-1]
         end = self._end_of_words(ids, start, stop)
         return mask[:end] + [0] * (stop - end) + mask[stop:]
 
-    def _conversation(self, row: dict) -> Encoded:
+    def _completion(self, row: dict) -> Encoded:
+        """A prompt and its completion as one text, for a target without a chat template."""
+        prompt = row_text(row, "prompt")
+        text = prompt + row_text(row, "completion")
+        ids, mask = _ids_in_spans(text, [(len(prompt), len(text))], self.tokenizer)
+        whole = text_ids(self.tokenizer, text)
+        return whole, [0] * (len(whole) - len(ids)) + mask
+
+    def _conversation(self, row: dict) -> EncodedRow:
         turns, tools = chat_messages(row), row_tools(row)
         if not any(turn["role"] == "assistant" for turn in turns):
             raise UnusableRow("it has no assistant turn")
+        template = self.templates.get(tools is not None)
+        if template is None:
+            raise UnusableRow(
+                "the tokenizer has several chat templates, and none called default: name one so in"
+                " a copy of its folder"
+            )
         # A template that knows no calls would leave them out and say nothing.
-        if any("tool_calls" in turn for turn in turns) and "tool_calls" not in self.template:
+        if any("tool_calls" in turn for turn in turns) and "tool_calls" not in template.serving:
             raise UnusableRow("the chat template does not render tool calls")
-        kwargs = self.kwargs | ({"tools": tools} if tools else {})
-        encode = self._encode_by_prefix if self.by_prefix else self._encode_by_markers
         try:
-            ids, mask = encode(turns, kwargs)
+            found = self._answers(template, turns, tools)
         except UnusableRow:
             raise
         except Exception as error:  # a template raises what its author likes
             said = " ".join(str(error).split())[:120]
             raise UnusableRow(f"the chat template failed: {said}") from error
-        spans = _supervised_spans(mask)
-        # What the template writes is not the target's answer, and drafting it is no skill.
-        for (start, stop), cut in zip(spans, _cut_answers(row, turns, len(spans))):
-            answer = self._end_of_prompt(ids, start)
+        self._leave_ends_out(found, _cut_turns(row, turns))
+        found.unseen_tools = tools is not None and "tools" not in template.serving
+        return found
+
+    def _leave_ends_out(self, found: EncodedRow, cut: dict[int, dict]) -> None:
+        """Supervise no end of an answer that was cut.
+
+        Args:
+            cut (`dict[int, dict]`): the turns that were cut, by their numbers.
+        """
+        if not cut:
+            return
+        spans = [(ids, mask, span) for ids, mask in found.parts for span in supervised_spans(mask)]
+        turns = [cut.get(number) for number in found.answers]
+        if len(turns) != len(spans):
+            # Which span is whose is not known, so none of them teaches an end. Without a content,
+            # only a special token is taken for one.
+            turns = [{"content": ""}] * len(spans)
+        for (ids, mask, (start, stop)), turn in zip(spans, turns):
+            if turn is not None:
+                end = self._end_of_cut(ids, start, stop, turn)
+                mask[end:stop] = [0] * (stop - end)
+
+    def _answers(
+        self, template: ChatTemplate, turns: list[dict], tools: list[dict] | None
+    ) -> EncodedRow:
+        """A conversation, each answer after the very ids that serving gives to the target."""
+        turns = list(turns)
+        prompts: dict[int, tuple[str, list[int]]] = {}  # text and ids, by the answer's turn
+        found = EncodedRow([])
+        for i, turn in enumerate(turns):
+            if turn["role"] != "assistant":
+                continue
+            text = template.prompt(turns[:i], tools)
+            if text is None:
+                continue
+            if template.thinking_is_off(text):
+                # The target would not have written that thought.
+                thought, turns[i] = split_thought(turn)
+                found.thoughts += bool(thought)
+            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            prompts[i] = text, ids
+            if len(ids) >= self.max_length:  # no token row can hold what comes after it
+                break
+        found.answers = list(prompts)
+        whole = self._whole(template, turns, tools, prompts)
+        if whole is not None:
+            found.parts = [whole]
+        else:
+            found.parts = self._apart(template, turns, tools, prompts)
+            found.apart = len(found.parts) > 1
+        return found
+
+    def _whole(
+        self,
+        template: ChatTemplate,
+        turns: list[dict],
+        tools: list[dict] | None,
+        prompts: dict[int, tuple[str, list[int]]],
+    ) -> Encoded | None:
+        """The conversation in one row, if that holds every answer after its prompt."""
+        text = template.render(turns, tools, template=template.marked)
+        spans = []
+        for i, (prompt, _) in prompts.items():
+            through = template.render(turns[: i + 1], tools, template=template.marked)
+            if template.marked is not None:
+                # Some templates end the last turn otherwise than the turns before.
+                through = self._without_end_token(through)
+            elif not through.startswith(prompt):
+                return None
+            if not text.startswith(through):
+                return None
+            spans.append((len(prompt), len(through)))
+        if template.marked is not None:
+            ids, mask = self._by_markers(template, turns, tools)
+        else:
+            # The assistant wrote what each of its turns adds to the text. The template has written
+            # the begin token into it, if there is one.
+            ids, mask = _ids_in_spans(text, spans, self.tokenizer)
+        sizes = [len(before) for _, before in prompts.values()]
+        if any(ids[: len(before)] != before for _, before in prompts.values()):
+            return None
+        # What the template writes is not the target's answer, and drafting it is no skill. Markers
+        # enclose what their author took for the answer, an empty thought for instance.
+        for start, stop in supervised_spans(mask):
+            answer = max((size for size in sizes if size < stop), default=stop)
+            answer = max(answer, start)
             mask[start:answer] = [0] * (answer - start)
-            end = self._end_of_answer(ids, start, stop)
-            if cut is not None:
-                end = self._end_of_cut(ids, answer, end, cut)
+            end = self._end_of_answer(ids, answer, stop)
             mask[end:stop] = [0] * (stop - end)
         return ids, mask
 
-    def _encode_by_markers(self, turns: list[dict], kwargs: dict) -> Encoded:
+    def _by_markers(
+        self, template: ChatTemplate, turns: list[dict], tools: list[dict] | None
+    ) -> Encoded:
         """A conversation whose template marks by `{% generation %}` what the assistant wrote."""
         out = self.tokenizer.apply_chat_template(
             turns,
-            chat_template=self.template,
+            tools=tools,
+            chat_template=template.marked,
             return_dict=True,
             return_assistant_tokens_mask=True,
-            **kwargs,
+            **self.kwargs,
         )
         return list(out["input_ids"]), list(out["assistant_masks"])
 
-    def _encode_by_prefix(self, turns: list[dict], kwargs: dict) -> Encoded:
-        """A conversation whose template has no markers: the assistant wrote what each of its turns
-        adds to the text."""
-        text = self._render(turns, kwargs, with_prompt=False)
-        spans = []
-        for i, turn in enumerate(turns):
-            # Templates refuse to render no turn at all. So what a template writes before a first
-            # assistant turn cannot be told from that turn, and neither is supervised.
-            if turn["role"] != "assistant" or i == 0:
-                continue
-            before = self._render(turns[:i], kwargs, with_prompt=True)
-            through = self._render(turns[: i + 1], kwargs, with_prompt=False)
-            if not (text.startswith(through) and through.startswith(before)):
-                raise UnusableRow(
-                    "the chat template renders a conversation's beginning differently once it goes"
-                    " on, so the assistant's tokens cannot be told apart: use a template with {%"
-                    " generation %} markers"
-                )
-            spans.append((len(before), len(through)))
-        # The template has written the begin token into the text, if there is one.
-        return _ids_in_spans(text, spans, self.tokenizer, add_special_tokens=False)
+    def _without_end_token(self, text: str) -> str:
+        """A text without the special token that ends it, and without white space around that."""
+        text = text.rstrip()
+        for token in self.special.values():
+            if text.endswith(token):
+                return text.removesuffix(token).rstrip()
+        return text
 
-    def _end_of_prompt(self, ids: list[int], start: int) -> int:
-        """Where the generation prompt ends that covers the beginning of a supervised span, or
-        `start` if none does.
-
-        Serving hands over to the target only after all of that prompt. It may begin before the
-        span, because markers enclose what its author took for the answer.
-        """
-        size = len(self.prompted)
-        for begin in range(start, max(start - size, -1), -1):
-            if ids[begin : begin + size] == self.prompted:
-                return begin + size
-        return start
+    def _apart(
+        self,
+        template: ChatTemplate,
+        turns: list[dict],
+        tools: list[dict] | None,
+        prompts: dict[int, tuple[str, list[int]]],
+    ) -> list[Encoded]:
+        """Each answer after its prompt, in as few rows as hold them unchanged."""
+        parts: list[Encoded] = []
+        for i, (prompt, before) in prompts.items():
+            answer = template.answer(turns[: i + 1], tools, prompt)
+            ids = self.tokenizer(prompt + answer, add_special_tokens=False)["input_ids"]
+            size = len(before)
+            if ids[:size] != before:
+                # A token would span the place where serving hands over.
+                ids = before + self.tokenizer(answer, add_special_tokens=False)["input_ids"]
+            mask = [0] * size + [1] * (len(ids) - size)
+            end = self._end_of_answer(ids, size, len(ids))
+            mask[end:] = [0] * (len(ids) - end)
+            if parts:
+                earlier, supervised = parts[-1]
+                # Without what the template writes behind an answer.
+                stop = supervised_spans(supervised)[-1][1]
+                if before[:stop] == earlier[:stop]:  # then that row goes on
+                    mask[:stop] = supervised[:stop]
+                    parts.pop()
+            parts.append((ids, mask))
+        return parts
 
     def _end_of_answer(self, ids: list[int], start: int, stop: int) -> int:
         """Where a supervised span ends without the white space after its end token, or `stop`."""

@@ -23,7 +23,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ..data.conversation import Conversation, prompt_ids
-from ..data.messages import UnusableRow, row_format
+from ..data.messages import UnusableRow, row_format, text_ids
 from ..data.rows import prompt_length
 from ..data.sources import load_rows
 
@@ -327,7 +327,7 @@ def prompt_of_row(
     if row.get("input_ids") and row.get("supervised"):
         return row["input_ids"][: prompt_length(row["supervised"])]
     if tokenizer.chat_template is None and isinstance(row.get("prompt"), str):
-        return tokenizer(row["prompt"])["input_ids"]
+        return text_ids(tokenizer, row["prompt"])
     # as far as the first question, so that the target answers what the set's author asked
     conversation = Conversation(number, row)
     if not conversation.next_question():
