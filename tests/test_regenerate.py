@@ -701,7 +701,8 @@ def last_words(path, tokenizer) -> list[str]:
     """The end of each answer that is learned of a file's first row, after the row as training reads it."""
     rows = load_rows(str(path))
     encoder = RowEncoder(tokenizer, rows.column_names, 1000, None)
-    ids, mask, _ = encoder._encode_or_say_why(rows[0])
+    found = encoder({column: [value] for column, value in rows[0].items()}, [0])
+    [ids], [mask] = found["input_ids"], found["supervised"]
     shown = show_row({"input_ids": ids, "supervised": mask}, tokenizer, most=1000)
     return [span.split("⟧")[0][-7:] for span in shown.split("⟦")[1:]]
 

@@ -16,7 +16,7 @@ from hf_specauf.data.conversation import Conversation, prompt_ids
 from hf_specauf.data.messages import UnusableRow
 from hf_specauf.data.rows import show_row
 from hf_specauf.data.tokens import RowEncoder
-from hf_specauf.serving.benchmarks import encode_prompts
+from hf_specauf.serving.benchmarks import Wording, encode_prompts
 
 SHIPPED = Path(trl.__file__).parent / "chat_templates"
 # In the form Mistral-7B-Instruct published: system text before the first question, roles must alternate.
@@ -270,6 +270,11 @@ def test_nothing_that_a_template_writes_before_a_first_assistant_turn_is_supervi
     assert encoded(tokenizer, {"messages": [MESSAGES[2]]})["reason"] == "no token of it is supervised"
 
 
+def shown_rows(tokenizer, row: dict, kwargs: dict) -> str:
+    """All token rows of a raw row, one behind the other."""
+    return "".join(show_row(part, tokenizer, most=1000) for part in encoded_rows(tokenizer, row, kwargs))
+
+
 CUT = [{"truncated": True}, {"finish_reason": "length"}, {"metadata": {"finish_reason": "length"}}]
 
 
@@ -281,14 +286,13 @@ def test_an_answer_that_was_cut_teaches_no_end(case, mark):
     start, end = golden.rsplit("They sleep.", 1)
     last = start + "They sleep.⟧" + end.replace("⟧", "")
     tokenizer = model_tokenizer(template, special)
-    assert show_row(encoded(tokenizer, {"messages": messages} | mark, kwargs), tokenizer, most=1000) == last
+    assert shown_rows(tokenizer, {"messages": messages} | mark, kwargs) == last
     # the row says it of its last answer, a turn of itself
     turns = copy.deepcopy(messages)
     turns[2] |= mark
     first, end = golden.split("⟧", 1)
     first, own = first.rsplit("It jumps.", 1)
-    shown = show_row(encoded(tokenizer, {"messages": turns}, kwargs), tokenizer, most=1000)
-    assert shown == f"{first}It jumps.⟧{own}{end}"
+    assert shown_rows(tokenizer, {"messages": turns}, kwargs) == f"{first}It jumps.⟧{own}{end}"
 
 
 @pytest.mark.parametrize("case", ["qwen3, thinking on", "gpt-oss"])
@@ -504,7 +508,7 @@ def test_a_prompt_begins_once_and_does_not_end(begin, after):
     assert prompt_ids(Conversation(0, {"text": ""}), tokenizer, None, 99) == "its text is empty"
     tokenizer.chat_template = None
     rows = Dataset.from_list([{"prompt": begin + "the fox"}])
-    [prompt] = encode_prompts(rows, tokenizer, 1, 99, None, ("prompt",))
+    [prompt] = encode_prompts(rows, tokenizer, 1, 99, None, Wording(("prompt",)))
     assert prompt[0].tolist() == expected
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
 
 # Share of token rows that must hold a whole supervised block. With fewer, hardly an anchor would
 # have all its labels.
@@ -18,6 +19,8 @@ MOST_REFUSED = 0.5
 # Share of a source's token rows that may hold the mask token. With more, it is the wrong token.
 MOST_MASKED = 0.5
 REASONS_SHOWN = 5
+# The last characters of an answer that was cut are looked for in its tokens.
+TAIL = 40
 
 
 def made_by() -> dict[str, str]:
@@ -43,6 +46,57 @@ def supervised_spans(mask: list[int]) -> list[tuple[int, int]]:
             spans.append((start, i))
             start = None
     return spans
+
+
+@dataclass(frozen=True)
+class AnswerEnds:
+    """Where the target's own words end in a supervised span, which a template has closed.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): the target's.
+        special (`dict[int, str]`): its special tokens. Turns end with one of these.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    special: dict[int, str]
+
+    def of_answer(self, ids: list[int], start: int, stop: int) -> int:
+        """Where a supervised span ends without the white space after its end token, or `stop`."""
+        end = stop
+        for i in range(stop, start, -1):
+            if ids[i - 1] in self.special:
+                end = i
+                break
+        if self.tokenizer.decode(ids[end:stop]).strip():
+            return stop
+        return end
+
+    def of_words(self, ids: list[int], start: int, stop: int) -> int:
+        """Where a supervised span ends without the end token behind it, and the white space behind
+        that, or `stop`."""
+        for i in range(stop - 1, start - 1, -1):
+            if ids[i] in self.special:
+                return i
+            if not self.tokenizer.decode([ids[i]]).isspace():
+                break
+        return stop
+
+    def of_cut(self, ids: list[int], start: int, stop: int, turn: dict) -> int:
+        """Where the target's own words end in the span of an answer that was cut.
+
+        The template wrote the rest: the end, and where the answer was cut in its thoughts the end
+        of these.
+        """
+        end = self.of_words(ids, start, stop)
+        said = turn["content"] or turn.get("reasoning_content") or turn.get("thinking") or ""
+        # A server cuts between two tokens of a character too, and its half becomes U+FFFD.
+        tail = said.strip().rstrip("\ufffd").strip()[-TAIL:]
+        at = self.tokenizer.decode(ids[start:end]).rfind(tail)
+        if at < 0:  # the template writes it in another way
+            return end
+        while end > start and len(self.tokenizer.decode(ids[start:end])) > at + len(tail):
+            end -= 1
+        return end
 
 
 def longest_run(supervised: list[int]) -> int:

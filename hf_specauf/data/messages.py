@@ -345,3 +345,24 @@ class ChatTemplate:
             return said
         thought, _ = split_thought(turns[-1])
         return f"{thought}\n</think>\n\n" + said.lstrip("\n")
+
+
+def was_cut(part: dict) -> bool:
+    """Whether a row or a turn says that its answer was cut, by `regenerate`'s key or in a server's
+    words. A cut answer has no end that a drafter could learn (speculators#835)."""
+    metadata = part.get("metadata")
+    if not isinstance(metadata, dict):
+        metadata = {}
+    reasons = (part.get("finish_reason"), metadata.get("finish_reason"))
+    return part.get("truncated") is True or "length" in reasons
+
+
+def cut_turns(row: dict, turns: list[dict]) -> dict[int, dict]:
+    """The assistant's turns that were cut, by their numbers."""
+    answers = {i: turn for i, turn in enumerate(turns) if turn["role"] == "assistant"}
+    cut = {i: turn for i, turn in answers.items() if was_cut(turn)}
+    # A row's own mark is about its last answer.
+    if was_cut(row):
+        last = max(answers)
+        cut[last] = answers[last]
+    return cut

@@ -5,23 +5,22 @@ from dataclasses import dataclass, field, replace
 
 from transformers import PreTrainedTokenizerBase
 
-from .findings import made_by, supervised_spans
+from .findings import AnswerEnds, made_by, supervised_spans
 from .messages import (
     ChatTemplate,
     UnusableRow,
     chat_messages,
+    cut_turns,
     row_format,
     row_text,
     row_tools,
     split_thought,
     text_ids,
+    was_cut,
 )
 
 # Token ids of a row, and its supervised mask of the same length: 1 where the target's words are.
 Encoded = tuple[list[int], list[int]]
-
-# The last characters of an answer that was cut are looked for in its tokens.
-TAIL = 40
 
 
 @dataclass
@@ -31,7 +30,7 @@ class EncodedRow:
     Attributes:
         parts: its token rows. A template may write earlier turns differently once a conversation
             goes on. One row then cannot hold all answers after what serving writes before them.
-        answers: of a conversation, the numbers of the turns that the supervised spans are, in order.
+        answers: of a conversation, the numbers of the turns that its supervised spans are.
         cut: whether parts were left out because their prompts are too long.
         apart: whether the answers of its conversation are in several parts.
         thoughts: answers whose thought was left out, because the template's prompt is past it.
@@ -44,27 +43,6 @@ class EncodedRow:
     apart: bool = False
     thoughts: int = 0
     unseen_tools: bool = False
-
-
-def _was_cut(part: dict) -> bool:
-    """Whether a row or a turn says that its answer was cut, by `regenerate`'s key or in a server's
-    words. A cut answer has no end that a drafter could learn (speculators#835)."""
-    metadata = part.get("metadata")
-    if not isinstance(metadata, dict):
-        metadata = {}
-    reasons = (part.get("finish_reason"), metadata.get("finish_reason"))
-    return part.get("truncated") is True or "length" in reasons
-
-
-def _cut_turns(row: dict, turns: list[dict]) -> dict[int, dict]:
-    """The assistant's turns that were cut, by their numbers."""
-    answers = {i: turn for i, turn in enumerate(turns) if turn["role"] == "assistant"}
-    cut = {i: turn for i, turn in answers.items() if _was_cut(turn)}
-    # A row's own mark is about its last answer.
-    if _was_cut(row):
-        last = max(answers)
-        cut[last] = answers[last]
-    return cut
 
 
 def _ids_in_spans(
@@ -126,6 +104,7 @@ class RowEncoder:
             for token, added in tokenizer.added_tokens_decoder.items()
             if added.special
         }
+        self.ends = AnswerEnds(tokenizer, self.special)
         if self.kind == "tokens" and "supervised" not in columns:
             raise ValueError(
                 "token rows need a `supervised` column beside `input_ids`: 1 where the target's"
@@ -225,10 +204,10 @@ class RowEncoder:
     def _without_end(self, row: dict, ids: list[int], mask: list[int]) -> list[int]:
         """The mask of a row of tokens or text; where it was cut, without its end token."""
         spans = supervised_spans(mask)
-        if not (spans and _was_cut(row)):
+        if not (spans and was_cut(row)):
             return mask
         start, stop = spans[-1]
-        end = self._end_of_words(ids, start, stop)
+        end = self.ends.of_words(ids, start, stop)
         return mask[:end] + [0] * (stop - end) + mask[stop:]
 
     def _completion(self, row: dict) -> Encoded:
@@ -259,7 +238,7 @@ class RowEncoder:
         except Exception as error:  # a template raises what its author likes
             said = " ".join(str(error).split())[:120]
             raise UnusableRow(f"the chat template failed: {said}") from error
-        self._leave_ends_out(found, _cut_turns(row, turns))
+        self._leave_ends_out(found, cut_turns(row, turns))
         found.unseen_tools = tools is not None and "tools" not in template.serving
         return found
 
@@ -279,7 +258,7 @@ class RowEncoder:
             turns = [{"content": ""}] * len(spans)
         for (ids, mask, (start, stop)), turn in zip(spans, turns):
             if turn is not None:
-                end = self._end_of_cut(ids, start, stop, turn)
+                end = self.ends.of_cut(ids, start, stop, turn)
                 mask[end:stop] = [0] * (stop - end)
 
     def _answers(
@@ -347,7 +326,7 @@ class RowEncoder:
             answer = max((size for size in sizes if size < stop), default=stop)
             answer = max(answer, start)
             mask[start:answer] = [0] * (answer - start)
-            end = self._end_of_answer(ids, answer, stop)
+            end = self.ends.of_answer(ids, answer, stop)
             mask[end:stop] = [0] * (stop - end)
         return ids, mask
 
@@ -390,7 +369,7 @@ class RowEncoder:
                 # A token would span the place where serving hands over.
                 ids = before + self.tokenizer(answer, add_special_tokens=False)["input_ids"]
             mask = [0] * size + [1] * (len(ids) - size)
-            end = self._end_of_answer(ids, size, len(ids))
+            end = self.ends.of_answer(ids, size, len(ids))
             mask[end:] = [0] * (len(ids) - end)
             if parts:
                 earlier, supervised = parts[-1]
@@ -401,41 +380,3 @@ class RowEncoder:
                     parts.pop()
             parts.append((ids, mask))
         return parts
-
-    def _end_of_answer(self, ids: list[int], start: int, stop: int) -> int:
-        """Where a supervised span ends without the white space after its end token, or `stop`."""
-        end = stop
-        for i in range(stop, start, -1):
-            if ids[i - 1] in self.special:
-                end = i
-                break
-        if self.tokenizer.decode(ids[end:stop]).strip():
-            return stop
-        return end
-
-    def _end_of_words(self, ids: list[int], start: int, stop: int) -> int:
-        """Where a supervised span ends without the end token behind it, and the white space behind
-        that, or `stop`."""
-        for i in range(stop - 1, start - 1, -1):
-            if ids[i] in self.special:
-                return i
-            if not self.tokenizer.decode([ids[i]]).isspace():
-                break
-        return stop
-
-    def _end_of_cut(self, ids: list[int], start: int, stop: int, turn: dict) -> int:
-        """Where the target's own words end in the span of an answer that was cut.
-
-        The template wrote the rest: the end, and where the answer was cut in its thoughts the end
-        of these.
-        """
-        end = self._end_of_words(ids, start, stop)
-        said = turn["content"] or turn.get("reasoning_content") or turn.get("thinking") or ""
-        # A server cuts between two tokens of a character too, and its half becomes U+FFFD.
-        tail = said.strip().rstrip("\ufffd").strip()[-TAIL:]
-        at = self.tokenizer.decode(ids[start:end]).rfind(tail)
-        if at < 0:  # the template writes it in another way
-            return end
-        while end > start and len(self.tokenizer.decode(ids[start:end])) > at + len(tail):
-            end -= 1
-        return end
