@@ -78,6 +78,7 @@ def load_target(
 
 def decoder_layers(target: PreTrainedModel) -> nn.ModuleList:
     """The target's list of decoder layers."""
+    target = innermost(target)
     depth = target.config.get_text_config(decoder=True).num_hidden_layers
     # Architectures give the list different names. Its length is what they have in common.
     for module in target.base_model.modules():

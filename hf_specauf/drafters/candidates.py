@@ -106,6 +106,7 @@ class BlockCandidateGenerator(CandidateGenerator):
         skip_round (`Callable[[list[Round]], bool]`, *optional*): called before each draft with the
             rounds so far; true leaves this round to the target alone.
         rounds (`list[Round]`, *optional*): where passes are recorded.
+        run (`Callable`, *optional*): what is called in the drafter's place, e.g. its compiled form.
     """
 
     requires_model_outputs = True
@@ -119,9 +120,11 @@ class BlockCandidateGenerator(CandidateGenerator):
         max_draft_tokens: int | None = None,
         skip_round: Callable[[list[Round]], bool] | None = None,
         rounds: list[Round] | None = None,
+        run: Callable | None = None,
     ):
         config = drafter.config
         self.drafter = drafter
+        self.run = drafter if run is None else run
         self.device = drafter.device
         self.embedding = target.get_input_embeddings()
         self.head = target.get_output_embeddings()
@@ -250,7 +253,7 @@ class BlockCandidateGenerator(CandidateGenerator):
         noise_ids = torch.cat(
             [input_ids[:, -1:].to(self.masks.device), self.masks], dim=1
         )  # (1, K)
-        output = self.drafter(
+        output = self.run(
             noise_embeds=embed_noise(self.embedding, noise_ids).to(self.device),  # (1, K, H)
             context_hidden_states=context,
             attention_mask=mask,
