@@ -1,6 +1,7 @@
 """The frozen target: how it is loaded, the shape of a drafter that follows from it, and what it
 lends to a drafter (noise embeddings, tapped hidden states, head). It is never changed."""
 
+import inspect
 from typing import Any
 
 import torch
@@ -285,8 +286,33 @@ class FrozenTarget:
         return torch.cat(tapped, dim=-1)  # (B, S, L * H)
 
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """The target's head, in the target's dtype. (..., H) -> (..., V)"""
+        """The target's head, in the target's dtype. (..., H) -> (..., V)
+
+        These are raw: some targets multiply them by a positive factor afterwards, or cap them by
+        tanh (Granite, Cohere, Gemma-2). Neither moves the best token. Training's loss and
+        decoding's drafts both take the raw ones, so that the loss is the cross-entropy of the
+        distribution that drafts are drawn from.
+        """
         return apply_head(self.head, hidden_states)
+
+    @torch.no_grad()
+    def own_logits(
+        self, input_ids: torch.Tensor, positions: torch.Tensor, **inputs: torch.Tensor
+    ) -> torch.Tensor:
+        """The logits that the target itself writes by, at some positions of a text. (1, S), (N,) ->
+        (N, V)
+
+        Not the head's alone, after which some targets scale or cap them (vllm-project/vllm#52158).
+        """
+        kept = {}
+        if "logits_to_keep" in inspect.signature(self.model.forward).parameters:
+            # The logits of a whole text would fill the memory.
+            kept["logits_to_keep"] = positions
+        output = self.model(input_ids=input_ids, use_cache=False, **inputs, **kept)
+        logits = output.logits[0]
+        if not kept:
+            logits = logits[positions.to(logits.device)]
+        return logits
 
     def check_packing(self, input_ids: torch.Tensor, document_ids: torch.Tensor) -> None:
         """Compare the taps of one packed row with those of its documents apart.
