@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from .drafters import DRAFTERS
-from .drafters.candidates import apply_head, embed_noise
+from .drafters.candidates import apply_head, device_of, embed_noise
 from .drafters.configuration_dflash import DFlashConfig, check_target_layer_ids
 from .identity import (
     Identity,
@@ -232,7 +232,7 @@ class FrozenTarget:
     def noise_embeds(self, noise_ids: torch.Tensor) -> torch.Tensor:
         """Embeddings of anchors and masks. (B, Q) -> (B, Q, H)"""
         # A dispatched target may keep its embedding on another device than the drafter's.
-        ids = noise_ids.to(self.embedding.weight.device)
+        ids = noise_ids.to(device_of(self.embedding))
         return embed_noise(self.embedding, ids).to(noise_ids.device)
 
     @property
@@ -274,7 +274,7 @@ class FrozenTarget:
         # State 0 is the embedding, so the output of layer i is state i + 1.
         taps = [i + 1 for i in self.target_layer_ids]
         states = self.backbone(
-            input_ids=input_ids.to(self.embedding.weight.device),
+            input_ids=input_ids.to(device_of(self.embedding)),
             attention_mask=attention_mask,
             **positions,
             use_cache=False,
@@ -357,7 +357,7 @@ class FrozenTarget:
                 " those layers' outputs: the drafter would be trained on the wrong layers. Report"
                 " this target."
             )
-        probe = probe_ids.to(self.embedding.weight.device)
+        probe = probe_ids.to(device_of(self.embedding))
         logits = self.model(input_ids=probe, use_cache=False).logits
         lent = self.logits(self.backbone(input_ids=probe, use_cache=False).last_hidden_state)
         agreement = (lent.argmax(-1) == logits.argmax(-1)).float().mean().item()

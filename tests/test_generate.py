@@ -839,6 +839,50 @@ def test_a_target_with_virtual_tokens_is_refused():
         hf_specauf.generate(prefixed, p.drafter, input_ids=p.prompts[0], **GREEDY)
 
 
+OFFLOADED = {
+    "head": ["lm_head"],
+    "embedding": ["model.embed_tokens"],
+    "all but a norm": ["model.embed_tokens", "lm_head", *(f"model.layers.{i}" for i in range(4))],
+}
+
+
+@pytest.fixture(params=OFFLOADED)
+def offloaded(request, tmp_path):
+    """The target of `pair`, some of whose modules lie on the disk."""
+    p = pair()
+    p.target.save_pretrained(tmp_path / "target")
+    modules = ["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"]
+    places = dict.fromkeys(modules + [f"model.layers.{i}" for i in range(4)], "cpu")
+    places |= dict.fromkeys(OFFLOADED[request.param], "disk")
+    target = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "target", device_map=places, offload_folder=tmp_path / "offload"
+    )
+    target.generation_config = p.target.generation_config
+    assert any(parameter.is_meta for parameter in target.parameters())
+    return target
+
+
+def test_a_target_with_offloaded_weights_is_served_and_lends_the_same(offloaded):
+    p = pair()
+    before = set(vars(offloaded))
+    output = hf_specauf.generate(offloaded, p.drafter, p.prompts[0], **GREEDY)
+    assert torch.equal(output, p.plain[0])
+    assert set(vars(offloaded)) == before
+    with attach(offloaded, p.drafter) as attachment:
+        offloaded.generate(p.prompts[0], **GREEDY, assistant_model=p.drafter)
+        assert torch.equal(plain(SimpleNamespace(target=offloaded), p.prompts[0]), output)
+    assert attachment.rounds == p.assisted[0][1]
+    frozen, whole = (FrozenTarget(target, p.drafter.config) for target in (offloaded, p.target))
+    frozen.check(p.prompts[0])
+    assert torch.equal(frozen.noise_embeds(p.prompts[0]), whole.noise_embeds(p.prompts[0]))
+    assert torch.equal(frozen.context(p.prompts[0]), whole.context(p.prompts[0]))
+    hidden = torch.randn(1, 5, 32, dtype=torch.float64)
+    torch.testing.assert_close(frozen.logits(hidden), whole.logits(hidden), rtol=1e-12, atol=1e-12)
+    config = make_drafter(p.target, layers=2).config
+    found, expected = (borrow(target, config, [1, 3], frozen=True).state_dict() for target in (offloaded, p.target))
+    assert all(torch.equal(found[name], expected[name]) for name in expected if name.startswith("layers."))
+
+
 ADAPTERS = {
     "lora": dict(target_modules=["q_proj", "down_proj"]),
     "dora": dict(target_modules=["q_proj", "down_proj"], use_dora=True),

@@ -9,6 +9,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from ..drafters.candidates import device_of
 from ..identity import Identity, tokenizer_hashes
 from ..losses.blocks import row_inputs
 from ..target import FrozenTarget
@@ -38,7 +39,7 @@ def on_policy_score(
     names = ("agreement", "log_probability", "agreement_if_own", "log_probability_if_own")
     sums = dict.fromkeys(names, 0.0)
     tokens = 0
-    device = target.embedding.weight.device
+    device = device_of(target.embedding)
     for number in numbers.tolist():
         row = rows[number]
         ids = torch.tensor([row["input_ids"]], device=device)  # (1, S)

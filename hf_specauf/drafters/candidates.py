@@ -42,6 +42,21 @@ class Round(NamedTuple):
 # ---- what training and decoding share, so that they cannot differ
 
 
+def device_of(module: nn.Module) -> torch.device:
+    """The device on which a target's embedding or head runs.
+
+    accelerate keeps an offloaded module's weights elsewhere, and leaves `meta` tensors in their
+    place (huggingface/transformers#48409). Its hook brings them to this device for each run.
+    """
+    hook = getattr(module, "_hf_hook", None)
+    for one in getattr(hook, "hooks", [hook]):
+        device = getattr(one, "execution_device", None)
+        if device is not None:
+            # It may be a number.
+            return torch.device(device)
+    return module.weight.device
+
+
 def embed_noise(embedding: nn.Module, noise_ids: torch.Tensor) -> torch.Tensor:
     """Embed noise ids with the target's embedding. (B, Q) -> (B, Q, H)
 
@@ -71,7 +86,7 @@ def apply_head(head: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
     else:
         # A quantised head casts by itself.
         dtype = hidden_states.dtype
-    return head(hidden_states.to(weight.device, dtype)).to(hidden_states.device)
+    return head(hidden_states.to(device_of(head), dtype)).to(hidden_states.device)
 
 
 def add_correction(logits: torch.Tensor, correction: torch.Tensor) -> torch.Tensor:
@@ -157,7 +172,7 @@ class BlockCandidateGenerator(CandidateGenerator):
         # Built-in: a `DFlashCache`, which tells a drafter who is calling. See `DominoDraftModel`.
         self.cache = DynamicCache(config=config)
         self.masks = torch.full(
-            (1, self.block_size - 1), config.mask_token_id, device=self.embedding.weight.device
+            (1, self.block_size - 1), config.mask_token_id, device=device_of(self.embedding)
         )  # (1, K - 1)
         # Taps of committed tokens that the drafter has not read yet, each (1, C, L * H).
         self.pending: list[torch.Tensor] = []
