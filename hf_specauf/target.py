@@ -1,6 +1,7 @@
 """The frozen target: how it is loaded, the shape of a drafter that follows from it, and what it
 lends to a drafter (noise embeddings, tapped hidden states, head). It is never changed."""
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from transformers import (
 )
 
 from .drafters import DRAFTERS
-from .drafters.candidates import apply_head, embed_noise
+from .drafters.candidates import apply_head, device_of, embed_noise
 from .drafters.configuration_dflash import DFlashConfig, check_target_layer_ids
 from .identity import (
     Identity,
@@ -91,6 +92,7 @@ def load_target(
 
 def decoder_layers(target: PreTrainedModel) -> nn.ModuleList:
     """The target's list of decoder layers."""
+    target = innermost(target)
     depth = target.config.get_text_config(decoder=True).num_hidden_layers
     # Architectures give the list different names. Its length is what they have in common.
     for module in target.base_model.modules():
@@ -243,7 +245,7 @@ class FrozenTarget:
     def noise_embeds(self, noise_ids: torch.Tensor) -> torch.Tensor:
         """Embeddings of anchors and masks. (B, Q) -> (B, Q, H)"""
         # A dispatched target may keep its embedding on another device than the drafter's.
-        ids = noise_ids.to(self.embedding.weight.device)
+        ids = noise_ids.to(device_of(self.embedding))
         return embed_noise(self.embedding, ids).to(noise_ids.device)
 
     @property
@@ -285,7 +287,7 @@ class FrozenTarget:
         # State 0 is the embedding, so the output of layer i is state i + 1.
         taps = [i + 1 for i in self.target_layer_ids]
         states = self.backbone(
-            input_ids=input_ids.to(self.embedding.weight.device),
+            input_ids=input_ids.to(device_of(self.embedding)),
             attention_mask=attention_mask,
             **positions,
             use_cache=False,
@@ -297,8 +299,33 @@ class FrozenTarget:
         return torch.cat(tapped, dim=-1)  # (B, S, L * H)
 
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """The target's head, in the target's dtype. (..., H) -> (..., V)"""
+        """The target's head, in the target's dtype. (..., H) -> (..., V)
+
+        These are raw: some targets multiply them by a positive factor afterwards, or cap them by
+        tanh (Granite, Cohere, Gemma-2). Neither moves the best token. Training's loss and
+        decoding's drafts both take the raw ones, so that the loss is the cross-entropy of the
+        distribution that drafts are drawn from.
+        """
         return apply_head(self.head, hidden_states)
+
+    @torch.no_grad()
+    def own_logits(
+        self, input_ids: torch.Tensor, positions: torch.Tensor, **inputs: torch.Tensor
+    ) -> torch.Tensor:
+        """The logits that the target itself writes by, at some positions of a text. (1, S), (N,) ->
+        (N, V)
+
+        Not the head's alone, after which some targets scale or cap them (vllm-project/vllm#52158).
+        """
+        kept = {}
+        if "logits_to_keep" in inspect.signature(self.model.forward).parameters:
+            # The logits of a whole text would fill the memory.
+            kept["logits_to_keep"] = positions
+        output = self.model(input_ids=input_ids, use_cache=False, **inputs, **kept)
+        logits = output.logits[0]
+        if not kept:
+            logits = logits[positions.to(logits.device)]
+        return logits
 
     def check_packing(self, input_ids: torch.Tensor, document_ids: torch.Tensor) -> None:
         """Compare the taps of packed rows, run together, with those of their documents apart.
@@ -353,7 +380,7 @@ class FrozenTarget:
                 " those layers' outputs: the drafter would be trained on the wrong layers. Report"
                 " this target."
             )
-        probe = probe_ids.to(self.embedding.weight.device)
+        probe = probe_ids.to(device_of(self.embedding))
         logits = self.model(input_ids=probe, use_cache=False).logits
         lent = self.logits(self.backbone(input_ids=probe, use_cache=False).last_hidden_state)
         agreement = (lent.argmax(-1) == logits.argmax(-1)).float().mean().item()

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils import compile_regions
 from conftest import (
     ARCHITECTURES,
     EOS,
@@ -23,6 +24,7 @@ from conftest import (
 )
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from scipy.stats import chisquare
+from torch.nn.parallel import DistributedDataParallel
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -49,12 +51,14 @@ import hf_specauf
 from hf_specauf.drafters.candidates import BlockCandidateGenerator, Round
 from hf_specauf.drafters.modeling_dflash import DFlashDraftModel
 from hf_specauf.drafters.transformers_internals import CACHE, STATIC_CACHES_CROP, check_cache
-from hf_specauf.identity import Origin, note_origin, origin_of, tokenizer_hashes
+from hf_specauf.identity import Origin, note_origin, origin_of, target_fingerprint, tokenizer_hashes, unwrapped
 from hf_specauf.identity.origins import _ORIGINS
+from hf_specauf.layouts.adapters import AdapterBase, borrow
 from hf_specauf.losses.blocks import make_blocks
 from hf_specauf.serving.acceptance import accepted_prefix, summarize
+from hf_specauf.serving.compare import compare
 from hf_specauf.serving.decoding import attach
-from hf_specauf.target import FrozenTarget, drafter_config
+from hf_specauf.target import FrozenTarget, decoder_layers, drafter_config
 
 pytestmark = pytest.mark.internals
 
@@ -738,6 +742,94 @@ def test_a_peft_wrapped_target_is_served():
     assert torch.equal(hf_specauf.generate(wrapped.target, p.drafter, input_ids=p.prompts[0], **GREEDY), output)
 
 
+@pytest.fixture
+def process_group(tmp_path):
+    """One process, so that DDP can wrap a model."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def compiled_in_layers(model):
+    """Each layer compiled by itself, as people do it by hand."""
+    layers = decoder_layers(model)
+    for i, layer in enumerate(layers):
+        layers[i] = torch.compile(layer, backend="eager")
+    return model
+
+
+def compiled(model):
+    return torch.compile(model, backend="eager")
+
+
+WRAPPERS = {
+    "torch.compile": compiled,
+    "DDP": DistributedDataParallel,
+    "DataParallel": torch.nn.DataParallel,
+    "DDP of a compiled one": lambda model: DistributedDataParallel(compiled(model)),
+    "compiled DDP": lambda model: compiled(DistributedDataParallel(model)),
+    "layers compiled by accelerate": lambda model: compile_regions(model, backend="eager"),
+    "layers compiled by hand": compiled_in_layers,
+    "compiled PEFT": lambda model: compiled(lora(model, 0.0, task_type="CAUSAL_LM")),
+    "PEFT of a compiled one": lambda model: get_peft_model(compiled(model), LoraConfig(target_modules=["q_proj"])),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_a_wrapped_target_is_the_same_target_and_is_served(name, process_group):
+    p = pair()
+    wrapped = WRAPPERS[name](deepcopy(p.target).requires_grad_(True))
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="this drafter may accept little")
+            output = hf_specauf.generate(wrapped, p.drafter, input_ids=p.prompts[0], **GREEDY)
+            with attach(wrapped, p.drafter) as attachment:
+                again = unwrapped(wrapped).generate(input_ids=p.prompts[0], **GREEDY, assistant_model=p.drafter)
+        assert FrozenTarget(wrapped, p.drafter.config).model is attachment.target
+        assert drafter_config(
+            wrapped, num_hidden_layers=1, block_size=K, mask_token_id=MASK, target_layer_ids=[0, 2]
+        ).to_dict() == make_drafter(p.target, block_size=K).config.to_dict() | {"dtype": None}  # fmt: skip
+    finally:
+        torch.compiler.reset()
+    assert torch.equal(output, p.plain[0]) and torch.equal(again, output)
+    assert attachment.rounds == p.assisted[0][1]
+    assert "_get_candidate_generator" not in vars(attachment.target)
+
+
+def test_wrapped_targets_are_compared_as_what_is_inside(process_group):
+    p = pair()
+    wrapped = DistributedDataParallel(deepcopy(p.target).requires_grad_(True))
+    results = compare(wrapped, p.drafter, p.prompts[:1], 8, pad_token_id=PAD, show_progress=False)
+    assert results["lossless"] == {"identical": 1, "near_tie": 0, "different": 0}
+
+
+@pytest.mark.parametrize("wrap", [
+    lambda drafter, backend: torch.compile(drafter, backend=backend),
+    lambda drafter, backend: torch.compile(lora(drafter, 0.0), backend=backend),
+    lambda drafter, backend: DistributedDataParallel(torch.compile(drafter, backend=backend)),
+    lambda drafter, backend: drafter.compile(backend=backend) or drafter,
+], ids=["torch.compile", "compiled PEFT", "DDP of a compiled one", "in place"])  # fmt: skip
+def test_a_compiled_drafter_runs_compiled_and_drafts_the_same(wrap, process_group):
+    p, calls = pair(), []
+
+    def backend(graph, example_inputs):
+        def run(*args):
+            calls.append(1)
+            return graph.forward(*args)
+
+        return run
+
+    drafter = wrap(deepcopy(p.drafter).requires_grad_(True), backend)
+    try:
+        with attach(p.target, drafter) as attachment:
+            output = p.target.generate(p.prompts[0], **GREEDY, assistant_model=drafter)
+    finally:
+        torch.compiler.reset()
+    assert torch.equal(output, p.plain[0])
+    assert attachment.rounds == p.assisted[0][1] and attachment.acceptance().tau > 1
+    assert len(calls) >= len(attachment.rounds)
+
+
 def test_a_target_with_virtual_tokens_is_refused():
     p = pair()
     prefixed = get_peft_model(deepcopy(p.target), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
@@ -745,6 +837,96 @@ def test_a_target_with_virtual_tokens_is_refused():
         attach(prefixed, p.drafter)
     with pytest.raises(ValueError, match="Use a LoRA on the target"):
         hf_specauf.generate(prefixed, p.drafter, input_ids=p.prompts[0], **GREEDY)
+
+
+OFFLOADED = {
+    "head": ["lm_head"],
+    "embedding": ["model.embed_tokens"],
+    "all but a norm": ["model.embed_tokens", "lm_head", *(f"model.layers.{i}" for i in range(4))],
+}
+
+
+@pytest.fixture(params=OFFLOADED)
+def offloaded(request, tmp_path):
+    """The target of `pair`, some of whose modules lie on the disk."""
+    p = pair()
+    p.target.save_pretrained(tmp_path / "target")
+    modules = ["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"]
+    places = dict.fromkeys(modules + [f"model.layers.{i}" for i in range(4)], "cpu")
+    places |= dict.fromkeys(OFFLOADED[request.param], "disk")
+    target = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "target", device_map=places, offload_folder=tmp_path / "offload"
+    )
+    target.generation_config = p.target.generation_config
+    assert any(parameter.is_meta for parameter in target.parameters())
+    return target
+
+
+def test_a_target_with_offloaded_weights_is_served_and_lends_the_same(offloaded):
+    p = pair()
+    before = set(vars(offloaded))
+    output = hf_specauf.generate(offloaded, p.drafter, p.prompts[0], **GREEDY)
+    assert torch.equal(output, p.plain[0])
+    assert set(vars(offloaded)) == before
+    with attach(offloaded, p.drafter) as attachment:
+        offloaded.generate(p.prompts[0], **GREEDY, assistant_model=p.drafter)
+        assert torch.equal(plain(SimpleNamespace(target=offloaded), p.prompts[0]), output)
+    assert attachment.rounds == p.assisted[0][1]
+    frozen, whole = (FrozenTarget(target, p.drafter.config) for target in (offloaded, p.target))
+    frozen.check(p.prompts[0])
+    assert torch.equal(frozen.noise_embeds(p.prompts[0]), whole.noise_embeds(p.prompts[0]))
+    assert torch.equal(frozen.context(p.prompts[0]), whole.context(p.prompts[0]))
+    hidden = torch.randn(1, 5, 32, dtype=torch.float64)
+    torch.testing.assert_close(frozen.logits(hidden), whole.logits(hidden), rtol=1e-12, atol=1e-12)
+    config = make_drafter(p.target, layers=2).config
+    found, expected = (borrow(target, config, [1, 3], frozen=True).state_dict() for target in (offloaded, p.target))
+    assert all(torch.equal(found[name], expected[name]) for name in expected if name.startswith("layers."))
+
+
+ADAPTERS = {
+    "lora": dict(target_modules=["q_proj", "down_proj"]),
+    "dora": dict(target_modules=["q_proj", "down_proj"], use_dora=True),
+    "norms in full": dict(target_modules=["q_proj"], modules_to_save=["input_layernorm"]),
+    "tokens": dict(target_modules=["q_proj"], trainable_token_indices=[0, 5]),
+    "embedding and head": dict(target_modules=["embed_tokens", "lm_head"]),
+}
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["own head", "tied head"])
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_an_adapter_that_does_nothing_leaves_a_target_who_it_is_and_one_that_does_is_its_merged_model(kind, tied):
+    if tied and kind == "embedding and head":
+        pytest.skip("PEFT adapts a tied weight twice, and merges it twice")
+    target = make_target(dtype=torch.float32, tie_word_embeddings=tied)
+    own = target_fingerprint(target)
+    model = get_peft_model(deepcopy(target), LoraConfig(r=2, task_type="CAUSAL_LM", **ADAPTERS[kind]))
+    assert target_fingerprint(model) == target_fingerprint(model.get_base_model()) == own
+    set_seed(0)
+    for name, parameter in model.named_parameters():
+        if any(word in name for word in ("lora_B", "lora_embedding_A", "modules_to_save", "tokens_delta")):
+            parameter.data.add_(torch.randn_like(parameter))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    adapted = target_fingerprint(model)
+    assert adapted != own
+    with model.disable_adapter():
+        assert target_fingerprint(model) == own
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())  # only read
+    merged = deepcopy(model)
+    merged.merge_adapter()
+    assert target_fingerprint(merged) == adapted
+    assert target_fingerprint(deepcopy(model).merge_and_unload()) == adapted
+
+
+def test_layers_are_borrowed_from_a_lora_target_as_from_its_merged_model():
+    target = make_target(dtype=torch.float32)
+    adapted = lora(target, 0.2, task_type="CAUSAL_LM")
+    merged = deepcopy(adapted).merge_and_unload()
+    config = make_drafter(target, layers=2).config
+    for wrapped, plain_target in ((adapted, merged), (compiled_in_layers(deepcopy(target)), target)):
+        found = borrow(wrapped, config, [1, 3], frozen=True).state_dict()
+        expected = borrow(plain_target, config, [1, 3], frozen=True).state_dict()
+        assert all(torch.equal(found[name], expected[name]) for name in expected if name.startswith("layers."))
+        assert AdapterBase.of_layers(wrapped, [1]).fingerprint == AdapterBase.of_layers(plain_target, [1]).fingerprint
 
 
 def test_a_peft_wrapped_drafter_drafts_like_the_merged_one():

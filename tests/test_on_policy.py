@@ -6,12 +6,16 @@ import shlex
 
 import pytest
 import torch
-from conftest import MASK, ROOT, make_drafter, make_target, random_prompts
+from conftest import GATED, MASK, ROOT, make_drafter, make_target, random_prompts
 from datasets import Dataset
+from transformers import AutoConfig, AutoModelForCausalLM
 from trl import TrlParser
 
-from hf_specauf import regenerate, train
+from hf_specauf import generate, regenerate, train
 from hf_specauf.data.on_policy import on_policy_score
+from hf_specauf.drafters.candidates import BlockCandidateGenerator
+from hf_specauf.losses.head_loss import head_loss
+from hf_specauf.losses.objectives import OBJECTIVES, LossSpec
 from hf_specauf.recipe import DataArguments, TargetArguments
 from hf_specauf.regenerate import RegenerateArguments, on_policy_words
 from hf_specauf.target import FrozenTarget
@@ -48,6 +52,79 @@ def test_score_is_what_the_targets_logits_say(frozen):
     )  # fmt: skip
     for key, value in expected.items():
         assert score[key] == pytest.approx(value.item(), rel=1e-5), key
+
+
+SCALED = {
+    "granite": dict(GATED, logits_scaling=8.0),
+    "cohere": dict(GATED, logit_scale=0.25),
+    "gemma2": dict(GATED, query_pre_attn_scalar=8, sliding_window=16, final_logit_softcapping=5.0),
+}
+
+
+def scaled_target(architecture: str, dtype=torch.float32):
+    """A target that does something to its logits after the head."""
+    config = AutoConfig.for_model(architecture, **SCALED[architecture], pad_token_id=1, eos_token_id=0, bos_token_id=2)
+    torch.manual_seed(0)
+    target = AutoModelForCausalLM.from_config(config).to(dtype).eval()
+    for parameter in target.parameters():
+        if parameter.dim() > 1:
+            parameter.data.mul_(4.0)
+    return target
+
+
+@pytest.mark.parametrize("architecture", SCALED)
+def test_score_is_by_the_logits_a_target_writes_by_and_not_by_its_heads(architecture):
+    target = scaled_target(architecture)
+    frozen, texts = FrozenTarget(target, make_drafter(target).config), random_prompts(3, 20)
+    score = on_policy_score(frozen, rows_of(texts), positions_per_chunk=5)
+    labels = texts[:, 12:, None]
+
+    def expected(logits):
+        return logits.double().log_softmax(-1)[:, 11:-1].gather(2, labels).mean().item()
+
+    assert score["log_probability"] == pytest.approx(expected(target(texts).logits), rel=1e-5)
+    raw = frozen.logits(target.base_model(texts).last_hidden_state)
+    assert abs(expected(raw) - score["log_probability"]) > 1e-3
+
+
+def test_a_target_that_takes_no_positions_is_scored_all_the_same(frozen, monkeypatch):
+    forward, texts = frozen.model.forward, random_prompts(3, 20)
+    expected = on_policy_score(frozen, rows_of(texts))
+    monkeypatch.setattr(
+        frozen.model, "forward", lambda input_ids, attention_mask, use_cache: forward(input_ids, attention_mask)
+    )
+    assert on_policy_score(frozen, rows_of(texts)) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("architecture", SCALED)
+def test_raw_logits_have_the_same_best_token_and_the_loss_is_that_of_what_drafts_are_drawn_from(
+    architecture, monkeypatch
+):
+    target = scaled_target(architecture, torch.float64)
+    drafter, texts = make_drafter(target, dtype=torch.float64), random_prompts(3, 20)
+    frozen = FrozenTarget(target, drafter.config)
+    raw = frozen.logits(target.base_model(texts).last_hidden_state)
+    assert torch.equal(raw.argmax(-1), target(texts).logits.argmax(-1))
+
+    drawn = []  # (hidden rows, tokens, logits) of each draft
+    fill = BlockCandidateGenerator._fill
+
+    def keep(self, input_ids, hidden):
+        draft, logits = fill(self, input_ids, hidden)
+        drawn.append((hidden, draft, logits))
+        return draft, logits
+
+    monkeypatch.setattr(BlockCandidateGenerator, "_fill", keep)
+    torch.manual_seed(0)
+    generate(target, drafter, texts[:1], do_sample=True, top_k=0, max_new_tokens=12)
+    hidden, draft, logits = drawn[0]
+    hidden, labels = hidden[:, None].detach().requires_grad_(), draft[:, None]  # (1, 1, P, H), (1, 1, P)
+    loss = head_loss(
+        hidden, frozen.head, labels, torch.ones_like(labels, dtype=torch.bool), LossSpec(OBJECTIVES["uniform"])
+    )
+    expected = torch.nn.functional.cross_entropy(logits[0].double(), draft[0], reduction="sum")
+    assert loss.numerator.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert loss.denominator.item() == draft.shape[1]
 
 
 def test_text_the_target_sampled_scores_as_if_own_and_greedy_text_agrees_everywhere(frozen):

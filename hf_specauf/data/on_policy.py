@@ -9,6 +9,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from ..drafters.candidates import device_of
 from ..identity import Identity, tokenizer_hashes
 from ..losses.blocks import row_inputs
 from ..target import FrozenTarget
@@ -16,7 +17,7 @@ from ..target import FrozenTarget
 
 @torch.no_grad()
 def on_policy_score(
-    target: FrozenTarget, rows: Dataset, count: int = 32, positions_per_chunk: int = 256
+    target: FrozenTarget, rows: Dataset, count: int = 32, positions_per_chunk: int = 512
 ) -> dict:
     """Top-1 agreement and mean log-probability (nats) of supervised tokens under the target, on a
     sample of rows.
@@ -29,8 +30,8 @@ def on_policy_score(
         target (`FrozenTarget`): every process must call this, where it is sharded.
         rows (`Dataset`): token rows from `prepare_rows`.
         count (`int`, *optional*, defaults to 32): rows taken, evenly spread.
-        positions_per_chunk (`int`, *optional*, defaults to 256): positions whose logits are held at
-            a time.
+        positions_per_chunk (`int`, *optional*, defaults to 512): positions whose logits are held at
+            a time. Each chunk is a pass of the target.
     """
     # Rows that only fill up a step have the number -1.
     numbers = np.flatnonzero(np.array(rows["row"]) >= 0)
@@ -38,22 +39,20 @@ def on_policy_score(
     names = ("agreement", "log_probability", "agreement_if_own", "log_probability_if_own")
     sums = dict.fromkeys(names, 0.0)
     tokens = 0
-    device = target.embedding.weight.device
+    device = device_of(target.embedding)
     for number in numbers.tolist():
         row = rows[number]
         ids = torch.tensor([row["input_ids"]], device=device)  # (1, S)
         documents = torch.tensor([row.get("document_ids", [0] * ids.shape[1])], device=device)
-        output = target.backbone(input_ids=ids, use_cache=False, **row_inputs(documents))
-        hidden = output.last_hidden_state[0]  # (S, H)
+        inputs = row_inputs(documents)
         supervised = torch.tensor(row["supervised"], device=device).bool()  # (S,)
         # The first token of a document has no context that could predict it.
         supervised[0] = False
         supervised[1:] &= documents[0, 1:] == documents[0, :-1]
         for at in supervised.nonzero().flatten().split(positions_per_chunk):
-            # The token at a position is predicted by the hidden state before it.
-            log_p = (
-                target.logits(hidden[at.to(hidden.device) - 1]).float().log_softmax(-1)
-            )  # (N, V)
+            # The token at a position is predicted by the one before it.
+            logits = target.own_logits(ids, at - 1, **inputs)  # (N, V)
+            log_p = logits.float().log_softmax(-1)
             p = log_p.exp()
             labels = ids[0, at].to(log_p.device)  # (N,)
             sums["agreement"] += (log_p.argmax(-1) == labels).sum().item()

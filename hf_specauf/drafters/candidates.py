@@ -42,6 +42,21 @@ class Round(NamedTuple):
 # ---- what training and decoding share, so that they cannot differ
 
 
+def device_of(module: nn.Module) -> torch.device:
+    """The device on which a target's embedding or head runs.
+
+    accelerate keeps an offloaded module's weights elsewhere, and leaves `meta` tensors in their
+    place (huggingface/transformers#48409). Its hook brings them to this device for each run.
+    """
+    hook = getattr(module, "_hf_hook", None)
+    for one in getattr(hook, "hooks", [hook]):
+        device = getattr(one, "execution_device", None)
+        if device is not None:
+            # It may be a number.
+            return torch.device(device)
+    return module.weight.device
+
+
 def embed_noise(embedding: nn.Module, noise_ids: torch.Tensor) -> torch.Tensor:
     """Embed noise ids with the target's embedding. (B, Q) -> (B, Q, H)
 
@@ -71,7 +86,7 @@ def apply_head(head: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
     else:
         # A quantised head casts by itself.
         dtype = hidden_states.dtype
-    return head(hidden_states.to(weight.device, dtype)).to(hidden_states.device)
+    return head(hidden_states.to(device_of(head), dtype)).to(hidden_states.device)
 
 
 def add_correction(logits: torch.Tensor, correction: torch.Tensor) -> torch.Tensor:
@@ -106,6 +121,7 @@ class BlockCandidateGenerator(CandidateGenerator):
         skip_round (`Callable[[list[Round]], bool]`, *optional*): called before each draft with the
             rounds so far; true leaves this round to the target alone.
         rounds (`list[Round]`, *optional*): where passes are recorded.
+        run (`Callable`, *optional*): what is called in the drafter's place, e.g. its compiled form.
     """
 
     requires_model_outputs = True
@@ -119,9 +135,11 @@ class BlockCandidateGenerator(CandidateGenerator):
         max_draft_tokens: int | None = None,
         skip_round: Callable[[list[Round]], bool] | None = None,
         rounds: list[Round] | None = None,
+        run: Callable | None = None,
     ):
         config = drafter.config
         self.drafter = drafter
+        self.run = drafter if run is None else run
         self.device = drafter.device
         self.embedding = target.get_input_embeddings()
         self.head = target.get_output_embeddings()
@@ -154,7 +172,7 @@ class BlockCandidateGenerator(CandidateGenerator):
         # Built-in: a `DFlashCache`, which tells a drafter who is calling. See `DominoDraftModel`.
         self.cache = DynamicCache(config=config)
         self.masks = torch.full(
-            (1, self.block_size - 1), config.mask_token_id, device=self.embedding.weight.device
+            (1, self.block_size - 1), config.mask_token_id, device=device_of(self.embedding)
         )  # (1, K - 1)
         # Taps of committed tokens that the drafter has not read yet, each (1, C, L * H).
         self.pending: list[torch.Tensor] = []
@@ -250,7 +268,7 @@ class BlockCandidateGenerator(CandidateGenerator):
         noise_ids = torch.cat(
             [input_ids[:, -1:].to(self.masks.device), self.masks], dim=1
         )  # (1, K)
-        output = self.drafter(
+        output = self.run(
             noise_embeds=embed_noise(self.embedding, noise_ids).to(self.device),  # (1, K, H)
             context_hidden_states=context,
             attention_mask=mask,

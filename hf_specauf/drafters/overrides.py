@@ -8,14 +8,17 @@ not the user's generation config:
     `_validate_generation_mode`  refuses what would go wrong silently
     `_get_stopping_criteria`     also stops inside an accepted draft
     `_get_candidate_generator`   takes the drafts from our generator
+
+Of a target whose first weights are offloaded, `parameters` is a fourth.
 """
 
 from collections.abc import Callable
 from types import MethodType
 
 import torch
+from torch import nn
 
-from .candidates import Round
+from .candidates import Round, device_of
 from .transformers_internals import (
     OVERRIDDEN,
     EosTokenCriteria,
@@ -252,6 +255,8 @@ class DraftingOverrides:
         if not self.attached:
             for name in self.NAMES:
                 vars(target)[name] = MethodType(getattr(self, name), target)
+            if target.device.type == "meta":
+                vars(target)["parameters"] = MethodType(self._parameters, target)
         self.attached.append(self)
 
     def undo(self) -> None:
@@ -261,7 +266,7 @@ class DraftingOverrides:
             return
         self.attached.remove(self)
         if not self.attached:
-            for name in (*self.NAMES, "_drafting"):
+            for name in (*self.NAMES, "_drafting", "parameters"):
                 vars(self.target).pop(name, None)
 
     def _of(self, assistant_model) -> "DraftingOverrides | None":
@@ -270,6 +275,17 @@ class DraftingOverrides:
             if one.drafter is assistant_model:
                 return one
         return None
+
+    @staticmethod
+    def _parameters(target, recurse: bool = True):
+        """The target's parameters, after an empty one on the device where its inputs belong.
+
+        transformers' assisted loop moves candidates to the device of the first parameter, which is
+        `meta` where the embedding is offloaded.
+        """
+        device = device_of(target.get_input_embeddings())
+        yield nn.Parameter(torch.empty(0, dtype=target.config.dtype, device=device), False)
+        yield from type(target).parameters(target, recurse)
 
     # Each of the following has the name of what it overrides, and calls that by the target's class.
 

@@ -14,13 +14,14 @@ from .fingerprints import (
 from .origins import Origin, cached_commit, note_origin, origin_of
 from .pairs import check_pair, warn
 from .record import CONFIG_KEYS, SHAPE_KEYS, Identity
-from .wrappers import innermost
+from .wrappers import as_called, innermost, unwrapped
 
 __all__ = [
     "CONFIG_KEYS",
     "SHAPE_KEYS",
     "Identity",
     "Origin",
+    "as_called",
     "cached_commit",
     "check_pair",
     "embedding_rows",
@@ -29,6 +30,7 @@ __all__ = [
     "origin_of",
     "target_fingerprint",
     "tokenizer_hashes",
+    "unwrapped",
     "warn",
     "weights_fingerprint",
 ]

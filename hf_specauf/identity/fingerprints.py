@@ -8,27 +8,30 @@ import torch
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .wrappers import innermost
+from .wrappers import innermost, plain_parameters
 
 
 def embedding_rows(target: PreTrainedModel) -> int:
     """Rows of the target's input embedding, at least its tokenizer's length."""
-    return target.get_input_embeddings().weight.shape[0]
+    return innermost(target).get_input_embeddings().weight.shape[0]
 
 
 def target_fingerprint(target: PreTrainedModel) -> str | None:
     """Short SHA-256 of the first weights of every parameter.
 
     The weights tell a fine-tune or another commit from the model that a drafter was trained for
-    (z-lab#152). `None` where they cannot be read: quantised, offloaded or sharded.
+    (z-lab#152). A wrapper is nobody: only what PEFT's active adapters do to the weights counts.
+    `None` where they cannot be read: quantised, offloaded or sharded.
     """
     digest = hashlib.sha256()
-    for name, parameter in innermost(target).named_parameters():
+    target = innermost(target)
+    for parameter in target.parameters():
         if parameter.is_meta or not parameter.is_floating_point() or isinstance(parameter, DTensor):
             return None
+    for name, tensor in plain_parameters(target):
         digest.update(name.encode())
         # Training changes every parameter nearly everywhere, so a few weights of each will do.
-        digest.update(_bf16_bytes(parameter.detach().flatten()[:8]))
+        digest.update(_bf16_bytes(tensor.flatten()[:8]))
     return digest.hexdigest()[:16]
 
 

@@ -12,12 +12,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from accelerate.utils.modeling import get_state_dict_offloaded_model
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
+from torch import nn
 from transformers import AutoModel, PreTrainedModel
 
 from ..drafters.configuration_dflash import DFlashConfig
-from ..identity import Identity, Origin, innermost, origin_of, weights_fingerprint
+from ..identity import Identity, Origin, innermost, origin_of, unwrapped, weights_fingerprint
+from ..identity.wrappers import ADAPTED, plain_name, plain_parameters
 from ..records import write_record
 from ..target import decoder_layers
 from .folders import absolute, fetch, named
@@ -98,7 +101,7 @@ def borrowed_tensors(target: PreTrainedModel, layer_ids: list[int]) -> dict[str,
         )
     found = {}
     for slot, index in enumerate(layer_ids):
-        for name, tensor in layers[index].state_dict().items():
+        for name, tensor in layer_tensors(layers[index]).items():
             found[f"layers.{slot}.{name}"] = tensor
     codes = [f"{name} is {t.dtype}" for name, t in found.items() if not t.is_floating_point()]
     # fp8 codes are floating point numbers too, and only transformers' mark tells them from weights
@@ -111,6 +114,17 @@ def borrowed_tensors(target: PreTrainedModel, layer_ids: list[int]) -> dict[str,
             " quantisation (leave out target_quantization), or leave out init_from_target_layers."
         )
     return found
+
+
+def layer_tensors(layer: nn.Module) -> dict[str, torch.Tensor]:
+    """A target layer's weights by their plain names, with what a LoRA on the target does to it."""
+    if any(isinstance(module, ADAPTED) for module in layer.modules()):
+        return dict(plain_parameters(layer))
+    if any(parameter.is_meta for parameter in layer.parameters()):
+        # Offloaded: accelerate reads them from where they lie.
+        return get_state_dict_offloaded_model(layer)
+    # With buffers, in which some kinds of quantisation keep their codes.
+    return {plain_name(name): tensor for name, tensor in layer.state_dict().items()}
 
 
 def borrow(
@@ -313,6 +327,7 @@ def add_adapter(
             f" {str(folder_or_repo)!r})"
         )
     # by the weights and not by the name, because a base may move, and a branch goes on
+    drafter = unwrapped(drafter)
     if weights_fingerprint(plain_state(drafter)) != base.fingerprint:
         at = f" at {base.revision}" if base.revision else ""
         raise ValueError(

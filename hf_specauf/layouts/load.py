@@ -10,7 +10,14 @@ from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from ..drafters import config_class
-from ..identity import Identity, Origin, note_origin, target_fingerprint, weights_fingerprint
+from ..identity import (
+    Identity,
+    Origin,
+    innermost,
+    note_origin,
+    target_fingerprint,
+    weights_fingerprint,
+)
 from . import LAYOUTS, Layout
 from .adapters import AdapterBase, add_adapter, borrow, borrowed_tensors
 from .folders import absolute, fetch, read_json
@@ -141,6 +148,7 @@ def from_target(
             f"{folder_or_repo} is a drafter on layers borrowed from its target: load the target and"
             f" call hf_specauf.from_target(target, {str(folder_or_repo)!r})"
         )
+    target = innermost(target)
     dtype = torch_dtype(dtype)
     folder, commit = fetch(folder_or_repo, revision, "folder_or_repo")
     adapter = folder

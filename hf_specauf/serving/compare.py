@@ -12,7 +12,7 @@ from rich.table import Table
 from transformers import GenerationConfig, PreTrainedModel
 
 from ..drafters.candidates import Round
-from ..identity import Identity, innermost
+from ..identity import Identity, innermost, unwrapped
 from ..records import environment
 from .acceptance import TAU_DEFINITION, number
 from .decoding import attach
@@ -158,7 +158,7 @@ def compare(
         `speedup`, `lossless` (counts of identical, near_tie and different outputs), `repetition`
         and a list of `prompts`.
     """
-    model = innermost(target)
+    target, model = unwrapped(target), innermost(target)
     greedy = temperature == 0
     config = decoding_config(model, max_new_tokens, pad_token_id, temperature)
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..drafters.candidates import BlockCandidateGenerator, Round
 from ..drafters.configuration_dflash import check_dtype
 from ..drafters.overrides import DraftingOverrides
-from ..identity import check_pair, innermost
+from ..identity import as_called, check_pair, innermost, unwrapped
 from .acceptance import Acceptance, summarize
 
 
@@ -41,7 +41,8 @@ def generate(
         TypeError, ValueError: as [`attach`], or the call is one that [`attach`] cannot serve.
     """
     with attach(target, drafter):
-        return target.generate(*args, **kwargs, assistant_model=drafter)
+        # DDP and its like have no `generate` of their own.
+        return unwrapped(target).generate(*args, **kwargs, assistant_model=drafter)
 
 
 def attach(
@@ -62,10 +63,10 @@ def attach(
     same distribution. In bf16 a near-tie of two logits may go the other way.
 
     Args:
-        target (`PreTrainedModel` or `PeftModel`): the target. Only this object is affected, and
-            nothing that is saved with it.
+        target (`PreTrainedModel` or `PeftModel`): the target, also inside `torch.compile`, DDP or
+            another wrapper. Only this object is affected, and nothing that is saved with it.
         drafter (`PreTrainedModel` or `PeftModel`): a block drafter trained for it, on any device,
-            fp32 or bf16.
+            fp32 or bf16. One from `torch.compile` runs compiled.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): checked against the one of training.
         max_draft_tokens (`int`, *optional*): verify at most this many drafted tokens a pass
             (default K - 1). Helps where wide passes of the target are dear.
@@ -104,7 +105,7 @@ class Attachment:
         max_draft_tokens: int | None = None,
         skip_round: Callable[[list[Round]], bool] | None = None,
     ):
-        # PEFT's `generate` calls the one of the model inside, so that one is overridden.
+        # A wrapper's `generate` calls the one of the model inside, so that one is overridden.
         self.target = innermost(target)
         # The wrapper stays: the drafter is recognised as the object given as `assistant_model`.
         self.drafter = drafter
@@ -131,7 +132,7 @@ class Attachment:
 
     def acceptance(self) -> Acceptance:
         """tau, alpha_k and histogram over all `generate` calls so far."""
-        return summarize(self.rounds, self.drafter.config.block_size)
+        return summarize(self.rounds, innermost(self.drafter).config.block_size)
 
     def _candidate_generator(
         self, target, generation_config, logits_processor
@@ -142,19 +143,25 @@ class Attachment:
         """
         rounds: list[Round] = []
         self.generations.append(rounds)
-        return innermost(self.drafter).get_candidate_generator(
+        drafter, called = innermost(self.drafter), as_called(self.drafter)
+        options = {}
+        # Code that older folders bring along knows of no such argument.
+        if called is not drafter:
+            options["run"] = called
+        return drafter.get_candidate_generator(
             target,
             generation_config,
             logits_processor=logits_processor,
             max_draft_tokens=self.max_draft_tokens,
             skip_round=self.skip_round,
             rounds=rounds,
+            **options,
         )
 
 
 def _check(target, drafter, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedModel:
     """The drafter without its wrapper, or an error where it cannot serve the target."""
-    base = innermost(drafter)
+    base, target = innermost(drafter), unwrapped(target)
     if not hasattr(base, "get_candidate_generator"):
         raise TypeError(
             f"{type(base).__name__} is not a block drafter; load one with AutoModel.from_pretrained"
