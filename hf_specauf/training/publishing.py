@@ -10,6 +10,7 @@ from transformers.trainer_utils import HubStrategy
 from ..cli import words_for
 from ..publishing.card import render
 from ..publishing.hub import push
+from .waiting import wait_for_everyone
 
 
 class Publishing:
@@ -29,7 +30,8 @@ class Publishing:
                 f"{words_for(error)}. The drafter is trained and lies in {folder}; the one command"
                 f" that is left: {self._push_command(folder, unmeasured)}"
             ) from error
-        self.accelerator.wait_for_everyone()
+        # the upload may take longer than a collective waits
+        wait_for_everyone()
         return info
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
