@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from ..drafters import config_class
 from ..drafters.configuration_dflash import DFlashConfig
 from ..drafters.transformers_internals import TESTED
-from ..records import public
+from ..records import HUB_ID, public, read_record
 from .card_data import on_hub, training_names, with_data
 from .card_evaluation import eval_results, measured_words
 from .card_training import NOT_RECORDED, is_until_fail, training_words
@@ -27,7 +27,7 @@ def read(folder: Path, name: str) -> dict | None:
     if not path.is_file():
         return None
     # before the paths go, by which a local file is known
-    return public(with_data(json.loads(path.read_text())))
+    return public(with_data(read_record(path)))
 
 
 def read_config(folder: Path) -> dict:
@@ -109,16 +109,25 @@ def render(
             with it.
 
     Raises:
-        ValueError: the folder is not a drafter's, or holds an adapter alone.
+        ValueError: the folder is not a drafter's, or holds an adapter alone; `repo` is no name of a
+            repository; or a record is not whole.
     """
     folder = Path(folder)
+    if not HUB_ID.fullmatch(repo):
+        raise ValueError(f"repo is {repo!r}; it must be OWNER/NAME")
     config = read_config(folder)
     provenance = read(folder, "provenance.json") or {}
     records = [read(folder, path.name) for path in sorted(folder.glob("eval*.json"))]
     base = small or provenance.get("base") or {}
     form = published_form(config, small)
     kind = config_class(config["model_type"])
-    words = target_words(config) | measured_words(records) | training_words(provenance)
+    try:
+        words = measured_words(records) | training_words(provenance) | target_words(config)
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"an eval*.json or the provenance.json of {folder} is not what evaluate and train write"
+            f" ({type(error).__name__}: {error}): write it again, or move it away"
+        ) from error
     # a local file is no dataset that the Hub could link
     datasets = [name for name in training_names(provenance.get("recipe", {})) if on_hub(name)]
     header = ModelCardData(
