@@ -79,6 +79,26 @@ def target_words(config: dict) -> dict:
     return words
 
 
+def linked_datasets(provenance: dict) -> list[str]:
+    """The training sets that the Hub can link. A local file is none."""
+    return [name for name in training_names(provenance.get("recipe", {})) if on_hub(name)]
+
+
+def record_words(folder: Path, provenance: dict, records: list[dict]) -> dict:
+    """What the template says of training and evaluations.
+
+    Raises:
+        ValueError: a record lacks what its command writes.
+    """
+    try:
+        return measured_words(records) | training_words(provenance)
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"an eval*.json or the provenance.json of {folder} is not what evaluate and train write"
+            f" ({type(error).__name__}: {error}): write it again, or move it away"
+        ) from error
+
+
 def card_tags(kind: type[DFlashConfig], provenance: dict) -> list[str]:
     """The Hub's tags of a drafter: its kind, how it was trained, and the papers of both."""
     recipe = provenance.get("recipe", {})
@@ -121,15 +141,7 @@ def render(
     base = small or provenance.get("base") or {}
     form = published_form(config, small)
     kind = config_class(config["model_type"])
-    try:
-        words = measured_words(records) | training_words(provenance) | target_words(config)
-    except (KeyError, TypeError) as error:
-        raise ValueError(
-            f"an eval*.json or the provenance.json of {folder} is not what evaluate and train write"
-            f" ({type(error).__name__}: {error}): write it again, or move it away"
-        ) from error
-    # a local file is no dataset that the Hub could link
-    datasets = [name for name in training_names(provenance.get("recipe", {})) if on_hub(name)]
+    words = target_words(config) | record_words(folder, provenance, records)
     header = ModelCardData(
         base_model=base["name_or_path"] if form == "adapter" else words["target"],
         # The Hub has no relation for drafters, and lists what says "adapter" among the target's
@@ -139,7 +151,7 @@ def render(
         license=licence,
         tags=card_tags(kind, provenance),
         # `None` leaves a key out of the header
-        datasets=datasets or None,
+        datasets=linked_datasets(provenance) or None,
         model_name=repo.split("/")[-1],
         eval_results=eval_results(records) or None,
     )

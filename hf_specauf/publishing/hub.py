@@ -77,11 +77,8 @@ def push(
     options = PublishOptions(**keys)
     if not HUB_ID.fullmatch(repo):
         raise ValueError(f"repo is {repo!r}; it must be OWNER/NAME")
-    # here, because the Hub would refuse it only after the upload
-    if tag and not TAG.fullmatch(tag):
-        raise ValueError(f"--tag {tag!r} is no name that git takes: give one like v1")
-    if tag in ("main", revision) and tag is not None:
-        raise ValueError(f"--tag {tag} is the branch's name: give another one like v1")
+    if tag:
+        check_tag_name(tag, revision)
     api = HfApi(token=options.token)
     with TemporaryDirectory() as folder:
         # everything is checked before anything is made on the Hub
@@ -108,6 +105,14 @@ def push(
     if tag:
         make_tag(api, repo, tag, info)
     return info
+
+
+def check_tag_name(tag: str, branch: str | None) -> None:
+    """Raise where the Hub would refuse a tag's name, after the upload, or where a branch has it."""
+    if not TAG.fullmatch(tag):
+        raise ValueError(f"--tag {tag!r} is no name that git takes: give one like v1")
+    if tag in ("main", branch):
+        raise ValueError(f"--tag {tag} is the branch's name: give another one like v1")
 
 
 def check_repo(api: HfApi, repo: str, private: bool | None) -> bool:
