@@ -171,6 +171,7 @@ def words_for(error: Exception) -> str | None:
         LocalEntryNotFoundError,
         OfflineModeIsEnabled,
     )
+    from safetensors import SafetensorError
 
     # The Hub's errors come first, because most of them are OSErrors or HTTPErrors too.
     if isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled):
@@ -183,6 +184,11 @@ def words_for(error: Exception) -> str | None:
         return "the dataset cannot be read: " + " ".join(": ".join(causes).split())
     if isinstance(error, HTTPError):
         return unreachable(error)
+    if isinstance(error, SafetensorError):
+        return (
+            f"a file of weights (*.safetensors) is cut off or damaged ({error}): fetch it again, or"
+            " save it again with save_pretrained"
+        )
     mendable = ValueError | TypeError | OSError | FloatingPointError | yaml.YAMLError
     if isinstance(error, mendable):
         return " ".join(str(error).split())

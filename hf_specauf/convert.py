@@ -45,6 +45,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     args = parser.parse_args(under_new_spelling(argv, {"--revision": "--drafter_revision"}))
     layout = writable(args.to)
+    # `save_pretrained` would write nothing, and only log it
+    if args.out.is_file():
+        raise ValueError(f"--out {args.out} is a file: name a folder to write the drafter into")
     drafter = load_drafter(args.drafter, args.drafter_revision, key="--drafter")
     config = drafter.config
     # other layouts do not name their target, and push needs it

@@ -1,7 +1,6 @@
 """The command that compares plain decoding with a drafter's, in one run -> eval.json, a plot, a
 verdict: `specauf evaluate`."""
 
-import json
 import shlex
 import sys
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from .identity import Identity
 from .layouts.folders import fetch
 from .layouts.load import load_drafter, torch_dtype
 from .recipe import TargetArguments
-from .records import write_record
+from .records import read_record, write_record
 from .serving.acceptance import number
 from .serving.benchmarks import BENCHMARKS, DEFAULT_COUNT, encode_prompts, load_prompts
 from .serving.compare import compare, evaluation_record, plot_alpha, show
@@ -143,6 +142,37 @@ class EvaluateArguments:
     )
     out: str = field(default="eval", metadata={"help": "Folder for eval.json and alpha.png."})
 
+    def __post_init__(self):
+        if not self.prompts:
+            raise ValueError("--prompts is empty: name a benchmark, a dataset or a file")
+        least = {"count": 1, "prompt_tokens": 1, "max_new_tokens": 2, "max_draft_tokens": 1}
+        for key, bound in least.items():
+            value = getattr(self, key)
+            if value is not None and value < bound:
+                # the first token comes from the prefill, so one token says nothing of a drafter
+                raise ValueError(f"--{key} is {value}; it must be at least {bound}")
+        # the order of the comparison refuses NaN too
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(
+                f"--temperature is {self.temperature}; it must be 0 (greedy) or a number above"
+            )
+        self._check_device()
+        if Path(self.out).is_file():
+            raise ValueError(f"--out {self.out} is a file: name a folder for eval.json")
+
+    def _check_device(self) -> None:
+        try:
+            kind = torch.device(self.device).type
+        except RuntimeError as error:
+            raise ValueError(
+                f"--device {self.device} is no device that torch knows: give cuda or cpu"
+            ) from error
+        if kind == "cuda" and not torch.cuda.is_available():
+            raise ValueError(
+                f"--device {self.device}: torch {torch.__version__} finds no GPU here: give cpu, or"
+                " install a torch that was built for your GPU"
+            )
+
 
 class EvaluateParser(OneSpelling, TrlParser):
     """The parser of `specauf evaluate`; `--config FILE` may hold the flags."""
@@ -264,7 +294,7 @@ def evaluate(args: EvaluateArguments) -> tuple[dict, str]:
     refuse_to_overwrite(out, folder, identity, drafter.config)
     # read before it is written, because --out may be the drafter's own folder
     path = folder / "eval.json"
-    reference = json.loads(path.read_text()) if path.is_file() else None
+    reference = read_record(path) if path.is_file() else None
     record = measure(args, target, tokenizer, drafter)
     record["target"] |= identity.record()
     # by the name the user gave, where the drafter was loaded from a folder of the cache

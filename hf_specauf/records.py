@@ -91,6 +91,28 @@ def write_whole(path: Path, text: str) -> None:
     part.replace(path)
 
 
+def read_record(path: str | Path) -> dict:
+    """The object in a JSON file.
+
+    Raises:
+        ValueError: it was cut off, or holds something else; names the file.
+    """
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    # not JSON, or not even text
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is no whole JSON file, cut off perhaps ({error}): write it again with the"
+            " command that made it, or move it away"
+        ) from error
+    if not isinstance(found, dict):
+        raise ValueError(
+            f"{path} holds a JSON {type(found).__name__} and not an object: write it again with the"
+            " command that made it, or move it away"
+        )
+    return found
+
+
 def write_record(path: str | Path, record: dict) -> None:
     """Write a JSON file whole or not at all."""
     path = Path(path)

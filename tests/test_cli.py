@@ -8,9 +8,10 @@ from dataclasses import fields
 from importlib import import_module
 
 import pytest
+import torch
 from conftest import ROOT, make_drafter, make_target
 
-from hf_specauf import hub, load_drafter, model_card
+from hf_specauf import convert, evaluate, hub, load_drafter, model_card
 from hf_specauf.cli import COMMANDS, main, parse_with_drafter, under_new_spelling
 from hf_specauf.evaluate import EvaluateArguments
 from hf_specauf.regenerate import RegenerateArguments
@@ -159,3 +160,91 @@ def test_a_command_line_that_says_too_little_or_too_much_is_refused(words, said,
     with pytest.raises(SystemExit) as stop:
         hub.main(words)
     assert stop.value.code == 2 and said in capsys.readouterr().err
+
+
+# ---- what newcomers type
+
+
+def say(main_of_command, words: list, capsys) -> str:
+    """The one line in which a command ends on an error."""
+    with pytest.raises(SystemExit) as stop:
+        main_of_command([str(word) for word in words])
+    assert isinstance(stop.value.code, str) and stop.value.code.startswith("error: ") and "\n" not in stop.value.code
+    return stop.value.code
+
+
+@pytest.fixture
+def fresh(tmp_path):
+    """A drafter's folder, as the commands read it."""
+    make_drafter(make_target()).save_pretrained(tmp_path / "drafter")
+    return tmp_path / "drafter"
+
+
+@pytest.mark.parametrize("text", ["{", "[1, 2]", "null", "\xff"])
+@pytest.mark.parametrize("name", ["config.json", "eval.json", "provenance.json"])
+def test_a_record_that_is_not_whole_is_named(fresh, capsys, name, text):
+    (fresh / name).write_bytes(text.encode("latin-1"))
+    said = say(model_card.main, ["render", "--drafter", fresh, "--repo", "a/b"], capsys)
+    assert str(fresh / name) in said and "write it again with the command that made it, or move it away" in said
+    if name == "config.json":
+        assert str(fresh / name) in say(convert.main, ["--drafter", fresh, "--out", fresh / "out"], capsys)
+
+
+@pytest.mark.parametrize("name", ["eval.json", "provenance.json"])
+def test_a_record_of_another_kind_is_named(fresh, capsys, name):
+    (fresh / name).write_text('{"recipe": {"objective": "auf"}}')
+    said = say(model_card.main, ["render", "--drafter", fresh, "--repo", "a/b"], capsys)
+    assert f"provenance.json of {fresh} is not what evaluate and train write (KeyError: " in said
+
+
+@pytest.mark.parametrize("size", [0, 4, 2000])
+def test_weights_that_are_cut_off_end_a_command_in_one_line(fresh, tmp_path, capsys, size):
+    weights = fresh / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:size])
+    said = say(convert.main, ["--drafter", fresh, "--out", tmp_path / "out"], capsys)
+    assert "a file of weights (*.safetensors) is cut off or damaged" in said and "fetch it again" in said
+
+
+def test_a_file_in_the_place_of_a_folder_is_refused_before_anything_is_written(fresh, tmp_path, capsys):
+    file = tmp_path / "notes.txt"
+    file.write_text("mine")
+    assert f"--out {file} is a file" in say(convert.main, ["--drafter", fresh, "--out", file], capsys)
+    words = ["--target", "t", "--drafter", fresh, "--prompts", "p.txt", "--device", "cpu", "--out", file]
+    assert f"--out {file} is a file" in say(evaluate.main, words, capsys)
+    for into in (file, ""):
+        said = say(hub.main, ["pull", "--repo", "a/b", "--into", into], capsys)
+        assert f"--into '{into}' is no folder" in said
+    assert file.read_text() == "mine"
+
+
+@pytest.mark.parametrize("repo", ["drafter", "a b/c", "a/b/c", "https://huggingface.co/a/b", ""])
+def test_a_name_that_no_repository_can_have_is_said_to_be_one(fresh, tmp_path, capsys, repo):
+    for main_of_command, words in (
+        (hub.main, ["pull", "--into", tmp_path / "into"]),
+        (hub.main, ["push", "--drafter", fresh]),
+        (model_card.main, ["render", "--drafter", fresh]),
+    ):
+        assert f"repo is '{repo}'; it must be OWNER/NAME" in say(main_of_command, [*words, "--repo", repo], capsys)
+
+
+@pytest.mark.parametrize(
+    "flag, value, said",
+    [
+        ("--count", 0, "must be at least 1"), ("--count", -3, "must be at least 1"),
+        ("--prompt_tokens", 0, "must be at least 1"), ("--max_new_tokens", 1, "must be at least 2"),
+        ("--max_draft_tokens", 0, "must be at least 1"), ("--temperature", "-1", "must be 0 (greedy)"),
+        ("--temperature", "nan", "must be 0 (greedy)"), ("--temperature", "inf", "must be 0 (greedy)"),
+        ("--device", "tpu", "give cuda or cpu"), ("--device", "gpu", "give cuda or cpu"),
+        ("--prompts", "", "name a benchmark, a dataset or a file"),
+    ],
+)  # fmt: skip
+def test_an_evaluation_that_cannot_be_is_refused_before_anything_is_loaded(capsys, flag, value, said):
+    words = ["--target", "no/target", "--drafter", "no/drafter", "--prompts", "gsm8k", f"{flag}={value}"]
+    found = say(evaluate.main, words, capsys)
+    assert said in found and flag in found
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_said_not_to_be(capsys):
+    words = ["--target", "no/target", "--drafter", "no/drafter", "--prompts", "gsm8k", "--device", "cuda"]
+    assert "finds no GPU here: give cpu" in say(evaluate.main, words, capsys)

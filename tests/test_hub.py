@@ -381,6 +381,31 @@ def test_a_private_push_never_lands_in_a_public_repository(published, trained, r
 
 
 @pytest.mark.own
+def test_a_tag_never_has_the_name_of_a_branch(trained, online, run, hub):
+    for tag, revision in (("main", None), ("main", "trial"), ("v1", "v1")):
+        with pytest.raises(ValueError, match=f"--tag {tag} is the branch's name"):
+            push(trained, "alice/branch", tag=tag, revision=revision)
+    words = ["--drafter", str(trained), "--repo", "alice/branch", "--target", "alice/target"]
+    assert run(*PUSH_QUICKLY, *words, "--revision", "next")[0] == 0
+    code, printed = run(*PUSH_QUICKLY, *words, "--tag", "next")
+    assert code == 1 and "error: --tag next is the name of a branch of alice/branch" in printed.splitlines()[-1]
+
+
+@pytest.mark.own
+def test_what_is_no_drafter_is_not_fetched_to_find_that_out(trained, run, hub, tmp_path):
+    hub.requests.clear()
+    code, printed = run("-m", "hf_specauf.hub", "pull", "--repo", "alice/target", "--into", str(tmp_path / "into"))
+    assert code == 1 and "Nothing was fetched." in printed.splitlines()[-1] and not (tmp_path / "into").exists()
+    assert not [asked for asked in hub.requests if "safetensors" in asked]
+
+
+@pytest.mark.own
+def test_a_base_revision_without_a_base_is_not_ignored(folder, online):
+    with pytest.raises(ValueError, match="holds no adapter: --small, --base and --base_revision"):
+        check(folder, base_revision="v1")
+
+
+@pytest.mark.own
 @pytest.mark.parametrize("tag", ["v 1", "-v1", "v1/", "v1..2/x y", "a:b"])
 def test_a_tag_that_git_does_not_take_is_refused_before_anything_is_made(trained, online, tag):
     with pytest.raises(ValueError, match="is no name that git takes: give one like v1"):

@@ -1,12 +1,11 @@
 """Where a drafter lies: a folder here, or a repository on the Hub."""
 
-import json
 import os
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
-from ..records import HUB_ID
+from ..records import HUB_ID, read_record
 
 
 def fetch(
@@ -50,7 +49,7 @@ def read_json(path: Path) -> dict:
     """A JSON file's content; empty where there is no such file."""
     if not path.is_file():
         return {}
-    return json.loads(path.read_text())
+    return read_record(path)
 
 
 def named(names: list[str]) -> str:

@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from ..drafters import config_class
 from ..drafters.configuration_dflash import DFlashConfig
 from ..drafters.transformers_internals import TESTED
-from ..records import public
+from ..records import HUB_ID, public, read_record
 from .card_data import on_hub, training_names, with_data
 from .card_evaluation import eval_results, measured_words
 from .card_training import NOT_RECORDED, is_until_fail, training_words
@@ -27,7 +27,7 @@ def read(folder: Path, name: str) -> dict | None:
     if not path.is_file():
         return None
     # before the paths go, by which a local file is known
-    return public(with_data(json.loads(path.read_text())))
+    return public(with_data(read_record(path)))
 
 
 def read_config(folder: Path) -> dict:
@@ -79,6 +79,26 @@ def target_words(config: dict) -> dict:
     return words
 
 
+def linked_datasets(provenance: dict) -> list[str]:
+    """The training sets that the Hub can link. A local file is none."""
+    return [name for name in training_names(provenance.get("recipe", {})) if on_hub(name)]
+
+
+def record_words(folder: Path, provenance: dict, records: list[dict]) -> dict:
+    """What the template says of training and evaluations.
+
+    Raises:
+        ValueError: a record lacks what its command writes.
+    """
+    try:
+        return measured_words(records) | training_words(provenance)
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"an eval*.json or the provenance.json of {folder} is not what evaluate and train write"
+            f" ({type(error).__name__}: {error}): write it again, or move it away"
+        ) from error
+
+
 def card_tags(kind: type[DFlashConfig], provenance: dict) -> list[str]:
     """The Hub's tags of a drafter: its kind, how it was trained, and the papers of both."""
     recipe = provenance.get("recipe", {})
@@ -109,18 +129,19 @@ def render(
             with it.
 
     Raises:
-        ValueError: the folder is not a drafter's, or holds an adapter alone.
+        ValueError: the folder is not a drafter's, or holds an adapter alone; `repo` is no name of a
+            repository; or a record is not whole.
     """
     folder = Path(folder)
+    if not HUB_ID.fullmatch(repo):
+        raise ValueError(f"repo is {repo!r}; it must be OWNER/NAME")
     config = read_config(folder)
     provenance = read(folder, "provenance.json") or {}
     records = [read(folder, path.name) for path in sorted(folder.glob("eval*.json"))]
     base = small or provenance.get("base") or {}
     form = published_form(config, small)
     kind = config_class(config["model_type"])
-    words = target_words(config) | measured_words(records) | training_words(provenance)
-    # a local file is no dataset that the Hub could link
-    datasets = [name for name in training_names(provenance.get("recipe", {})) if on_hub(name)]
+    words = target_words(config) | record_words(folder, provenance, records)
     header = ModelCardData(
         base_model=base["name_or_path"] if form == "adapter" else words["target"],
         # The Hub has no relation for drafters, and lists what says "adapter" among the target's
@@ -130,7 +151,7 @@ def render(
         license=licence,
         tags=card_tags(kind, provenance),
         # `None` leaves a key out of the header
-        datasets=datasets or None,
+        datasets=linked_datasets(provenance) or None,
         model_name=repo.split("/")[-1],
         eval_results=eval_results(records) or None,
     )

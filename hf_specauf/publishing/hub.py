@@ -2,21 +2,20 @@
 `hf_specauf/hub.py`."""
 
 import hashlib
-import json
 import os
 import re
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from httpx2 import HTTPError
-from huggingface_hub import CommitInfo, HfApi, snapshot_download
+from huggingface_hub import CommitInfo, HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
 from ..cli import said_by_hub, words_for
 from ..drafters.transformers_internals import TESTED
 from ..layouts.adapters import BASE_FILE
-from ..records import HUB_ID
+from ..records import HUB_ID, read_record
 from .options import PublishOptions
 from .staging import PICKLES, stage
 
@@ -78,9 +77,8 @@ def push(
     options = PublishOptions(**keys)
     if not HUB_ID.fullmatch(repo):
         raise ValueError(f"repo is {repo!r}; it must be OWNER/NAME")
-    # here, because the Hub would refuse it only after the upload
-    if tag and not TAG.fullmatch(tag):
-        raise ValueError(f"--tag {tag!r} is no name that git takes: give one like v1")
+    if tag:
+        check_tag_name(tag, revision)
     api = HfApi(token=options.token)
     with TemporaryDirectory() as folder:
         # everything is checked before anything is made on the Hub
@@ -107,6 +105,14 @@ def push(
     if tag:
         make_tag(api, repo, tag, info)
     return info
+
+
+def check_tag_name(tag: str, branch: str | None) -> None:
+    """Raise where the Hub would refuse a tag's name, after the upload, or where a branch has it."""
+    if not TAG.fullmatch(tag):
+        raise ValueError(f"--tag {tag!r} is no name that git takes: give one like v1")
+    if tag in ("main", branch):
+        raise ValueError(f"--tag {tag} is the branch's name: give another one like v1")
 
 
 def check_repo(api: HfApi, repo: str, private: bool | None) -> bool:
@@ -182,8 +188,14 @@ def make_tag(api: HfApi, repo: str, tag: str, info: CommitInfo) -> None:
 
 def check_tag(api: HfApi, repo: str, tag: str, folder: Path) -> None:
     """Raise if a tag exists and names other files than those of `folder`, whose card sends its
-    readers to the tag."""
-    if tag not in [known.name for known in api.list_repo_refs(repo).tags]:
+    readers to the tag; or if a branch has its name."""
+    refs = api.list_repo_refs(repo)
+    if tag in [known.name for known in refs.branches]:
+        raise ValueError(
+            f"--tag {tag} is the name of a branch of {repo}, and the card's readers would not know"
+            " which of the two they get: give another one like v1. Nothing was uploaded"
+        )
+    if tag not in [known.name for known in refs.tags]:
         return
     hashes_there = {}
     for entry in api.list_repo_tree(repo, recursive=True, revision=tag):
@@ -214,18 +226,42 @@ def pull(
     """Fetch a drafter's folder, whole or small, never its pickles; it then loads from its path.
 
     Raises:
-        ValueError: the repository holds no drafter of this package.
+        ValueError: the repository holds no drafter of this package, or `into` can be no folder.
+            Nothing was fetched.
     """
+    if not HUB_ID.fullmatch(repo):
+        raise ValueError(f"repo is {repo!r}; it must be OWNER/NAME")
+    if not str(into) or Path(into).is_file():
+        raise ValueError(f"--into {str(into)!r} is no folder: name one to fetch the drafter into")
+    found = HfApi(token=token).model_info(repo, revision=revision)
+    check_is_drafter(repo, found.sha, {file.rfilename for file in found.siblings or []}, token)
     pickles = [f"*{ending}" for ending in PICKLES]
+    # at the commit that was checked
     folder = snapshot_download(
-        repo, revision=revision, local_dir=into, token=token, ignore_patterns=pickles
+        repo, revision=found.sha, local_dir=into, token=token, ignore_patterns=pickles
     )
-    config = Path(folder, "config.json")
-    kind = json.loads(config.read_text()).get("model_type") if config.is_file() else None
-    # an adapter published alone has no config.json, but says what it was trained on
-    if not str(kind).startswith("specauf_") and not Path(folder, BASE_FILE).is_file():
-        raise ValueError(f"{repo} is no drafter of this package: its model_type is {kind!r}")
     return Path(folder)
+
+
+def check_is_drafter(repo: str, commit: str, files: set[str], token: str | None) -> None:
+    """Raise unless a repository holds a drafter of this package. A look at its config.json costs
+    nothing, where its weights may be a whole target's."""
+    # an adapter published alone has no config.json, but says what it was trained on
+    if BASE_FILE in files:
+        return
+    kind = None
+    if "config.json" in files:
+        with TemporaryDirectory() as scratch:
+            path = hf_hub_download(
+                repo, "config.json", revision=commit, local_dir=scratch, token=token
+            )
+            kind = read_record(path).get("model_type")
+    if not str(kind).startswith("specauf_"):
+        raise ValueError(
+            f"{repo} is no drafter of this package: its model_type is {kind!r}. Nothing was"
+            " fetched. A drafter of z-lab or SpecForge is fetched by specauf convert --drafter"
+            f" {repo}"
+        )
 
 
 def last_version_of_code(folder: Path) -> str | None:

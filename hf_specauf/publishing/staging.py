@@ -57,9 +57,10 @@ def stage(
     adapter, base = find_adapter(drafter), None
     if adapter is not None:
         base = name_base(AdapterBase.read(adapter), model.config, options)
-    elif options.small or options.base:
+    elif options.small or options.base or options.base_revision:
         raise ValueError(
-            f"{drafter} holds no adapter: --small and --base are for LoRA drafters, leave them out"
+            f"{drafter} holds no adapter: --small, --base and --base_revision are for LoRA"
+            " drafters, leave them out"
         )
     model.save_pretrained(into)
     copy_records(drafter, into, model.config, own, base)

@@ -2,7 +2,6 @@
 whole folder refuses what was missed."""
 
 import getpass
-import json
 import os
 import re
 import socket
@@ -14,7 +13,7 @@ from ..drafters.configuration_dflash import DFlashConfig
 from ..identity import Identity
 from ..layouts.adapters import AdapterBase
 from ..recipe import under_new_names
-from ..records import public, write_record
+from ..records import public, read_record, write_record
 from .card_data import with_data
 
 TEXT_FILES = (".json", ".md", ".py", ".txt", ".yaml", ".jinja")
@@ -38,11 +37,11 @@ def copy_records(
     """
     provenance = drafter / "provenance.json"
     if provenance.is_file():
-        record = with_data(json.loads(provenance.read_text()))
+        record = with_data(read_record(provenance))
         write_record(into / provenance.name, public_record(record, config, base))
     meant = Identity.of_target_of(config)
     for path in sorted(drafter.glob("eval*.json")):
-        record = json.loads(path.read_text())
+        record = read_record(path)
         measured = Identity.read(record)
         if not measured.is_same_model(meant, own):
             raise ValueError(
