@@ -9,7 +9,6 @@ file together.
 
 import hashlib
 import json
-import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -25,7 +24,7 @@ from trl import TrlParser
 
 from .cli import OneSpelling, errors_in_one_line
 from .data.answers import TargetWriter
-from .data.chunks import ChunkFiles
+from .data.chunks import ChunkFiles, chunk_seed, number_of_process
 from .data.conversation import Answer, Conversation, Sampling, stop_at_both_ends
 from .data.on_policy import written_by
 from .data.server import ServerWriter, check_endpoint
@@ -127,18 +126,6 @@ class RegenerateArguments:
             check_endpoint(self.endpoint)
         if self.max_rows is not None and self.max_rows < 1:
             raise ValueError(f"max_rows is {self.max_rows}; it must be at least 1, or left out")
-
-
-def number_of_process(torch_name: str, slurm_name: str, default: int) -> int:
-    """A number of this process from the environment, by torch's name or Slurm's."""
-    # `accelerate.PartialState` would not do instead. It reads none of srun's variables, and with
-    # LOCAL_RANK set it starts torch.distributed, where all processes must come up together and the
-    # end of one is the end of all. Ours share nothing but the folder of chunks, so each may be
-    # killed and started again by itself.
-    if "SLURM_STEP_NUM_TASKS" in os.environ:
-        # srun started this process. A batch script has Slurm's other variables too, and is alone.
-        default = int(os.environ.get(slurm_name, default))
-    return int(os.environ.get(torch_name, default))
 
 
 def regenerate(args: RegenerateArguments) -> dict | None:
@@ -271,13 +258,6 @@ def answer_chunks(
             progress.update(bar, advance=size, rate=f"{rate:.2f} rows/s")
             if told.noted and done < len(missing):
                 raise KeyboardInterrupt(f"{len(missing) - done} chunks of this process are left")
-
-
-def chunk_seed(seed: int, number: int) -> int:
-    """A chunk's seed depends on its number alone, so that it is written alike by whichever process,
-    in whichever order. A hash keeps neighbours apart, because turns count on from it."""
-    digest = hashlib.sha256(f"{seed} {number}".encode()).digest()
-    return int.from_bytes(digest[:4]) % 2**31
 
 
 def answer_rows(rows: list[dict], first: int, write: Writer, seed: int) -> list[dict]:

@@ -30,7 +30,6 @@ from .identity import (
     innermost,
     note_origin,
 )
-from .losses.blocks import row_inputs
 
 # ---- loading
 
@@ -326,40 +325,6 @@ class FrozenTarget:
         if not kept:
             logits = logits[positions.to(logits.device)]
         return logits
-
-    def check_packing(self, input_ids: torch.Tensor, document_ids: torch.Tensor) -> None:
-        """Compare the taps of packed rows, run together, with those of their documents apart.
-
-        Args:
-            input_ids, document_ids (`torch.LongTensor` of shape `(B, S)`): document id -1 on
-                padding.
-
-        Raises:
-            ValueError: this target lets packed documents see each other.
-        """
-        together = self.context(input_ids, **row_inputs(document_ids))
-        differences = []
-        for ids, documents, states in zip(input_ids, document_ids, together):
-            inside = documents >= 0
-            sizes = documents[inside].unique_consecutive(return_counts=True)[1].tolist()
-            parts = [self.context(part[None]) for part in ids[inside].split(sizes)]
-            apart = torch.cat(parts, dim=1)[0].float()  # (S, L * H)
-            distance = (states[inside].float() - apart).norm(dim=-1)
-            differences.append((distance / apart.norm(dim=-1)).mean())
-        difference = torch.stack(differences).max().item()
-        # Rounding of bf16 stays below this. A leak changes every document but the first. Written
-        # with `not`, so that NaN is refused too.
-        if not difference < 0.05:
-            advice = "packing: false, or another target_attn_implementation"
-            if len(input_ids) > 1:
-                smaller = "per_device_train_batch_size: 1 (raising gradient_accumulation_steps)"
-                advice = f"{smaller}, {advice}"
-            raise ValueError(
-                f"packing: true does not work with {type(self.model).__name__} and"
-                f" {len(input_ids)} rows at once: its hidden states of packed documents differ from"
-                f" those of the documents apart (by {difference:.0%}), so they see each other. Set"
-                f" {advice}."
-            )
 
     @torch.no_grad()
     def check(self, probe_ids: torch.Tensor) -> None:

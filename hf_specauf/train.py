@@ -46,11 +46,10 @@ def train(
     *,
     compare_decoding: bool = True,
 ) -> AUFTrainer:
-    """Run one recipe; the final drafter, `provenance.json`, `eval.json` and checkpoints lie under
-    `args.output_dir`.
+    """Run one recipe. The final drafter, `provenance.json`, `eval.json` and checkpoints lie under
+    `args.output_dir`; of LoRA, the folder holds the merged drafter, and `adapter/` the adapter.
 
-    A drafter in training is resumed with `resume_from_checkpoint: true` (the newest checkpoint) or
-    a folder. A LoRA drafter's folder holds it merged, and the adapter alone in `adapter/`.
+    `resume_from_checkpoint` goes on from a checkpoint: a folder, or `true` for the newest.
     """
     started = datetime.now(UTC)
     resume = resume_folder(args)
@@ -63,8 +62,7 @@ def train(
     stop_at_both_ends(target, tokenizer, draft.chat_template_kwargs, args.process_index == 0)
     identity = Identity.of(target, tokenizer, revision=target_args.target_revision)
     drafter, base = start_drafter(draft, target, tokenizer, identity, args.seed)
-    # The first process writes the cache of `datasets`, and the others read it.
-    with first_process_first():
+    with first_process_first():  # it writes the cache of `datasets`, which the others read
         rows, heldout = token_rows(train_rows, heldout, tokenizer, drafter.config, data, args)
     drafter.set_attn_implementation(draft.draft_attn_implementation)
     trainer = AUFTrainer(
@@ -80,7 +78,6 @@ def train(
     print_setup(trainer, target_args, draft)
     tau_before = tau_at_start(trainer, draft)
     on_policy = score_answers(trainer, target_args, data)
-
     trainer.train(resume_from_checkpoint=resume)
     step, last_step = trainer.state.global_step, trainer.state.max_steps
     if step < last_step:
@@ -94,10 +91,7 @@ def train(
     # Before anything is measured, because no measurement that fails may cost the training.
     save_final(trainer, draft.save_dtype, record())
     with naming_what_is_saved(trainer):
-        # Trainer has evaluated the last step already where eval_steps divides it.
-        evaluated = [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry]
-        if heldout is not None and step not in evaluated:
-            trainer.evaluate()
+        if heldout is not None and evaluate_last_step(trainer):
             write_provenance(trainer, record())
         if compare_decoding and heldout is not None and args.eval_prompts:
             measure_decoding(trainer, data)
@@ -309,6 +303,16 @@ def provenance(
         "history": [entry for entry in log if "loss" in entry or "eval_loss" in entry],
         "on_policy": on_policy,
     }
+
+
+def evaluate_last_step(trainer: AUFTrainer) -> bool:
+    """Evaluate the finished drafter -> whether that was needed. Trainer has done it already where
+    `eval_steps` divides the last step."""
+    state = trainer.state
+    if state.global_step in [entry["step"] for entry in state.log_history if "eval_loss" in entry]:
+        return False
+    trainer.evaluate()
+    return True
 
 
 def write_provenance(trainer: AUFTrainer, record: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from hf_specauf.data.rows import RowCollator, pack
 from hf_specauf.losses.blocks import row_inputs
 from hf_specauf.target import FrozenTarget
 from hf_specauf.training.diagnostics import COUNTERS, named
+from hf_specauf.training.preflight import check_packing
 from hf_specauf.training.trainer import AUFConfig, AUFTrainer
 
 SIZES = [9, 14, 6, 11, 8, 20, 7]
@@ -76,7 +77,7 @@ def test_the_targets_taps_of_packed_documents_are_those_of_the_documents_apart(a
     target = make_target(architecture)
     frozen = FrozenTarget(target, make_drafter(target).config)
     ids, documents = (torch.tensor([packed[0][key]]) for key in ("input_ids", "document_ids"))
-    frozen.check_packing(ids, documents)
+    check_packing(frozen, ids, documents)
     together = frozen.context(ids, **row_inputs(documents))
     apart = [frozen.context(ids[:, documents[0] == number]) for number in range(documents.max() + 1)]
     torch.testing.assert_close(together, torch.cat(apart, dim=1), rtol=1e-10, atol=1e-10)

@@ -1,6 +1,7 @@
 """The files of a dataset while it is answered: chunks that survive any kill, and the file that they
 become."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -255,3 +256,22 @@ class ChunkFiles:
         for path in (self.out, self.skipped, self.finished):
             for part in path.parent.glob(f"{escape(path.name)}.*.part"):
                 part.unlink(missing_ok=True)
+
+
+def chunk_seed(seed: int, number: int) -> int:
+    """A chunk's seed depends on its number alone, so that it is written alike by whichever process,
+    in whichever order. A hash keeps neighbours apart, because turns count on from it."""
+    digest = hashlib.sha256(f"{seed} {number}".encode()).digest()
+    return int.from_bytes(digest[:4]) % 2**31
+
+
+def number_of_process(torch_name: str, slurm_name: str, default: int) -> int:
+    """A number of this process from the environment, by torch's name or Slurm's."""
+    # `accelerate.PartialState` would not do instead. It reads none of srun's variables, and with
+    # LOCAL_RANK set it starts torch.distributed, where all processes must come up together and the
+    # end of one is the end of all. Ours share nothing but the folder of chunks, so each may be
+    # killed and started again by itself.
+    if "SLURM_STEP_NUM_TASKS" in os.environ:
+        # srun started this process. A batch script has Slurm's other variables too, and is alone.
+        default = int(os.environ.get(slurm_name, default))
+    return int(os.environ.get(torch_name, default))
