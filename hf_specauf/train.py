@@ -59,7 +59,6 @@ def train(
     target, tokenizer = load_target(
         target_args.target, target_args.target_revision, **target_args.loading()
     )
-    stop_at_both_ends(target, tokenizer, draft.chat_template_kwargs, args.process_index == 0)
     identity = Identity.of(target, tokenizer, revision=target_args.target_revision)
     drafter, base = start_drafter(draft, target, tokenizer, identity, args.seed)
     with first_process_first():  # it writes the cache of `datasets`, which the others read
@@ -113,6 +112,8 @@ def start_drafter(
     """The drafter to train, fp32, and what it starts from: a released drafter (`drafter`), the
     target's layers (`init_from_target_layers`), or `None` for random weights, which depend on the
     seed alone."""
+    # First, because the drafter's config takes its end tokens from the target.
+    stop_at_both_ends(target, tokenizer, draft.chat_template_kwargs)
     if draft.drafter is not None:
         return _released_drafter(draft, target, identity)
     layer_ids = draft.init_from_target_layers

@@ -1,6 +1,7 @@
 """A conversation on its way to the target's own answers: which question is next, what was answered,
 and the rows that come of it."""
 
+import os
 from dataclasses import dataclass
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -236,10 +237,7 @@ def chat_end(tokenizer: PreTrainedTokenizerBase, kwargs: dict | None) -> int | N
 
 
 def stop_at_both_ends(
-    target: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    kwargs: dict | None,
-    verbose: bool = True,
+    target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, kwargs: dict | None
 ) -> list[int] | None:
     """Let a target stop where the chat template ends an answer, and where its own generation config
     says. Where these differ, it would else run on into turns of its own invention, and they would
@@ -247,7 +245,6 @@ def stop_at_both_ends(
 
     Args:
         kwargs (`dict`, *optional*): arguments of the chat template.
-        verbose (`bool`, *optional*, defaults to `True`): say it.
 
     Returns:
         all ends, where they differ.
@@ -259,7 +256,8 @@ def stop_at_both_ends(
     end = chat_end(tokenizer, kwargs)
     if end is None or end in ends:
         return None
-    if verbose:
+    # Of several processes, the first says it.
+    if os.environ.get("RANK", "0") == "0":
         names = ", ".join(repr(token) for token in tokenizer.convert_ids_to_tokens(ends))
         print(
             f"the chat template ends an answer with {tokenizer.convert_ids_to_tokens(end)!r}, and"
