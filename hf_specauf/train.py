@@ -35,6 +35,7 @@ from .target import default_mask_token_id, drafter_config, load_target
 from .training.checkpoints import resume_folder, save_final
 from .training.config import AUFConfig
 from .training.trainer import AUFTrainer
+from .training.waiting import first_process_first, wait_for_everyone
 
 
 def train(
@@ -62,7 +63,7 @@ def train(
     identity = Identity.of(target, tokenizer, revision=target_args.target_revision)
     drafter, base = start_drafter(draft, target, tokenizer, identity, args.seed)
     # The first process writes the cache of `datasets`, and the others read it.
-    with args.main_process_first(desc="tokenizing"):
+    with first_process_first():
         rows, heldout = token_rows(train_rows, heldout, tokenizer, drafter.config, data, args)
     drafter.set_attn_implementation(draft.draft_attn_implementation)
     trainer = AUFTrainer(
@@ -356,7 +357,7 @@ def measure_decoding(trainer: AUFTrainer, data: DataArguments) -> None:
         write_record(out / "eval.json", record)
         plot_alpha({args.objective: results["acceptance"]["alpha"]}, out / "alpha.png")
         show(results, Console())
-    trainer.accelerator.wait_for_everyone()
+    wait_for_everyone()
 
 
 @errors_in_one_line()

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, Trainer
 from transformers.distributed import DistributedConfig
 
 from hf_specauf import AUFConfig, AUFTrainer
+from hf_specauf.training import trainer as trainer_module
 
 FIXED = dict(
     use_cpu=True, anchors_per_row=6, max_steps=4, learning_rate=0.05, optim="sgd", lr_scheduler_type="constant",
@@ -59,12 +61,28 @@ class TryMemory(TrainerCallback):
         self.trainer._untried_memory = state.global_step == 0
 
 
+def prepare_slowly(rank: int, seconds: float) -> None:
+    """Let one process take so long to tokenize."""
+    prepare_rows = trainer_module.prepare_rows
+
+    def slowly(*args, **kwargs):
+        if int(os.environ["RANK"]) == rank:
+            time.sleep(seconds)
+        return prepare_rows(*args, **kwargs)
+
+    trainer_module.prepare_rows = slowly
+
+
 def main(
     folder: Path, out: Path, lora: bool = False, sharded: bool = False, drafter: str = "drafter",
     launched_with: str | None = None, try_memory: bool = False, interrupt: str | None = None,
-    resume: str | None = None, evaluate_first: bool = False, **keys,
+    resume: str | None = None, evaluate_first: bool = False, slow: list | None = None, **keys,
 ) -> None:  # fmt: skip
     torch.set_num_threads(1)
+    if slow is not None:
+        # Trainer gives its ddp_timeout to torch only without use_cpu
+        torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=keys["ddp_timeout"]))
+        prepare_slowly(*slow)
     if launched_with is not None:
         as_launched_with(launched_with)
     args = AUFConfig(output_dir=str(out), **FIXED | keys)

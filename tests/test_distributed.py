@@ -1,14 +1,18 @@
 """Several real processes over gloo: one loss, one gradient, whatever the split; checkpoints that load anywhere."""
 
 import json
+import sys
+import time
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_domino, make_drafter, make_target, random_prompts, warm_python
+from conftest import BASE, make_domino, make_drafter, make_target, random_prompts, warm_python
+from loopback_hub import Handler, LoopbackHub
 from safetensors.torch import load_file
 from transformers import AutoModel
+from warm_python import WarmPython
 
 pytestmark = pytest.mark.internals
 
@@ -265,3 +269,57 @@ def test_a_signal_to_one_of_two_processes_stops_both_after_the_same_step_with_a_
     assert [log["step"] for log in record["logs"] if "loss" in log] == [1, 2]
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
     AutoModel.from_pretrained(tmp_path / "checkpoint-2")
+
+
+# ---- waiting longer than a collective does
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_others_wait_while_one_tokenizes_longer_than_ddp_timeout(folder, tmp_path, rank):
+    keys = dict(ddp_timeout=6, slow=[rank, 10], max_steps=1, eval_strategy="no")
+    record = launch(folder, tmp_path, 2, 2, **keys)
+    assert [log["step"] for log in record["logs"] if "loss" in log] == [1]
+
+
+PUSH_TARGET = """
+from transformers import AutoModelForCausalLM, AutoTokenizer
+AutoModelForCausalLM.from_pretrained({folder!r}).push_to_hub("alice/target")
+AutoTokenizer.from_pretrained({folder!r}).push_to_hub("alice/target")
+"""
+
+
+# Trainer gives its ddp_timeout to torch only without use_cpu.
+TRAIN_WITH_TIMEOUT = """
+import runpy, sys
+from datetime import timedelta
+import torch
+torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=6))
+sys.argv = ["train", *sys.argv[1:]]
+runpy.run_module("hf_specauf.train", run_name="__main__", alter_sys=True)
+"""
+
+
+def test_others_wait_while_one_uploads_to_a_hub_slower_than_ddp_timeout(files, tmp_path):
+    slow = []
+
+    def slowly(self):
+        # as the Trainer starts, and in each upload
+        if not slow or "/commit/" in self.path:
+            slow.append(self.path)
+            time.sleep(9)
+        return Handler._handle(self)
+
+    with LoopbackHub(tmp_path / "hub") as hub:
+        python = WarmPython(sys.executable, hub.environment(tmp_path / "home", "alice"))
+        code, printed = python.run("-c", PUSH_TARGET.format(folder=str(files / "target")))
+        assert code == 0, printed
+        hub.server.RequestHandlerClass.do_POST = slowly
+        keys = dict(target="alice/target", dataset_name=files / "text.jsonl", output_dir=tmp_path / "out") | BASE
+        keys |= dict(push_to_hub="true", hub_model_id="alice/slow", max_steps=1, eval_prompts=0)
+        keys |= dict(hub_strategy="every_save", save_steps=1, eval_rows=0)
+        words = [word for key, value in keys.items() for word in (f"--{key}", *str(value).split())]
+        code, printed = python.run_ranks(2, "-c", TRAIN_WITH_TIMEOUT, *words)
+        python.close()
+        assert code == 0, printed
+        messages = [commit["message"] for commit in hub.repository("alice/slow").history("main")]
+    assert messages[:2] == ["Upload drafter", "Training in progress, step 1"] and len(slow) == 3

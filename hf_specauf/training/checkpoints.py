@@ -22,7 +22,10 @@ from ..layouts.adapters import finish_adapter
 from ..records import write_record
 from .config import AUFConfig
 from .preflight import check_resumed_adapter
+from .waiting import everyone_comes, wait_for_everyone
 
+# Where one process fails, the others fail at the same work soon after, or not at all.
+SECONDS_TO_FAIL_TOO = 30
 SAVED_AT = "saved_at"  # seconds since 1970, which copying a folder does not change
 
 
@@ -120,7 +123,7 @@ class CompleteCheckpoints:
         one."""
         self._write_beside(model, trial)
         # no rank may still be writing when the folder gets its name
-        self.accelerator.wait_for_everyone()
+        wait_for_everyone()
         # Checkpoints are found by Path, which writes "./out" as "out", and compared as strings.
         folder = str(Path(self.args.output_dir))
         name = f"checkpoint-{self.state.global_step}"
@@ -140,8 +143,8 @@ class CompleteCheckpoints:
             shutil.rmtree(self._saving_folder)
         if self.args.push_to_hub:
             self._push_from_checkpoint(newest)
-        # no rank may look for the checkpoint before it is there
-        self.accelerator.wait_for_everyone()
+        # No rank may look for the checkpoint before it is there, nor give up while it is uploaded.
+        wait_for_everyone()
 
     def _evaluate(self, trial, ignore_keys_for_eval, skip_scheduler: bool = False):
         """Trainer's own, in the middle of training. It comes before the save of the same step, so
@@ -154,10 +157,12 @@ class CompleteCheckpoints:
 
     def _save_before_the_end(self, trial) -> None:
         step = self.state.global_step
-        # a rank that fails alone would wait for others that never come
-        if step == 0 or self.args.world_size > 1:
+        # A process that failed alone cannot save: the others are at other work.
+        if step == 0 or not everyone_comes(SECONDS_TO_FAIL_TOO):
             return
         self._save_checkpoint(self.model, trial)
+        if not self.is_world_process_zero():
+            return
         print(
             f"the evaluation failed; step {step} is saved in {self.args.output_dir}. Go on with"
             " --resume_from_checkpoint true; eval_prompts: 0 leaves decoding out"
@@ -264,7 +269,7 @@ def save_final(trainer, save_dtype: str, record: dict[str, Any]) -> None:
         final.to(_serving_dtype(save_dtype, trainer.target.model.dtype)).save_pretrained(out)
         write_record(out / "provenance.json", record)
         print(f"drafter saved to {out}")
-    trainer.accelerator.wait_for_everyone()
+    wait_for_everyone()
 
 
 def _serving_dtype(save_dtype: str, of_target: torch.dtype) -> torch.dtype:

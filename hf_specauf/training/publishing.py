@@ -8,6 +8,7 @@ from transformers.trainer_utils import HubStrategy
 
 from ..publishing.card import render
 from ..publishing.hub import push
+from .waiting import wait_for_everyone
 
 
 class Publishing:
@@ -19,7 +20,8 @@ class Publishing:
         # without prompts nothing could be measured, and nobody asked for it
         unmeasured = not self.args.eval_prompts
         info = self._push(self.args.output_dir, commit_message, allow_unmeasured=unmeasured)
-        self.accelerator.wait_for_everyone()
+        # the upload may take longer than a collective waits
+        wait_for_everyone()
         return info
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:

@@ -42,8 +42,8 @@ from .config import AUFConfig
 from .diagnostics import (
     StepSums,
     count_rows,
-    empty_counters,
     diagnostics,
+    empty_counters,
     evaluation_metrics,
     loss_terms_of,
     will_log,
@@ -53,6 +53,7 @@ from .forward import BlockForward
 from .memory import local, try_largest_batch
 from .optimizer import MuonWithAdamW
 from .publishing import Publishing
+from .waiting import first_process_first, wait_for_everyone
 
 # Private methods of Trainer that we override: one that is gone would no longer be called, and
 # nothing would say so.
@@ -117,8 +118,7 @@ class AUFTrainer(DrafterCheckpoints, Publishing, Trainer):
             self.adapter_base = adapter_base or AdapterBase.of_drafter(model)
             set_seed(args.seed)  # the adapter's first weights
             model = get_peft_model(model, peft_config)
-        # the other processes then read what the first has left in the cache
-        with args.main_process_first(desc="tokenizing"):
+        with first_process_first():
             train_dataset, eval_dataset = self._prepare(train_dataset), self._prepare(eval_dataset)
             if train_dataset is not None:
                 rows = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
@@ -133,6 +133,7 @@ class AUFTrainer(DrafterCheckpoints, Publishing, Trainer):
             compute_metrics=evaluation_metrics,
             callbacks=[self._interrupt, *(callbacks or [])],
         )
+        wait_for_everyone()  # with push_to_hub, the first process has just asked the Hub
         preflight.check_best_metric(self)
         preflight.check_sharding(self)
         self._keep_sharded_sums_in_fp32()
@@ -151,14 +152,13 @@ class AUFTrainer(DrafterCheckpoints, Publishing, Trainer):
             return {name: self._prepare(part) for name, part in rows.items()}
         if rows is None or "row" in rows.column_names:
             return rows
-        config = self.drafter_config
         return prepare_rows(
             rows,
             self.tokenizer,
             max_length=self.args.max_length,
             block_size=self.block_size,
-            mask_token_id=config.mask_token_id,
-            chat_template_kwargs=config.chat_template_kwargs,
+            mask_token_id=self.drafter_config.mask_token_id,
+            chat_template_kwargs=self.drafter_config.chat_template_kwargs,
         )
 
     def _place_target(self, rows: Dataset) -> None:
