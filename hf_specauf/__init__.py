@@ -2,7 +2,7 @@
 `generate()` faster.
 
 The data flows one way. A recipe (`recipe`) names a target (`target`) and data, which become token
-rows (`data`). Anchors in them become blocks, and an objective says which of their slots count
+rows (`data`). Anchors in them become blocks, and an objective says which of their slots it supports
 (`losses`). The drafter (`drafters`) fills the blocks from the target's hidden states, and the
 Trainer trains it (`training`, `train`). `attach` puts it to work, and `evaluate` measures it
 (`serving`). Cards and folders go to the Hub (`publishing`). Drafters come from there, or from other

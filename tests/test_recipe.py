@@ -285,7 +285,8 @@ def test_help_explains_the_objective():
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "Accept-Until-Fail" in done.stdout
-    assert re.search(r"--objective OBJECTIVE\s+Which slots count. uniform: all supervised slots; decay:", done.stdout)
+    says = r"--objective OBJECTIVE\s+Which valid slots the loss supports. uniform: all valid slots; decay:"
+    assert re.search(says, done.stdout)
 
 
 @pytest.mark.parametrize("path", LAUNCHES, ids=lambda path: path.name)

@@ -122,12 +122,12 @@ def with_decay(objective: Objective) -> Objective:
 # One branch of logits: DFlash (arXiv 2602.06036) and Spec-AUF (arXiv 2607.01893).
 UNIFORM = Objective(
     title="equal weights",
-    says="all supervised slots",
+    says="all valid slots",
 )
 # A slot is accepted only after all slots before it, so an early one is worth more.
 DECAY = Objective(
     title="decay weights",
-    says="all supervised slots, weighted exp(-(k-1)/gamma): the DFlash baseline",
+    says="all valid slots, weighted exp(-(k-1)/gamma): the DFlash baseline",
     decays=True,
 )
 # Decoding throws away whatever follows the first wrong slot, so training leaves it out too.

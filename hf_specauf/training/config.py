@@ -153,7 +153,7 @@ class AUFConfig(TrainingArguments):
         default="auf",
         metadata={
             "help": (
-                "Which slots count. "
+                "Which valid slots the loss supports. "
                 + "; ".join(f"{name}: {entry.says}" for name, entry in OBJECTIVES.items())
                 + ". Those with a base branch are for Domino drafters."
             )
