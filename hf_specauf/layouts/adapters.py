@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from accelerate.utils.modeling import get_state_dict_offloaded_model
+from accelerate.utils.modeling import get_state_dict_offloaded_model, has_offloaded_params
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from torch import nn
@@ -120,8 +120,8 @@ def layer_tensors(layer: nn.Module) -> dict[str, torch.Tensor]:
     """A target layer's weights by their plain names, with what a LoRA on the target does to it."""
     if any(isinstance(module, ADAPTED) for module in layer.modules()):
         return dict(plain_parameters(layer))
-    if any(parameter.is_meta for parameter in layer.parameters()):
-        # Offloaded: accelerate reads them from where they lie.
+    if any(has_offloaded_params(module) for module in layer.modules()):
+        # accelerate reads them from where they lie
         return get_state_dict_offloaded_model(layer)
     # With buffers, in which some kinds of quantisation keep their codes.
     return {plain_name(name): tensor for name, tensor in layer.state_dict().items()}
