@@ -274,6 +274,7 @@ def test_a_signal_to_one_of_two_processes_stops_both_after_the_same_step_with_a_
 # ---- waiting longer than a collective does
 
 
+@pytest.mark.own
 @pytest.mark.parametrize("rank", [0, 1])
 def test_others_wait_while_one_tokenizes_longer_than_ddp_timeout(folder, tmp_path, rank):
     keys = dict(ddp_timeout=6, slow=[rank, 10], max_steps=1, eval_strategy="no")
@@ -299,6 +300,7 @@ runpy.run_module("hf_specauf.train", run_name="__main__", alter_sys=True)
 """
 
 
+@pytest.mark.own
 def test_others_wait_while_one_uploads_to_a_hub_slower_than_ddp_timeout(files, tmp_path):
     slow = []
 
