@@ -1,5 +1,5 @@
 """The frozen target: how it is loaded, the shape of a drafter that follows from it, and what it
-lends to a drafter (noise embeddings, tapped hidden states, head). It is never changed."""
+lends to a drafter (noise embeddings, tapped hidden states, head). Its weights are never changed."""
 
 import inspect
 from pathlib import Path

@@ -1,5 +1,5 @@
 """The files of a dataset while it is answered: chunks that survive any kill, and the file that they
-become."""
+become. Processes share them by number, and a chunk's number alone decides its seed."""
 
 import hashlib
 import json

@@ -1,5 +1,5 @@
-"""What decides about token rows: which are trained on, why others are not, and which data is
-refused."""
+"""What decides about token rows: where answers in them end, which rows are trained on, why others
+are not, and which data is refused."""
 
 import hashlib
 from collections import Counter
