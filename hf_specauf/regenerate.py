@@ -1,5 +1,5 @@
-"""The command `specauf regenerate`: the target answers a dataset's prompts -> a .jsonl file to train
-a drafter on.
+"""The command `specauf regenerate`: the target answers a dataset's prompts -> a .jsonl file to
+train a drafter on.
 
 Rows are answered in chunks, each written whole or not at all, so the same command goes on after any
 kind of end. A chunk's random numbers depend on the seed and its number alone. Several processes
