@@ -33,6 +33,7 @@ class Command:
 
 
 COMMANDS = {
+    "demo": Command("demo.show", "a real chat model answers with and without a drafter"),
     "quickstart": Command("quickstart", "train and measure a small target and two drafters"),
     "train": Command(
         "train",

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
 
 from ..drafters.candidates import Round
 from ..identity import Identity, innermost, unwrapped
@@ -108,6 +109,7 @@ def prompt_row(
     return {
         "prompt_tokens": length,
         "new_tokens": assisted.output.shape[1] - length,
+        "plain_new_tokens": plain.output.shape[1] - length,
         "tau": tau,
         "plain_seconds": plain.seconds,
         "assisted_seconds": assisted.seconds,
@@ -116,7 +118,14 @@ def prompt_row(
     }
 
 
-def timed(target, prompt: torch.Tensor, assistant, config: GenerationConfig, seed: int) -> Decoded:
+def timed(
+    target,
+    prompt: torch.Tensor,
+    assistant,
+    config: GenerationConfig,
+    seed: int,
+    streamer: BaseStreamer | None = None,
+) -> Decoded:
     """Generate after a prompt (1, S), plainly where `assistant` is `None`."""
     torch.manual_seed(seed)
     start = time.perf_counter()
@@ -125,6 +134,7 @@ def timed(target, prompt: torch.Tensor, assistant, config: GenerationConfig, see
         attention_mask=torch.ones_like(prompt),
         generation_config=config,
         assistant_model=assistant,
+        streamer=streamer,
     )
     # the clock would else stop before the GPU does
     if output.is_cuda:
@@ -165,7 +175,7 @@ def compare(
     def decode(prompt: torch.Tensor, assistant) -> Decoded:
         return timed(target, prompt, assistant, config, seed)
 
-    rows, plain_tokens = [], 0
+    rows = []
     with attach(target, drafter, max_draft_tokens=max_draft_tokens) as attachment, torch.no_grad():
         # Both ways are warmed up, because the first calls of a process are slow.
         decode(prompts[0], None)
@@ -184,14 +194,14 @@ def compare(
             # only the decoding with the drafter has rounds
             rounds = attachment.generations[-1]
             rows.append(prompt_row(prompt, plain, assisted, rounds, difference))
-            plain_tokens += plain.output.shape[1] - prompt.shape[1]
         acceptance = attachment.acceptance()
-    return {"acceptance": acceptance.to_dict()} | totals(rows, plain_tokens, greedy)
+    return {"acceptance": acceptance.to_dict()} | totals(rows, greedy)
 
 
-def totals(rows: list[dict], plain_tokens: int, greedy: bool) -> dict:
+def totals(rows: list[dict], greedy: bool) -> dict:
     """What `compare` returns of all prompts together, and the rows of each."""
     # Rates are tokens over seconds of all prompts, not means of each prompt's rate.
+    plain_tokens = sum(row["plain_new_tokens"] for row in rows)
     plain_rate = plain_tokens / sum(row["plain_seconds"] for row in rows)
     new_tokens = sum(row["new_tokens"] for row in rows)
     assisted_rate = new_tokens / sum(row["assisted_seconds"] for row in rows)

@@ -1,0 +1,231 @@
+"""The demo: a real chat model answers with and without a drafter, side by side.
+
+`specauf demo` fetches SmolLM2-135M-Instruct, loads the drafter that lies in `model_cards/`, and
+streams the answers to a few prompts. Tokens that the drafter proposed and the model accepted are
+green. A table follows: tokens/s of both, tau, and whether the answers are identical. `--chat` takes
+your own prompts.
+"""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..cli import errors_in_one_line, under_new_spelling
+from ..layouts.load import load_drafter
+from ..serving.acceptance import number
+from ..serving.compare import decoding_config, first_difference, prompt_row, timed, totals
+from ..serving.decoding import Attachment, attach
+from ..target import load_target
+from .recording import Recording
+from .smollm2 import fetch_smollm2
+from .stream import Answer, AnswerStreamer
+
+SHIPPED = Path(__file__).parents[2] / "model_cards" / "smollm2-135m-instruct__dflash-auf"
+PROMPTS = (
+    "Write a Python function that checks whether a string is a palindrome. Add a docstring.",
+    "Why is the sky blue? Explain it to a child.",
+    "Write a Python class Stack with push, pop and is_empty, and show how it is used.",
+    "Give me three tips for learning a new language.",
+)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A target and its drafter at work.
+
+    Args:
+        target (`PreTrainedModel`): the model that answers.
+        tokenizer (`PreTrainedTokenizerBase`): its own.
+        attachment (`Attachment`): of the drafter.
+        config (`GenerationConfig`): greedy, with a limit of new tokens.
+    """
+
+    target: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    attachment: Attachment
+    config: GenerationConfig
+
+    def prompt(self, messages: list[dict]) -> torch.Tensor:
+        """The ids that serving makes of a conversation. (1, S)"""
+        return self.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )["input_ids"]
+
+    def write(self, prompt: torch.Tensor, assistant, streamer: AnswerStreamer | None = None):
+        """Answer a prompt (1, S), plainly where `assistant` is `None`; a `Decoded`."""
+        return timed(self.target, prompt, assistant, self.config, seed=0, streamer=streamer)
+
+
+# ---- side by side
+
+
+def side_by_side(question: str, plain: Answer, drafted: Answer) -> Group:
+    """Both answers to a question, as they stand."""
+    columns = Table.grid(expand=True)
+    columns.add_column(ratio=1)
+    columns.add_column(ratio=1)
+    columns.add_row(plain.panel(), drafted.panel())
+    return Group(Text(f"> {question}", style="bold"), columns)
+
+
+def answer_both(pair: Pair, question: str, console: Console, recording: Recording | None) -> dict:
+    """Stream the plain answer, then the drafted one beside it. Returns a row as `compare`'s."""
+    prompt = pair.prompt([{"role": "user", "content": question}])
+    plain, drafted = Answer("plain"), Answer("with the drafter")
+    with Live(console=console, auto_refresh=False, vertical_overflow="visible") as live:
+
+        def shown(force: bool = False) -> None:
+            picture = side_by_side(question, plain, drafted)
+            live.update(picture, refresh=True)
+            if recording is not None:
+                recording.add(picture, force)
+
+        decoded = pair.write(prompt, None, AnswerStreamer(pair.tokenizer, plain, shown))
+        assisted = pair.write(
+            prompt, pair.attachment.drafter, AnswerStreamer(pair.tokenizer, drafted, shown)
+        )
+        shown(force=True)
+    # A file has no cursor that the next answer could go on from.
+    console.print()
+    difference = first_difference(pair.target, decoded.output, assisted.output)
+    return prompt_row(prompt, decoded, assisted, pair.attachment.generations[-1], difference)
+
+
+def verdict(row: dict) -> str:
+    """Whether two answers are identical, in words."""
+    difference = row["difference"]
+    if difference is None:
+        return "identical"
+    written = difference["position"] - row["prompt_tokens"]
+    where = f"from token {written + 1} on"
+    if difference["near_tie"]:
+        return f"near-tie {where}"
+    return f"DIFFERENT {where}"
+
+
+def summary(rows: list[dict], tau: float | None, dtype: torch.dtype) -> Group:
+    """A line for each prompt, and what they say together."""
+    table = Table(title=f"greedy, {str(dtype).removeprefix('torch.')}, batch size 1")
+    table.add_column("prompt")
+    for column in ("plain tokens/s", "with the drafter", "speed-up", "tau", "answers"):
+        table.add_column(column, justify="right")
+    for at, row in enumerate(rows, start=1):
+        plain_rate = row["plain_new_tokens"] / row["plain_seconds"]
+        rate = row["new_tokens"] / row["assisted_seconds"]
+        table.add_row(
+            str(at),
+            f"{plain_rate:.1f}",
+            f"{rate:.1f}",
+            f"{rate / plain_rate:.2f}x",
+            number(row["tau"]),
+            verdict(row),
+        )
+    whole = totals(rows, greedy=True)
+    faster = "faster" if whole["speedup"] > 1 else "SLOWER than plain decoding"
+    words = [f"{faster}: {whole['speedup']:.2f}x; tau {number(tau)} tokens a pass of the target."]
+    if whole["lossless"]["near_tie"]:
+        words.append(
+            "A near-tie is no identical answer: two of the model's logits are closer there than"
+            f" {str(dtype).removeprefix('torch.')} rounds, and a pass over several tokens rounds"
+            " otherwise than a pass over one. With --dtype float32 answers are identical."
+        )
+    if whole["lossless"]["different"]:
+        words.append("DIFFERENT answers are a fault: please report them.")
+    return Group(table, Text(" ".join(words)))
+
+
+# ---- chat
+
+
+def chat(pair: Pair, console: Console) -> None:
+    """Answer what is typed, with the drafter, until an empty line or the input's end."""
+    console.print("Ask something. An empty line ends the chat.")
+    messages = []
+    while True:
+        try:
+            question = console.input("\n[bold]> [/]").strip()
+        except (EOFError, KeyboardInterrupt):
+            return
+        if not question:
+            return
+        messages.append({"role": "user", "content": question})
+        prompt = pair.prompt(messages)
+        answer = Answer("with the drafter")
+        with Live(console=console, auto_refresh=False, vertical_overflow="visible") as live:
+
+            def shown(live=live, answer=answer) -> None:
+                live.update(answer.panel(), refresh=True)
+
+            streamer = AnswerStreamer(pair.tokenizer, answer, shown)
+            pair.write(prompt, pair.attachment.drafter, streamer)
+        messages.append({"role": "assistant", "content": streamer.text})
+
+
+# ---- the command
+
+
+def command_parser() -> argparse.ArgumentParser:
+    """The command's flags."""
+    parser = argparse.ArgumentParser(prog="specauf demo", description=__doc__)
+    add = parser.add_argument
+    add("--drafter", help="folder or Hub id (default: the one in model_cards/ of a checkout)")
+    add("--target", help="folder or Hub id (default: SmolLM2-135M-Instruct, fetched)")
+    add(
+        "--dtype",
+        default="bfloat16",
+        choices=("bfloat16", "float32"),
+        help="bfloat16 is what the model is stored in, and faster where the processor knows it; in"
+        " float32 answers are identical to the last token",
+    )
+    add("--new_tokens", type=int, default=96, help="tokens of each answer at most (default 96)")
+    add("--chat", action="store_true", help="answer what you type instead")
+    add("--record", metavar="FILE.gif", help="also write what is shown as an animated GIF")
+    return parser
+
+
+@errors_in_one_line()
+def main(argv: list[str] | None = None) -> None:
+    """Command line of `specauf demo`."""
+    parser = command_parser()
+    args = parser.parse_args(under_new_spelling(argv))
+    if args.new_tokens < 1:
+        parser.error(f"--new_tokens is {args.new_tokens}; it must be 1 or more")
+    if args.drafter is None and not (SHIPPED / "config.json").is_file():
+        parser.error(
+            f"no drafter lies in {SHIPPED}: give --drafter, a folder that `specauf train` made for"
+            " this target"
+        )
+    console = Console()
+    path = args.target or str(fetch_smollm2())
+    target, tokenizer = load_target(path, dtype=getattr(torch, args.dtype))
+    drafter = load_drafter(args.drafter or SHIPPED, dtype=target.dtype)
+    config = decoding_config(target, args.new_tokens, tokenizer.pad_token_id)
+    with attach(target, drafter, tokenizer=tokenizer) as attachment, torch.no_grad():
+        pair = Pair(target, tokenizer, attachment, config)
+        if args.chat:
+            chat(pair, console)
+            return
+        recording = Recording(console) if args.record else None
+        # The first calls of a process are slow, so that neither way may be the first.
+        warm_up = pair.prompt([{"role": "user", "content": "Hello"}])
+        pair.write(warm_up, None)
+        pair.write(warm_up, drafter)
+        attachment.generations.clear()
+        rows = [answer_both(pair, question, console, recording) for question in PROMPTS]
+        table = summary(rows, attachment.acceptance().tau, target.dtype)
+    console.print(table)
+    if recording is not None:
+        recording.add(table, force=True)
+        recording.save(Path(args.record))
+        console.print(f"written: {args.record}")
+
+
+if __name__ == "__main__":
+    main()

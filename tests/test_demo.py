@@ -1,0 +1,107 @@
+"""`specauf demo`: two answers side by side, what is said of them, and the recording."""
+
+import io
+
+import pytest
+import torch
+from conftest import make_drafter, overfit
+from PIL import Image
+from rich.console import Console
+
+from hf_specauf.demo.recording import Recording
+from hf_specauf.demo.show import PROMPTS, main, summary
+from hf_specauf.demo.stream import Answer, AnswerStreamer
+
+NEW = 10
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, text_target, tokenizer):
+    """The flags that name a target and a drafter that was trained on the target's answers to the demo's prompts."""
+    folder = tmp_path_factory.mktemp("demo")
+    text_target.save_pretrained(folder / "target")
+    tokenizer.save_pretrained(folder / "target")
+    config = dict(add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    messages = [{"role": "user", "content": PROMPTS[0]}]
+    prompt = tokenizer.apply_chat_template(messages, **config)["input_ids"]
+    text = text_target.generate(prompt, do_sample=False, max_new_tokens=NEW, eos_token_id=None)
+    drafter = overfit(make_drafter(text_target), text_target, text, prompt.shape[1], steps=60)
+    drafter.save_pretrained(folder / "drafter")
+    return ["--target", str(folder / "target"), "--drafter", str(folder / "drafter"), "--dtype", "float32"]
+
+
+def test_demo_shows_both_answers_and_says_what_they_are_in_words_and_in_a_gif(folders, tmp_path, capsys):
+    main([*folders, "--new_tokens", str(NEW), "--record", str(tmp_path / "demo.gif")])
+    shown = capsys.readouterr().out
+    for prompt in PROMPTS:
+        assert f"> {prompt[:30]}" in shown
+    assert shown.count("identical") == len(PROMPTS)
+    assert "DIFFERENT" not in shown and "near-tie" not in shown
+    assert ("faster: " in shown) != ("SLOWER than plain decoding: " in shown)
+    with Image.open(tmp_path / "demo.gif") as image:
+        assert image.n_frames > len(PROMPTS)
+
+
+def test_chat_answers_what_is_typed_until_an_empty_line(folders, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n\nthree\n"))
+    main([*folders, "--new_tokens", "4", "--chat"])
+    assert capsys.readouterr().out.count("passes") == 2
+
+
+def test_accepted_tokens_are_marked_and_a_character_of_several_tokens_is_written_once(tokenizer):
+    answer = Answer("drafted")
+    streamer = AnswerStreamer(tokenizer, answer)
+    euro = tokenizer("€", add_special_tokens=False)["input_ids"]
+    letter = tokenizer("x", add_special_tokens=False)["input_ids"]
+    assert len(euro) == 3
+    streamer.put(torch.tensor([[5, 6, 7]]))
+    streamer.put(torch.tensor(euro + letter))
+    streamer.put(torch.tensor(letter))
+    assert answer.pieces == [("€", True), ("x", False), ("x", False)]
+    assert (answer.tokens, answer.passes) == (5, 2)
+
+
+def row(plain: float, assisted: float, difference: dict | None) -> dict:
+    return {
+        "prompt_tokens": 7, "new_tokens": 10, "plain_new_tokens": 10, "tau": 1.5, "plain_seconds": plain,
+        "assisted_seconds": assisted, "difference": difference, "repetition": 0.0,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("one", "words"),
+    [
+        (row(2.0, 1.0, None), ["faster: 2.00x", "identical"]),
+        (row(1.0, 2.0, None), ["SLOWER than plain decoding: 0.50x", "identical"]),
+        (row(2.0, 1.0, {"position": 9, "near_tie": True}), ["near-tie from token 3 on", "no identical answer"]),
+        (row(2.0, 1.0, {"position": 9, "near_tie": False}), ["DIFFERENT from token 3 on", "are a fault"]),
+    ],
+)
+def test_summary_never_calls_slower_faster_nor_another_answer_identical(one, words):
+    console = Console(width=140, file=io.StringIO())
+    console.print(summary([one], 1.5, torch.bfloat16))
+    shown = console.file.getvalue()
+    for word in words:
+        assert word in shown
+    if one["difference"] is not None:
+        assert "identical" not in shown.replace("no identical answer", "").replace("answers are identical", "")
+    if one["assisted_seconds"] > one["plain_seconds"]:
+        assert "faster" not in shown
+
+
+def test_recording_keeps_the_pace_and_at_most_its_frames_a_second(tmp_path):
+    recording = Recording(Console(width=20, file=io.StringIO()), frames_per_second=1)
+    for word in ("one", "two", "three"):
+        recording.add(word, force=word != "two")
+    assert len(recording.frames) == 2
+    recording.save(tmp_path / "r.gif")
+    with Image.open(tmp_path / "r.gif") as image:
+        assert image.n_frames == 2
+        assert image.size[0] == 20 * 9 + 24
+
+
+def test_without_a_shipped_drafter_the_demo_names_the_flag(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("hf_specauf.demo.show.SHIPPED", tmp_path)
+    with pytest.raises(SystemExit):
+        main([])
+    assert "give --drafter" in capsys.readouterr().err
