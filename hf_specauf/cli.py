@@ -117,14 +117,20 @@ def under_new_spelling(argv: list[str] | None, renamed: dict[str, str] | None = 
 
 
 class OneSpelling:
-    """Mixed into trl's parser of dataclasses, which lists and takes each flag with dashes too."""
+    """Mixed into trl's parser of dataclasses, which lists and takes each flag with dashes too.
+
+    Attributes:
+        renamed (`dict[str, str]`): flags that have another name now.
+    """
+
+    renamed: dict[str, str] = {}
 
     def add_argument(self, *names: str, **options):
         kept = [name for name in names if "-" not in name.lstrip("-")]
         return super().add_argument(*kept, **options)
 
     def parse_args_and_config(self, args: list[str] | None = None, **options):
-        return super().parse_args_and_config(under_new_spelling(args), **options)
+        return super().parse_args_and_config(under_new_spelling(args, self.renamed), **options)
 
 
 def parse_with_drafter(parser: ArgumentParser, words: list[str]) -> Namespace:

@@ -21,6 +21,7 @@ from .records import read_record, write_record
 from .serving.acceptance import number
 from .serving.benchmarks import BENCHMARKS, DEFAULT_COUNT, encode_prompts, load_prompts
 from .serving.compare import compare, evaluation_record, plot_alpha, show
+from .serving.decoding import AUTO
 from .target import load_target
 
 # A drafter that keeps this share of its accepted tokens on another target has little to win.
@@ -128,8 +129,12 @@ class EvaluateArguments:
     max_new_tokens: int = field(
         default=128, metadata={"help": "Tokens to generate for each prompt."}
     )
-    max_draft_tokens: int | None = field(
-        default=None, metadata={"help": "Cap on drafted tokens a pass."}
+    draft_length: str | None = field(
+        default=None,
+        metadata={
+            "help": "Drafted tokens that a pass verifies: a number (default K - 1), or auto, which"
+            " decides by what passes cost and drafts bring."
+        },
     )
     temperature: float = field(
         default=0.0, metadata={"help": "0 is greedy and checks equality; 1 samples."}
@@ -145,12 +150,19 @@ class EvaluateArguments:
     def __post_init__(self):
         if not self.prompts:
             raise ValueError("--prompts is empty: name a benchmark, a dataset or a file")
-        least = {"count": 1, "prompt_tokens": 1, "max_new_tokens": 2, "max_draft_tokens": 1}
+        least = {"count": 1, "prompt_tokens": 1, "max_new_tokens": 2}
         for key, bound in least.items():
             value = getattr(self, key)
             if value is not None and value < bound:
                 # the first token comes from the prefill, so one token says nothing of a drafter
                 raise ValueError(f"--{key} is {value}; it must be at least {bound}")
+        if self.draft_length not in (None, AUTO):
+            if not self.draft_length.isdecimal() or int(self.draft_length) < 1:
+                raise ValueError(
+                    f"--draft_length is {self.draft_length!r}; it must be auto, or a number from 1"
+                    " to K - 1"
+                )
+            self.draft_length = int(self.draft_length)
         # the order of the comparison refuses NaN too
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(
@@ -176,6 +188,8 @@ class EvaluateArguments:
 
 class EvaluateParser(OneSpelling, TrlParser):
     """The parser of `specauf evaluate`; `--config FILE` may hold the flags."""
+
+    renamed = {"--max_draft_tokens": "--draft_length"}
 
 
 def adapting(args: EvaluateArguments) -> str:
@@ -262,14 +276,14 @@ def measure(
         args.max_new_tokens,
         temperature=args.temperature,
         pad_token_id=pad,
-        max_draft_tokens=args.max_draft_tokens,
+        draft_length=args.draft_length,
     )
     return evaluation_record(
         results,
         target,
         temperature=args.temperature,
         max_new_tokens=args.max_new_tokens,
-        max_draft_tokens=args.max_draft_tokens,
+        draft_length=args.draft_length,
         chat_template_kwargs=template_kwargs,
         target_quantization=args.target_quantization,
         # of chats, the question is the prompt, whatever its length

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_specauf.drafters.candidates import Round
+from hf_specauf.drafters.draft_length import Round
 from hf_specauf.serving.acceptance import accepted_prefix, summarize
 
 NAN = math.nan

@@ -232,7 +232,8 @@ def test_a_name_that_no_repository_can_have_is_said_to_be_one(fresh, tmp_path, c
     [
         ("--count", 0, "must be at least 1"), ("--count", -3, "must be at least 1"),
         ("--prompt_tokens", 0, "must be at least 1"), ("--max_new_tokens", 1, "must be at least 2"),
-        ("--max_draft_tokens", 0, "must be at least 1"), ("--temperature", "-1", "must be 0 (greedy)"),
+        ("--draft_length", 0, "must be auto, or a number from 1"), 
+        ("--draft_length", "long", "must be auto"), ("--temperature", "-1", "must be 0 (greedy)"),
         ("--temperature", "nan", "must be 0 (greedy)"), ("--temperature", "inf", "must be 0 (greedy)"),
         ("--device", "tpu", "give cuda or cpu"), ("--device", "gpu", "give cuda or cpu"),
         ("--prompts", "", "name a benchmark, a dataset or a file"),

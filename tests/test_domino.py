@@ -258,7 +258,7 @@ def test_the_causal_head_decides_what_is_drafted(shift_label):
 @ALIGNMENTS
 def test_caps_and_skipped_rounds_change_no_output(shift_label):
     p = pair(shift_label)
-    for attached in (dict(max_draft_tokens=1), dict(skip_round=lambda rounds: len(rounds) % 2 == 0)):
+    for attached in (dict(draft_length=1), dict(skip_round=lambda rounds: len(rounds) % 2 == 0)):
         output, rounds, _ = decode(p, p.prompts[0], attached=attached)
         assert torch.equal(output, p.plain[0]) and any(r.accepted for r in rounds)
 

@@ -60,8 +60,8 @@ def strict_json(results: dict) -> dict:
 
 @pytest.mark.parametrize("cap", [None, 1])
 def test_compare_measures_what_attach_records(pair, cap):
-    results = strict_json(run(pair, max_draft_tokens=cap))
-    with attach(pair.target, pair.drafter, max_draft_tokens=cap) as attachment:
+    results = strict_json(run(pair, draft_length=cap))
+    with attach(pair.target, pair.drafter, draft_length=cap) as attachment:
         for prompt in pair.prompts:
             pair.target.generate(prompt, do_sample=False, max_new_tokens=NEW, assistant_model=pair.drafter)
     expected = attachment.acceptance()
@@ -280,7 +280,7 @@ def test_the_command_line_fails_in_one_clear_line(folders, tmp_path):
         (dict(drafter="target"), "target says nothing about block_size.*it is not a DFlash drafter"),
         (dict(drafter="empty"), "empty"),
         (dict(dtype="bf16"), "dtype is 'bf16'; it must be auto"),
-        (dict(max_draft_tokens=K), r"must be in 1\.\.3"),
+        (dict(draft_length=K), r"must be in 1\.\.3"),
         (dict(prompts="columns.jsonl"), "none of `messages`, `conversations`"),
         (
             dict(prompts="nulls.jsonl"),

@@ -48,7 +48,8 @@ from transformers.generation import (
 from transformers.generation.streamers import BaseStreamer
 
 import hf_specauf
-from hf_specauf.drafters.candidates import BlockCandidateGenerator, Round
+from hf_specauf.drafters.candidates import BlockCandidateGenerator
+from hf_specauf.drafters.draft_length import Costs, Round
 from hf_specauf.drafters.modeling_dflash import DFlashDraftModel
 from hf_specauf.drafters.transformers_internals import CACHE, STATIC_CACHES_CROP, check_cache
 from hf_specauf.identity import Origin, note_origin, origin_of, target_fingerprint, tokenizer_hashes, unwrapped
@@ -173,16 +174,43 @@ def test_acceptance_sums_up_every_generation_of_an_attachment():
     assert acceptance.tau == acceptance.tokens / acceptance.passes == 1 + acceptance.accepted_per_pass
 
 
-@pytest.mark.parametrize("key", ["max_draft_tokens", "num_assistant_tokens"])
+@pytest.mark.parametrize("key", ["draft_length", "num_assistant_tokens"])
 @pytest.mark.parametrize("cap", [1, 2, 3])
 def test_a_cap_holds_for_every_draft(cap, key):
     p, cap_of = pair(), {key: cap}
-    options = dict(attached=cap_of) if key == "max_draft_tokens" else cap_of
+    options = dict(attached=cap_of) if key == "draft_length" else cap_of
     output, rounds, _ = decode(p, p.prompts[1], **options)
     assert torch.equal(output, p.plain[1])
     room = [PROMPT + NEW - anchor - 2 for anchor in emitted_anchors(rounds, PROMPT)]  # one is left for the bonus
     assert [r.drafted for r in rounds] == [min(cap, left) for left in room]
     assert max(r.emitted for r in rounds) == cap + 1
+
+
+def test_a_draft_length_decided_each_round_is_lossless_and_with_equal_costs_the_same():
+    p = pair()
+    steep = Costs({0: 1.0, 1: 1.2, 3: 1.9}, drafting=0.1, frozen=True)
+    with attach(p.target, p.drafter, draft_length="auto", costs=steep) as attachment:
+        for prompt, expected in zip(p.prompts, p.plain):
+            assert torch.equal(p.target.generate(prompt, **GREEDY, assistant_model=p.drafter), expected)
+    lengths = [r.drafted for r in attachment.rounds]
+    assert len(set(lengths)) > 2
+    assert attachment.costs is steep and steep.passes == {0: 1.0, 1: 1.2, 3: 1.9}
+    # equal costs, equal decisions
+    with attach(p.target, p.drafter, draft_length="auto", costs=steep) as again:
+        for prompt in p.prompts:
+            p.target.generate(prompt, **GREEDY, assistant_model=p.drafter)
+    assert [r.drafted for r in again.rounds] == lengths
+
+
+def test_costs_are_measured_where_none_are_given():
+    p = pair()
+    with attach(p.target, p.drafter, draft_length="auto") as attachment:
+        assert torch.equal(p.target.generate(p.prompts[0], **GREEDY, assistant_model=p.drafter), p.plain[0])
+    assert attachment.rounds[0].drafted == 0 and attachment.rounds[1].drafted > 0
+    assert {0, attachment.rounds[1].drafted} <= set(attachment.costs.passes)
+    assert min(attachment.costs.passes.values()) > 0 < attachment.costs.drafting
+    with attach(p.target, p.drafter) as attachment:
+        assert attachment.costs is None
 
 
 SKIPS = {
@@ -505,7 +533,7 @@ def exact_joint(target, prompt, warpers: LogitsProcessorList) -> torch.Tensor:  
     return torch.cat(chances, dim=1).prod(dim=1)
 
 
-def sampled_p_value(drafter, draws: int, temperature: float, top_k: int):
+def sampled_p_value(drafter, draws: int, temperature: float, top_k: int, **attached):
     """Chi-squared p of JOINT tokens drawn by assisted generation against the exact joint, and what was accepted."""
     target, _, prompt = sampling_pair()
     warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
@@ -515,7 +543,7 @@ def sampled_p_value(drafter, draws: int, temperature: float, top_k: int):
     length = prompt.shape[1] + JOINT
     place = SMALL_VOCAB ** torch.arange(JOINT - 1, -1, -1)
     set_seed(0)
-    with attach(target, drafter) as attachment:
+    with attach(target, drafter, **attached) as attachment:
         drawn = [
             target.generate(
                 prompt, do_sample=True, temperature=temperature, top_k=top_k, max_new_tokens=JOINT + 2,
@@ -537,9 +565,9 @@ def sampled_p_value(drafter, draws: int, temperature: float, top_k: int):
 class Recording(BlockCandidateGenerator):
     """Keeps of every block the scores each of its tokens was drawn from, and the logits given to verification."""
 
-    def _fill(self, input_ids, hidden_states):
+    def _fill(self, *args):
         self.scores = []
-        draft, logits = super()._fill(input_ids, hidden_states)
+        draft, logits = super()._fill(*args)
         self.drafter.seen.append((draft, torch.cat(self.scores), logits[0]))
         return draft, logits
 
@@ -583,9 +611,47 @@ def test_sampling_follows_the_targets_exact_distribution(temperature, top_k):
 class GreedyDraft(BlockCandidateGenerator):
     """z-lab#74: drafts the best token, but says it was drawn from the whole distribution."""
 
-    def _fill(self, input_ids, hidden_states):
-        _, logits = super()._fill(input_ids, hidden_states)
+    def _fill(self, *args):
+        _, logits = super()._fill(*args)
         return logits.argmax(-1), logits
+
+
+def test_sampling_follows_it_too_where_each_drafts_length_is_decided_anew():
+    costs = Costs({0: 1.0, 1: 1.15, 3: 1.45}, drafting=0.02, frozen=True)
+    seen = []
+
+    class Watched(BlockCandidateGenerator):
+        def update_candidate_strategy(self, *args):
+            super().update_candidate_strategy(*args)
+            seen.extend(self.rounds[-1:])
+
+    drafter = deepcopy(sampling_pair()[1])
+    drafter.get_candidate_generator = lambda target, config, **kwargs: Watched(drafter, target, config, **kwargs)
+    p_value, accepted = sampled_p_value(drafter, 600, 1.0, 0, draft_length="auto", costs=costs)
+    assert p_value > 1e-3
+    assert 0.1 < accepted < 0.9
+    assert {r.drafted for r in seen} >= {1, 2, 3}
+
+
+class CutByTheTokenDrawn(BlockCandidateGenerator):
+    """Keeps a draft up to the first token that it does not like, which nobody may who has seen the token."""
+
+    def _fill(self, *args):
+        draft, logits = super()._fill(*args)
+        kept = int(((draft[0] >= SMALL_VOCAB // 2).cumsum(0) < 1).sum())
+        if kept == 0:
+            return None, None
+        return draft[:, :kept], logits[:, :kept]
+
+
+def test_a_draft_cut_by_the_token_drawn_is_detected():
+    drafter = deepcopy(sampling_pair()[1])
+    drafter.get_candidate_generator = lambda target, config, **keys: CutByTheTokenDrawn(
+        drafter, target, config, **keys
+    )
+    p_value, accepted = sampled_p_value(drafter, 300, 1.0, 0)
+    assert p_value < 1e-6
+    assert 0 < accepted < 1
 
 
 def test_a_draft_not_drawn_from_the_distribution_it_claims_is_detected():
@@ -1030,10 +1096,12 @@ def test_a_stateful_target_is_refused():
         (lambda: make_domino(make_target(vocab_size=97)), {}, ValueError, r"Domino .* vocab_size 97 \(target: 96\)"),
         (lambda: make_drafter(make_target(num_hidden_layers=5)), {}, ValueError, r"num_target_layers 5 \(target: 4\)"),
         (lambda: make_target(), {}, TypeError, "is not a block drafter; load one with AutoModel"),
-        (lambda: pair().drafter, dict(max_draft_tokens=0), ValueError, r"must be in 1\.\.3"),
-        (lambda: pair().drafter, dict(max_draft_tokens=K), ValueError, r"must be in 1\.\.3"),
+        (lambda: pair().drafter, dict(draft_length=0), ValueError, r"must be in 1\.\.3"),
+        (lambda: pair().drafter, dict(draft_length=K), ValueError, r"must be in 1\.\.3"),
+        (lambda: pair().drafter, dict(draft_length="most"), ValueError, "'most'; .* or \"auto\""),
+        (lambda: pair().drafter, dict(costs=Costs()), ValueError, 'costs are for draft_length="auto"'),
     ],
-    ids=["fp16", "hidden size", "vocabulary", "layers", "a plain model", "cap of 0", "cap of K"],
+    ids=["fp16", "hidden size", "vocabulary", "layers", "a plain model", "of 0", "of K", "a word", "costs alone"],
 )
 def test_attach_refuses_what_cannot_work_and_leaves_the_target_alone(drafter, options, error, advice):
     target = pair().target

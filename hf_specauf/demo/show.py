@@ -21,7 +21,7 @@ from ..cli import errors_in_one_line, under_new_spelling
 from ..layouts.load import load_drafter
 from ..serving.acceptance import number
 from ..serving.compare import decoding_config, first_difference, prompt_row, timed, totals
-from ..serving.decoding import Attachment, attach
+from ..serving.decoding import AUTO, Attachment, attach
 from ..target import load_target
 from .recording import Recording
 from .smollm2 import fetch_smollm2
@@ -207,7 +207,10 @@ def main(argv: list[str] | None = None) -> None:
     target, tokenizer = load_target(path, dtype=getattr(torch, args.dtype))
     drafter = load_drafter(args.drafter or SHIPPED, dtype=target.dtype)
     config = decoding_config(target, args.new_tokens, tokenizer.pad_token_id)
-    with attach(target, drafter, tokenizer=tokenizer) as attachment, torch.no_grad():
+    with (
+        torch.no_grad(),
+        attach(target, drafter, tokenizer=tokenizer, draft_length=AUTO) as attachment,
+    ):
         pair = Pair(target, tokenizer, attachment, config)
         if args.chat:
             chat(pair, console)

@@ -10,33 +10,18 @@ A comment that begins with `Built-in:` says where the two differ, and why.
 Letters: B rows (always 1 in decoding), K slots of a block, H hidden size, L taps, V vocabulary.
 """
 
+import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 
+from .draft_length import DraftLength, Round
 from .transformers_internals import CandidateGenerator, DynamicCache
 
 # What transformers fills in for `num_assistant_tokens`, so that we cannot tell whether a user did.
 UNSET_ASSISTANT_TOKENS = 20
-
-
-class Round(NamedTuple):
-    """One verification pass of the target. The prefill pass is not a round.
-
-    Attributes:
-        emitted (`int`): tokens committed, bonus included.
-        accepted (`int`): drafted tokens accepted, A.
-        tested (`int`): drafted slots whose verdict is known. Where an end of sequence or the length
-            limit cuts the pass, the slots beyond it are not tested.
-        drafted (`int`): drafted slots given to the target; 0 in a skipped round.
-    """
-
-    emitted: int
-    accepted: int
-    tested: int
-    drafted: int
 
 
 # ---- what training and decoding share, so that they cannot differ
@@ -98,6 +83,17 @@ def add_correction(logits: torch.Tensor, correction: torch.Tensor) -> torch.Tens
     return logits.to(wide) + correction.to(wide)
 
 
+def confidences(logits: torch.Tensor) -> list[float]:
+    """The largest probability of each slot. (drafted, V) -> drafted floats
+
+    A slot's whole distribution decides it, and not the token drawn there. So a sampled draft may be
+    cut by it without changing the text's distribution. It is the drafter's own, before causal head
+    and logits processors: what those make of a slot depends on the tokens drawn before.
+    """
+    logits = logits.float()
+    return (logits.amax(-1) - logits.logsumexp(-1)).exp().tolist()
+
+
 # ---- drafting
 
 
@@ -120,6 +116,8 @@ class BlockCandidateGenerator(CandidateGenerator):
             still fills its whole block, because it was trained to.
         skip_round (`Callable[[list[Round]], bool]`, *optional*): called before each draft with the
             rounds so far; true leaves this round to the target alone.
+        draft_length (`DraftLength`, *optional*): decides before each draft whether and how much of
+            it to verify, within `max_draft_tokens`, and learns from each pass.
         rounds (`list[Round]`, *optional*): where passes are recorded.
         run (`Callable`, *optional*): what is called in the drafter's place, e.g. its compiled form.
     """
@@ -134,6 +132,7 @@ class BlockCandidateGenerator(CandidateGenerator):
         logits_processor=None,
         max_draft_tokens: int | None = None,
         skip_round: Callable[[list[Round]], bool] | None = None,
+        draft_length: DraftLength | None = None,
         rounds: list[Round] | None = None,
         run: Callable | None = None,
     ):
@@ -158,6 +157,7 @@ class BlockCandidateGenerator(CandidateGenerator):
             caps.append(generation_config.num_assistant_tokens)
         self.max_draft_tokens = min(caps)
         self.skip_round = skip_round
+        self.draft_length = draft_length
         self.max_length = generation_config.max_length
         self.do_sample = generation_config.do_sample
         # Built-in: it always returns logits. Greedy verification compares tokens and needs none.
@@ -180,6 +180,11 @@ class BlockCandidateGenerator(CandidateGenerator):
         self.draft: torch.Tensor | None = None
         # Of the sequence before the pass under way; 0 before the prefill.
         self.length = 0
+        # What `draft_length` learns of the pass under way: when it began, how long its draft took
+        # (`None` without one), and how sure the drafter was of each slot.
+        self.pass_began = 0.0
+        self.drafting_seconds: float | None = None
+        self.confidences: list[float] | None = None
 
     def get_candidates(
         self,
@@ -208,17 +213,38 @@ class BlockCandidateGenerator(CandidateGenerator):
             # There are no hidden states before the prefill pass.
             return input_ids, None
         self._keep_taps(model_outputs.hidden_states, input_ids.shape[1], int(n_last_matches))
+        draft, logits = self._propose(input_ids, model_kwargs)
+        self.pass_began = time.perf_counter()
+        if draft is None:
+            return input_ids, None
+        self.draft = draft
+        return torch.cat([input_ids, draft], dim=1), logits  # (1, S + drafted)
+
+    def _propose(self, input_ids, model_kwargs) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The draft of this round and its logits, as from `_fill`; `None` twice for no draft."""
+        self.drafting_seconds = self.confidences = None
         # The pass emits one token more than it accepts, and that one must fit too.
         # Built-in: drafts past the length limit, and so past the end of a static cache.
-        drafted = min(self.max_draft_tokens, self.max_length - self.length - 1)
-        if drafted <= 0:
-            return input_ids, None
+        most = min(self.max_draft_tokens, self.max_length - self.length - 1)
+        if most <= 0:
+            return None, None
         if self.skip_round is not None and self.skip_round(self.rounds):
-            return input_ids, None
+            return None, None
+        if self.draft_length is not None and not self.draft_length.wants_draft():
+            return None, None
+        began = time.perf_counter()
         block = self._run_drafter(input_ids, model_kwargs)  # (1, K, H)
-        hidden_states = block[:, self.first_slot : self.first_slot + drafted]  # (1, drafted, H)
-        self.draft, logits = self._fill(input_ids, hidden_states)
-        return torch.cat([input_ids, self.draft], dim=1), logits  # (1, S + drafted)
+        hidden_states = block[:, self.first_slot : self.first_slot + most]  # (1, most, H)
+        base = apply_head(self.head, hidden_states).to(input_ids.device)  # (1, most, V)
+        drafted = most
+        if self.draft_length is not None:
+            self.confidences = confidences(base[0])
+            drafted = min(self.draft_length.length(self.confidences), most)
+        draft, logits = None, None
+        if drafted > 0:
+            draft, logits = self._fill(input_ids, hidden_states[:, :drafted], base[:, :drafted])
+        self.drafting_seconds = time.perf_counter() - began
+        return draft, logits
 
     def _keep_taps(self, hidden_states, length: int, matches: int) -> None:
         """Keep the taps of the tokens that the last pass committed, for the next draft.
@@ -280,7 +306,7 @@ class BlockCandidateGenerator(CandidateGenerator):
         self.cache.crop(-self.block_size)
         return output.last_hidden_state
 
-    def _fill(self, input_ids, hidden_states) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _fill(self, input_ids, hidden_states, base) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Draw the draft's tokens from the hidden rows that predict them.
 
         transformers then verifies (Leviathan et al., arXiv 2211.17192, algorithm 1). With q the
@@ -299,12 +325,12 @@ class BlockCandidateGenerator(CandidateGenerator):
         Args:
             input_ids (`torch.LongTensor` of shape `(1, S)`): the sequence up to the anchor.
             hidden_states (`torch.Tensor` of shape `(1, drafted, H)`): the rows that predict.
+            base (`torch.Tensor` of shape `(1, drafted, V)`): the head's logits of them.
 
         Returns:
             The draft `(1, drafted)`, and its logits `(1, drafted, V)`; `None` where verification
             asks for none.
         """
-        base = apply_head(self.head, hidden_states).to(input_ids.device)  # (1, drafted, V)
         if self.drafter.correct is not None or self.logits_processor is not None:
             return self._fill_slot_by_slot(input_ids, hidden_states, base)
         # Nothing looks at the tokens drafted before: all slots are drawn at once.
@@ -373,3 +399,10 @@ class BlockCandidateGenerator(CandidateGenerator):
             accepted = emitted
         tested = min(emitted, drafted)
         self.rounds.append(Round(emitted, accepted, tested, drafted))
+        if self.draft_length is not None:
+            self.draft_length.learn(
+                self.rounds[-1],
+                pass_seconds=time.perf_counter() - self.pass_began,
+                drafting_seconds=self.drafting_seconds,
+                confidences=self.confidences,
+            )

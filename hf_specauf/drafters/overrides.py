@@ -18,7 +18,8 @@ from types import MethodType
 import torch
 from torch import nn
 
-from .candidates import Round, device_of
+from .candidates import device_of
+from .draft_length import Round
 from .transformers_internals import (
     OVERRIDDEN,
     EosTokenCriteria,

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from ..drafters.candidates import Round
+from ..drafters.draft_length import Round
 
 TAU_DEFINITION = (
     "tau = tokens committed / target verification passes, bonus token included (1.0 = no help, at"

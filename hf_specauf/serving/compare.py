@@ -12,7 +12,7 @@ from rich.table import Table
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from ..drafters.candidates import Round
+from ..drafters.draft_length import Round
 from ..identity import Identity, innermost, unwrapped
 from ..records import environment
 from .acceptance import TAU_DEFINITION, number
@@ -150,7 +150,7 @@ def compare(
     *,
     temperature: float = 0.0,
     pad_token_id: int = 0,
-    max_draft_tokens: int | None = None,
+    draft_length: int | str | None = None,
     seed: int = 0,
     show_progress: bool = True,
 ) -> dict:
@@ -176,7 +176,7 @@ def compare(
         return timed(target, prompt, assistant, config, seed)
 
     rows = []
-    with attach(target, drafter, max_draft_tokens=max_draft_tokens) as attachment, torch.no_grad():
+    with attach(target, drafter, draft_length=draft_length) as attachment, torch.no_grad():
         # Both ways are warmed up, because the first calls of a process are slow.
         decode(prompts[0], None)
         decode(prompts[0], drafter)

@@ -14,15 +14,22 @@ from collections.abc import Callable
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..drafters.candidates import BlockCandidateGenerator, Round
+from ..drafters.candidates import BlockCandidateGenerator
 from ..drafters.configuration_dflash import check_dtype
+from ..drafters.draft_length import Costs, DraftLength, Round
 from ..drafters.overrides import DraftingOverrides
 from ..identity import as_called, check_pair, innermost, unwrapped
 from .acceptance import Acceptance, summarize
 
+AUTO = "auto"  # the draft length that is decided before each pass
+
 
 def generate(
-    target: PreTrainedModel | PeftModel, drafter: PreTrainedModel | PeftModel, *args, **kwargs
+    target: PreTrainedModel | PeftModel,
+    drafter: PreTrainedModel | PeftModel,
+    *args,
+    draft_length: int | str | None = None,
+    **kwargs,
 ):
     """`target.generate(*args, **kwargs)`, faster, with a block drafter of any kind.
 
@@ -31,7 +38,7 @@ def generate(
     the tokenizer.
 
     Args:
-        target, drafter: as for [`attach`].
+        target, drafter, draft_length: as for [`attach`].
         args, kwargs: as for `target.generate`.
 
     Returns:
@@ -40,7 +47,7 @@ def generate(
     Raises:
         TypeError, ValueError: as [`attach`], or the call is one that [`attach`] cannot serve.
     """
-    with attach(target, drafter):
+    with attach(target, drafter, draft_length=draft_length):
         # DDP and its like have no `generate` of their own.
         return unwrapped(target).generate(*args, **kwargs, assistant_model=drafter)
 
@@ -50,7 +57,8 @@ def attach(
     drafter: PreTrainedModel | PeftModel,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    max_draft_tokens: int | None = None,
+    draft_length: int | str | None = None,
+    costs: Costs | None = None,
     skip_round: Callable[[list[Round]], bool] | None = None,
 ) -> "Attachment":
     """Make `target.generate(**inputs, assistant_model=drafter)` work, and record what it accepts.
@@ -68,8 +76,11 @@ def attach(
         drafter (`PreTrainedModel` or `PeftModel`): a block drafter trained for it, on any device,
             fp32 or bf16. One from `torch.compile` runs compiled.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): checked against the one of training.
-        max_draft_tokens (`int`, *optional*): verify at most this many drafted tokens a pass
-            (default K - 1). Helps where wide passes of the target are dear.
+        draft_length (`int` or `str`, *optional*): verify at most this many drafted tokens a pass
+            (default K - 1). `"auto"` decides it before each pass, by what passes cost and what the
+            drafter brings, and drafts nothing where that is faster.
+        costs (`Costs`, *optional*): for `"auto"`: `attachment.costs` of an earlier run. Frozen ones
+            (`costs.frozen = True`) make its decisions those of no clock.
         skip_round (`Callable[[list[Round]], bool]`, *optional*): told the rounds so far before each
             draft; true leaves the round to the target alone.
 
@@ -79,16 +90,32 @@ def attach(
     Raises:
         TypeError: `drafter` is no block drafter.
         ValueError: the drafter does not fit the target (layers, hidden size, vocabulary, words) or
-            is fp16, the target has virtual tokens, or `max_draft_tokens` is not in 1..K-1. Another
-            target's id or commit, or another chat template, is a warning.
+            is fp16, the target has virtual tokens, `draft_length` is neither `"auto"` nor in
+            1..K-1, or there are costs without `"auto"`. Another target's id or commit, or another
+            chat template, is a warning.
     """
-    config = _check(target, drafter, tokenizer).config
-    if max_draft_tokens is not None and not 1 <= max_draft_tokens < config.block_size:
+    longest = _check(target, drafter, tokenizer).config.block_size - 1
+    policy = None
+    if draft_length == AUTO:
+        policy = DraftLength(longest, costs)
+        draft_length = None
+    elif costs is not None:
+        raise ValueError(f'costs are for draft_length="{AUTO}": give both, or leave out costs')
+    elif draft_length is not None:
+        check_draft_length(draft_length, longest)
+    return Attachment(target, drafter, draft_length, policy, skip_round)
+
+
+def check_draft_length(draft_length: int | str, longest: int) -> None:
+    """Raise unless a draft length is a number that a drafter can draft.
+
+    Raises:
+        ValueError: it is not in 1..`longest`, K - 1.
+    """
+    if not isinstance(draft_length, int) or not 1 <= draft_length <= longest:
         raise ValueError(
-            f"max_draft_tokens is {max_draft_tokens}; it must be in 1..{config.block_size - 1}"
-            " (K - 1)"
+            f'draft_length is {draft_length!r}; it must be in 1..{longest} (K - 1), or "{AUTO}"'
         )
-    return Attachment(target, drafter, max_draft_tokens, skip_round)
 
 
 class Attachment:
@@ -103,6 +130,7 @@ class Attachment:
         target: PreTrainedModel | PeftModel,
         drafter: PreTrainedModel | PeftModel,
         max_draft_tokens: int | None = None,
+        policy: DraftLength | None = None,
         skip_round: Callable[[list[Round]], bool] | None = None,
     ):
         # A wrapper's `generate` calls the one of the model inside, so that one is overridden.
@@ -110,6 +138,8 @@ class Attachment:
         # The wrapper stays: the drafter is recognised as the object given as `assistant_model`.
         self.drafter = drafter
         self.max_draft_tokens = max_draft_tokens
+        # One for all calls, so that a second one starts with what the first has learned.
+        self.policy = policy
         self.skip_round = skip_round
         self.generations: list[list[Round]] = []
         innermost(drafter).eval()
@@ -130,6 +160,11 @@ class Attachment:
         """All verification passes so far."""
         return [r for generation in self.generations for r in generation]
 
+    @property
+    def costs(self) -> Costs | None:
+        """What passes and drafting cost here, in seconds; `None` unless `draft_length="auto"`."""
+        return None if self.policy is None else self.policy.costs
+
     def acceptance(self) -> Acceptance:
         """tau, alpha_k and histogram over all `generate` calls so far."""
         return summarize(self.rounds, innermost(self.drafter).config.block_size)
@@ -144,10 +179,12 @@ class Attachment:
         rounds: list[Round] = []
         self.generations.append(rounds)
         drafter, called = innermost(self.drafter), as_called(self.drafter)
+        # Code that older folders bring along knows neither of these arguments.
         options = {}
-        # Code that older folders bring along knows of no such argument.
         if called is not drafter:
             options["run"] = called
+        if self.policy is not None:
+            options["draft_length"] = self.policy
         return drafter.get_candidate_generator(
             target,
             generation_config,

@@ -8,7 +8,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 
 from ..data.rows import prompt_length
-from ..drafters.candidates import Round
+from ..drafters.draft_length import Round
 from ..serving.acceptance import summarize
 from ..serving.compare import decoding_config
 from ..serving.decoding import attach

@@ -1,0 +1,335 @@
+"""How many drafted tokens the target verifies in a pass, so that drafting is never slower than
+plain decoding.
+
+Travels to the Hub: imports the standard library alone. It holds no tensor and no clock. Whoever
+decodes tells it what each round cost and brought, and asks it before the next.
+
+Letters: c(d) is the seconds of one target pass over the anchor and d drafted tokens, drafting not
+included; q_j the chance that slot j is accepted once the slots before it were; S_k = q_1 .. q_k the
+survival of slot k; rho the tokens a second lately.
+
+Three questions, in this order:
+
+    1. May a round be drafted at all? What drafting has lost against plain decoding is an account,
+       and it has a limit. This is the guarantee.
+    2. Is it worth running the drafter? Only averages are known before it has run.
+    3. How long a draft? The d that maximises 1 + S_1 + .. + S_d - rho c(d).
+
+The third is the renewal-reward rule: it maximises the tokens a second over all rounds, where the
+best ratio of each round would not, because rounds differ.
+
+Lossless whatever it decides. Greedy: every committed token is the target's own choice. Sampled:
+whether slot k is verified may depend on anything but the token drawn there. So confidences must be
+those of a slot's whole distribution (its largest probability), never that of the drawn token.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+LENGTHS = (0, 1, 2, 3, 5, 7, 11, 15)  # candidates for d; 0 is plain decoding
+FIRST_LENGTH = 3  # the first draft is no longer
+
+COST_DECAY = 0.9  # weight that a moving average keeps of its past, a round
+LONGEST_STALL = 1.5  # a pass that took longer than so many times its average counts as that
+
+BINS = 10  # of confidence
+PRIOR_WEIGHT = 2.0  # a bin first believes the confidence itself, as if seen so often
+COUNT_DECAY = 0.985  # what a count keeps at each use, so that old text is forgotten
+PRIOR_ALPHA = 0.5  # chance of a slot of which nothing is known
+
+RATE_DECAY = 0.95  # of the tokens and seconds that rho is made of
+VALUE_DECAY = 0.8  # of what drafted rounds brought
+
+LONGEST_PAUSE = 64  # plain rounds between two probes at most
+ALLOWED_LOSS = 0.02  # of all time may be lost by drafting ...
+ALLOWED_ROUNDS = 1.0  # ... and so many plain passes beside
+SAVINGS = 2.0  # what was gained counts against later losses, up to so many plain passes
+
+
+class Round(NamedTuple):
+    """One verification pass of the target. The prefill pass is not a round.
+
+    Attributes:
+        emitted (`int`): tokens committed, bonus included.
+        accepted (`int`): drafted tokens accepted, A.
+        tested (`int`): drafted slots whose verdict is known. Where an end of sequence or the length
+            limit cuts the pass, the slots beyond it are not tested.
+        drafted (`int`): drafted slots given to the target; 0 in a skipped round.
+    """
+
+    emitted: int
+    accepted: int
+    tested: int
+    drafted: int
+
+
+@dataclass
+class Costs:
+    """Seconds of target passes by drafted length, and of the drafter.
+
+    Args:
+        passes (`dict[int, float]`): c(d) of the lengths that were measured.
+        drafting (`float`, *optional*): seconds of one drafter run; `None` before the first.
+        frozen (`bool`, *optional*): keep these values, and count them instead of the clock. Then
+            equal inputs give equal decisions on any machine.
+    """
+
+    passes: dict[int, float] = field(default_factory=dict)
+    drafting: float | None = None
+    frozen: bool = False
+
+    def of_pass(self, length: int) -> float:
+        """c(d): measured, or on the line through the two measured lengths nearest to it.
+
+        Raises:
+            ValueError: nothing was measured.
+        """
+        if not self.passes:
+            raise ValueError("no pass of the target was measured yet: the first round is plain")
+        if length in self.passes:
+            return self.passes[length]
+        shorter = sorted(known for known in self.passes if known < length)
+        longer = sorted(known for known in self.passes if known > length)
+        if shorter and longer:
+            low, high = shorter[-1], longer[0]
+        elif len(shorter) > 1:
+            low, high = shorter[-2:]
+        else:
+            # One length is known: as cheap as that.
+            return self.passes[(shorter or longer)[-1]]
+        share = (length - low) / (high - low)
+        found = self.passes[low] + share * (self.passes[high] - self.passes[low])
+        # A noisy clock may say that longer is cheaper. It is not.
+        return max(found, self.passes[low])
+
+    def learn(self, length: int, seconds: float, drafting: float | None) -> None:
+        """Take one round in, unless frozen. `drafting` is `None` where the drafter did not run."""
+        if self.frozen:
+            return
+        self.passes[length] = _moved(self.passes.get(length), seconds)
+        if drafting is not None:
+            self.drafting = _moved(self.drafting, drafting)
+
+
+def _moved(average: float | None, value: float) -> float:
+    """A moving average with one value more. One stall of the machine must not decide a text."""
+    if average is None:
+        return value
+    value = min(value, LONGEST_STALL * average)
+    return COST_DECAY * average + (1 - COST_DECAY) * value
+
+
+@dataclass
+class Count:
+    """How often slots of one kind were accepted, old ones forgotten."""
+
+    accepted: float = 0.0
+    tested: float = 0.0
+
+    def add(self, accepted: bool) -> None:
+        self.accepted = COUNT_DECAY * self.accepted + accepted
+        self.tested = COUNT_DECAY * self.tested + 1
+
+    def chance(self, prior: float) -> float:
+        """The share that was accepted, drawn towards a prior where little was seen."""
+        return (PRIOR_WEIGHT * prior + self.accepted) / (PRIOR_WEIGHT + self.tested)
+
+
+class Survival:
+    """The chance that each slot of a draft is reached and accepted, learned as text is decoded.
+
+    With confidences it is a calibration: ten bins of confidence, each with the share that was
+    accepted. Without, it is alpha_k of each slot.
+
+    Args:
+        longest (`int`): slots of a draft, K - 1.
+    """
+
+    def __init__(self, longest: int):
+        self.bins = [Count() for _ in range(BINS)]
+        self.slots = [Count() for _ in range(longest)]
+
+    def of(self, confidences: Sequence[float] | None = None) -> list[float]:
+        """S_1 .. S_(K-1).
+
+        Args:
+            confidences (`Sequence[float]`, *optional*): the largest probability of each slot.
+        """
+        chances = []
+        if confidences is None:
+            for slot in self.slots:
+                # A slot that was never reached is taken to be as good as the one before it.
+                prior = chances[-1] if chances else PRIOR_ALPHA
+                chances.append(slot.chance(prior))
+        else:
+            chances = [self._bin(confidence).chance(confidence) for confidence in confidences]
+        survival, alive = [], 1.0
+        for chance in chances:
+            alive *= chance
+            survival.append(alive)
+        return survival
+
+    def learn(self, accepted: int, tested: int, confidences: Sequence[float] | None) -> None:
+        """Take in a verified draft: its first `accepted` slots were right, and a tested one after
+        them was wrong. Slots after that were never asked for."""
+        seen = min(tested, accepted + 1)
+        for slot in range(seen):
+            right = slot < accepted
+            self.slots[slot].add(right)
+            if confidences is not None:
+                self._bin(confidences[slot]).add(right)
+
+    def _bin(self, confidence: float) -> Count:
+        return self.bins[min(int(confidence * BINS), BINS - 1)]
+
+
+class DraftLength:
+    """Decides the draft length of each round, and learns from each.
+
+    One object may serve many texts, and then starts warm.
+
+    Args:
+        longest (`int`): K - 1, the longest draft.
+        costs (`Costs`, *optional*): from an earlier run, frozen or not.
+
+    Raises:
+        ValueError: `longest` is less than 1.
+    """
+
+    def __init__(self, longest: int, costs: Costs | None = None):
+        if longest < 1:
+            raise ValueError(f"the longest draft is {longest}; it must be 1 or more (K - 1)")
+        self.costs = costs if costs is not None else Costs()
+        self.survival = Survival(longest)
+        kept = [length for length in LENGTHS if length <= longest]
+        # The whole block is always a candidate.
+        self.lengths = sorted({*kept, longest})
+        # decayed tokens and seconds, whose ratio is rho
+        self.tokens = self.seconds = 0.0
+        # what a drafted round brings beyond its seconds at the rate rho, averaged; in tokens
+        self.value: float | None = None
+        # plain rounds until the next probe, and the pause after a probe that fails
+        self.waiting, self.pause = 0, 1
+        # Seconds lost by drafting, and seconds of all rounds.
+        self.overspent = self.spent = 0.0
+
+    # ---- before a round
+
+    def wants_draft(self) -> bool:
+        """Whether the drafter should run at all."""
+        if 0 not in self.costs.passes:
+            # The first round is plain: all that follows is measured against it.
+            return False
+        if self.price(self.lengths[1]) > self.allowance():
+            return False
+        return self.looks_worthwhile() or self.waiting == 0
+
+    def allowance(self) -> float:
+        """Seconds that drafting may lose from here on."""
+        plain = self.costs.of_pass(0)
+        return ALLOWED_LOSS * self.spent + ALLOWED_ROUNDS * plain - self.overspent
+
+    def price(self, length: int) -> float:
+        """Seconds that a drafted round loses where it brings its one own token alone."""
+        drafting = self.costs.drafting or 0.0
+        return drafting + self.costs.of_pass(length) - self.costs.of_pass(0)
+
+    def looks_worthwhile(self) -> bool:
+        """Whether averages promise more from a drafted round than from a plain one."""
+        if self.value is None:
+            # Nothing was drafted yet: try.
+            return True
+        rate, survival = self.rate(), self.survival.of()
+        length = self.best_length(survival, rate)
+        seconds = self.costs.of_pass(length) + (self.costs.drafting or 0.0)
+        promised = 1 + sum(survival[:length]) - rate * seconds
+        plain = 1 - rate * self.costs.of_pass(0)
+        return (promised + self.value) / 2 > plain
+
+    def rate(self) -> float:
+        """rho, tokens a second; never below plain decoding's."""
+        plain = 1 / self.costs.of_pass(0)
+        if self.seconds == 0:
+            return plain
+        return max(self.tokens / self.seconds, plain)
+
+    def best_length(self, survival: Sequence[float], rate: float) -> int:
+        """The d with the most tokens beyond what its seconds are worth.
+
+        All candidates are compared, because c(d) may be a staircase, which has several maxima.
+        Those that the account does not cover are left out.
+        """
+        lengths, allowance = self.lengths, self.allowance()
+        if len(self.costs.passes) == 1:
+            # Nothing is known of longer passes yet. A short one tells at little cost.
+            lengths = [length for length in lengths if length <= FIRST_LENGTH]
+        best, most = 0, -float("inf")
+        for length in lengths:
+            if length > 0 and self.price(length) > allowance:
+                continue
+            worth = 1 + sum(survival[:length]) - rate * self.costs.of_pass(length)
+            if worth > most:
+                best, most = length, worth
+        return best
+
+    def length(self, confidences: Sequence[float] | None = None) -> int:
+        """How much of a draft to verify, once the drafter has run.
+
+        Args:
+            confidences (`Sequence[float]`, *optional*): the largest probability of each slot.
+        """
+        return self.best_length(self.survival.of(confidences), self.rate())
+
+    # ---- after a round
+
+    def learn(
+        self,
+        round: Round,
+        *,
+        pass_seconds: float,
+        drafting_seconds: float | None = None,
+        confidences: Sequence[float] | None = None,
+    ) -> None:
+        """Take in what a round cost and brought.
+
+        Args:
+            round (`Round`): what was drafted, tested, accepted and emitted.
+            pass_seconds (`float`): of the target's pass.
+            drafting_seconds (`float`, *optional*): of the drafter; `None` where it did not run.
+            confidences (`Sequence[float]`, *optional*): as for `length`.
+        """
+        self.costs.learn(round.drafted, pass_seconds, drafting_seconds)
+        if self.costs.frozen:
+            pass_seconds = self.costs.of_pass(round.drafted)
+            if drafting_seconds is not None:
+                drafting_seconds = self.costs.drafting or 0.0
+        seconds = pass_seconds + (drafting_seconds or 0.0)
+        self.spent += seconds
+        if drafting_seconds is None:
+            self._learn_plain()
+        else:
+            self.survival.learn(round.accepted, round.tested, confidences)
+            self._learn_drafted(round.emitted, seconds)
+        self.tokens = RATE_DECAY * self.tokens + round.emitted
+        self.seconds = RATE_DECAY * self.seconds + seconds
+
+    def _learn_plain(self) -> None:
+        if self.waiting > 0:
+            self.waiting -= 1
+
+    def _learn_drafted(self, emitted: int, seconds: float) -> None:
+        plain = self.costs.of_pass(0)
+        lost = seconds - emitted * plain
+        self.overspent = max(self.overspent + lost, -SAVINGS * plain)
+        rate = self.rate()
+        value = emitted - rate * seconds
+        if self.value is None:
+            self.value = value
+        else:
+            self.value = VALUE_DECAY * self.value + (1 - VALUE_DECAY) * value
+        if value > 1 - rate * plain:
+            self.waiting, self.pause = 0, 1
+        else:
+            self.waiting = self.pause
+            self.pause = min(2 * self.pause, LONGEST_PAUSE)
