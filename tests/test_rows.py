@@ -49,6 +49,7 @@ def prepare(tokenizer):
             max_length=max_length,
             block_size=block_size,
             mask_token_id=tokenizer.mask_token_id if mask_token_id is None else mask_token_id,
+            vocab_size=len(tokenizer),
             chat_template_kwargs=kwargs,
             packing=packing,
             num_proc=num_proc,
@@ -267,6 +268,21 @@ def test_a_row_with_the_mask_token_among_many_is_left_out_counted_and_named(prep
     rows = prepare(text=[text, masked] + [text] * 98)
     assert rows["input_ids"] == prepare(text=[text] * 99)["input_ids"]
     assert "dropped 1 of 100 rows: the mask token (id 2) occurs in it (1, first: row 1)" in capsys.readouterr().out
+
+
+def test_rows_with_tokens_that_the_target_does_not_have_are_left_out_and_most_of_them_are_another_tokenizers(
+    prepare, tokenizer, capsys
+):
+    size = len(tokenizer)
+    good, odd = list(range(10, 30)), [*range(10, 29), size]
+    columns = dict(
+        input_ids=[good, odd, [-1, *good]] + [good] * 97, supervised=[[1] * 20] * 2 + [[1] * 21] + [[1] * 20] * 97
+    )
+    assert prepare(**columns)["input_ids"] == [good] * 98
+    said = f"dropped 2 of 100 rows: a token of it is none of the target's {size} (2, first: row 1)"
+    assert said in capsys.readouterr().out
+    with pytest.raises(ValueError, match=f"2 of 3 rows cannot be used .a token of it is none of the target's {size}"):
+        prepare(input_ids=[good, odd, odd], supervised=[[1] * 20] * 3)
 
 
 def test_only_the_count_is_printed_when_no_row_is_dropped(prepare, capsys):

@@ -1,5 +1,6 @@
 """AUFTrainer on tiny real pairs: the loss is exact however a step is computed, and nothing fails silently."""
 
+import copy
 import math
 import os
 import re
@@ -20,7 +21,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, TrainerCallback, TrainerState
 
 from hf_specauf import DFlashDraftModel
-from hf_specauf.data.rows import RowCollator
+from hf_specauf.data.rows import RowCollator, pad_token_id
 from hf_specauf.layouts.adapters import AdapterBase
 from hf_specauf.losses.blocks import EVALUATION_STEP, make_blocks, sample_anchors
 from hf_specauf.losses.objectives import LossSpec
@@ -858,6 +859,14 @@ def test_mask_token_in_most_of_the_data_is_refused(build, pair):
     assert collate(rows[:1])["row_ids"].tolist() == [10]
     with pytest.raises(ValueError, match=rf"rows \[11\] contain the mask token \(id {MASK}\)"):
         collate(rows)
+
+
+def test_padding_is_a_token_that_the_target_has(tokenizer):
+    own = copy.deepcopy(tokenizer)
+    size = len(own)
+    own.add_special_tokens({"pad_token": "[PAD]"})  # as in many fine-tunes of targets that have no row for it
+    assert own.pad_token_id == size and pad_token_id(own, size) == own.eos_token_id
+    assert pad_token_id(own, size + 1) == size
 
 
 def test_padding_may_be_any_token_even_the_mask():
