@@ -2,10 +2,11 @@
 
 import copy
 import json
+import shutil
 
 import datasets
 import pytest
-from conftest import CHAT_TEMPLATE, TEXT
+from conftest import CHAT_TEMPLATE, ROOT, TEXT, warm_python
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -345,6 +346,35 @@ def test_tokenized_rows_are_cached_until_the_template_its_arguments_or_a_version
     monkeypatch.setattr("hf_specauf.data.findings.version", lambda name: f"{name} 99")
     assert run() == 1
     assert run() == 0
+
+
+PREPARE = """
+import sys
+folder, package = sys.argv[1:]
+sys.path.insert(0, package)
+from transformers import AutoTokenizer
+from hf_specauf.data.rows import prepare_rows
+from hf_specauf.data.sources import load_rows
+tokenizer = AutoTokenizer.from_pretrained(folder)
+keys = dict(max_length=64, block_size=4, mask_token_id=tokenizer.mask_token_id, vocab_size=len(tokenizer))
+[row] = prepare_rows(load_rows(f"{folder}/rows.jsonl"), tokenizer, verbose=False, **keys)
+print(row["supervised"][:3])
+"""
+
+
+def test_rows_that_other_code_made_are_not_taken_from_the_cache(tokenizer, tmp_path):
+    """An upgrade, as an editable installation sees it: the same version, and code that supervises other tokens."""
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"text": "the quick brown fox"}) + "\n")
+    upgraded = tmp_path / "upgraded"
+    shutil.copytree(ROOT / "hf_specauf", upgraded / "hf_specauf")
+    tokens = upgraded / "hf_specauf" / "data" / "tokens.py"
+    code, line = tokens.read_text(), "            mask = [1] * len(ids)\n"
+    assert code.count(line) == 1
+    tokens.write_text(code.replace(line, "            mask = [0] + [1] * (len(ids) - 1)\n"))
+    for package, supervised in ((ROOT, [1, 1, 1]), (upgraded, [0, 1, 1])):
+        code, printed = warm_python().run("-c", PREPARE, tmp_path, package)
+        assert code == 0 and str(supervised) in printed.splitlines(), printed
 
 
 REFUSED = {
