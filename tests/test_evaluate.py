@@ -284,7 +284,7 @@ def test_the_command_line_fails_in_one_clear_line(folders, tmp_path):
         (dict(prompts="columns.jsonl"), "none of `messages`, `conversations`"),
         (
             dict(prompts="nulls.jsonl"),
-            "not one row of 2 gives a prompt: its columns are empty .1, first: row 0., its tools",
+            "not one row of 2 gives a prompt: its columns are empty .1, first: row 0., its tools.*--prompts_column",
         ),
         (dict(prompts_split="test"), "text.jsonl is a file, and prompts_split 'test' is for datasets on the Hub"),
     ],

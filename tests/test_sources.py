@@ -56,7 +56,9 @@ def test_local_files_are_read_by_their_ending(tmp_path):
 
 def test_a_missing_file_is_named_with_its_full_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match=f"'rows.jsonl' looks like a local file.*{tmp_path}/rows.jsonl"):
+    with pytest.raises(
+        FileNotFoundError, match=f"'rows.jsonl' looks like a local file.*{tmp_path}/rows.jsonl: give the path"
+    ):
         load_rows("rows.jsonl")
 
 

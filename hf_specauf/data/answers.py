@@ -21,6 +21,11 @@ from .rows import pad_token_id
 PAGE = 64  # tokens of a page of the cache
 MOST_TOKENS_OF_A_PASS = 2048
 MOST_REQUESTS_OF_A_PASS = 1024
+# Another file, because answers of two engines are not mixed in one.
+WITHOUT_CONTINUOUS_BATCHING = (
+    "What was answered is kept: start the same command again, or do without by"
+    " --continuous_batching false and another --out"
+)
 
 
 def generation_config(
@@ -97,10 +102,12 @@ def generate_continuously(
             result = manager.get_result(timeout=1)
             if result is not None and result.is_finished():
                 if result.error is not None:
-                    raise RuntimeError(result.error)
+                    raise RuntimeError(f"{result.error}. {WITHOUT_CONTINUOUS_BATCHING}")
                 results[result.request_id] = list(result.generated_tokens)
             elif result is None and not manager.is_running():
-                raise RuntimeError("continuous batching ended early")
+                raise RuntimeError(
+                    f"continuous batching ended early. {WITHOUT_CONTINUOUS_BATCHING}"
+                )
     finally:
         # Give back the memory of the cache, and the attention that the target had before.
         manager.stop(block=True)

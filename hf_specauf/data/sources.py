@@ -99,7 +99,7 @@ def check_file(name: str, config: str | None, split: str, revision: str | None, 
     if not os.path.isfile(name):
         raise FileNotFoundError(
             f"{name_key(keys)} {name!r} looks like a local file, but there is none at"
-            f" {os.path.abspath(name)}"
+            f" {os.path.abspath(name)}: give the path of one, or a dataset's Hub id (OWNER/NAME)"
         )
     given = []
     if config is not None:
