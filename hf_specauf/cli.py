@@ -207,7 +207,10 @@ def unreachable(error: Exception) -> str:
     from huggingface_hub import constants
 
     said = " ".join(str(error).split())
-    return f"the Hub at {constants.ENDPOINT} cannot be reached ({said})"
+    return (
+        f"the Hub at {constants.ENDPOINT} cannot be reached ({said}): try again when it can, or"
+        " give the path of what was downloaded before"
+    )
 
 
 def said_by_hub(error: Exception) -> str:

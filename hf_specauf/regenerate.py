@@ -139,7 +139,7 @@ def regenerate(args: RegenerateArguments) -> dict | None:
 
     Raises:
         ValueError: `out` holds answers of other settings; no row was answered.
-        KeyboardInterrupt: Ctrl-C or SIGTERM, after the chunk under way.
+        KeyboardInterrupt: Ctrl-C or another signal, after the chunk under way.
     """
     rank = number_of_process("RANK", "SLURM_PROCID", 0)
     world = number_of_process("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", 1)
@@ -228,7 +228,7 @@ def answer_chunks(
     """Answer those of some chunks that are not there yet, with a progress bar.
 
     Raises:
-        KeyboardInterrupt: Ctrl-C or SIGTERM came. The chunk under way was finished and written.
+        KeyboardInterrupt: Ctrl-C or another signal came. The chunk under way was finished.
     """
     size = args.rows_per_chunk
     missing = [number for number in chunks if not files.chunk(number).is_file()]

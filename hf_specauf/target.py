@@ -98,7 +98,9 @@ def decoder_layers(target: PreTrainedModel) -> nn.ModuleList:
         if isinstance(module, nn.ModuleList) and len(module) == depth:
             return module
     raise ValueError(
-        f"{type(target).__name__} has no list of {depth} decoder layers: taps cannot be checked"
+        f"{type(target).__name__} has no list of {depth} decoder layers, as its config says, so"
+        " taps cannot be checked: load it with AutoModelForCausalLM.from_pretrained, or take"
+        " another target"
     )
 
 

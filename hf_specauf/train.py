@@ -203,6 +203,7 @@ def token_rows(
         "max_length": args.max_length,
         "block_size": config.block_size,
         "mask_token_id": config.mask_token_id,
+        "vocab_size": config.vocab_size,
         "chat_template_kwargs": config.chat_template_kwargs,
         "num_proc": data.dataset_num_proc,
     }

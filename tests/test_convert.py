@@ -98,7 +98,10 @@ def test_newer_files_may_keep_the_block_size_inside_and_name_two_tensors_as_tran
         (dict(dflash_config={"projector_type": "domino"}), "says nothing about emb_dim"),
         (dict(dflash_config={"block_size": 8}), "gives block_size twice, as 4 and 8"),
         (dict(dflash_config={"mask_token_id": None}), "says nothing about mask_token_id"),
-        (dict(num_target_layers="gone"), "says nothing about num_target_layers"),
+        (
+            dict(num_target_layers="gone"),
+            "says nothing about num_target_layers.*Where you know it, write num_target_layers into",
+        ),
         (dict(rope_theta="gone"), "says nothing about rope_theta"),
         (
             dict(rope_parameters={"rope_type": "default", "rope_theta": 5e5}),
@@ -106,7 +109,7 @@ def test_newer_files_may_keep_the_block_size_inside_and_name_two_tensors_as_tran
         ),
         (dict(domino_config={"emb_dim": 8}), "domino_config.emb_dim"),
         (dict(rope_scaling={"type": "yarn", "factor": 4}), "rope_scaling"),
-        (dict(attention_bias=True), "attention_bias"),
+        (dict(attention_bias=True), "attention_bias.*Serve it by the engine that it was made for"),
         (dict(layer_types=["sliding_attention"] * 2), "sliding window"),
         (dict(final_logit_softcapping=30.0), "final_logit_softcapping"),
     ],
@@ -159,7 +162,7 @@ def test_unknown_missing_and_pickled_tensors_are_refused(folder, drafter):
     (folder / "model-2.safetensors").unlink()
     (folder / "model.safetensors").unlink()
     torch.save(state, folder / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="pickled weights are not loaded"):
+    with pytest.raises(ValueError, match="pickled weights are not loaded.*save them once more by safetensors"):
         load_drafter(folder)
 
 
@@ -189,7 +192,7 @@ def test_what_is_no_drafter_is_named(tmp_path):
     make_target().save_pretrained(tmp_path / "target")
     with pytest.raises(ValueError, match="says nothing about"):
         load_drafter(tmp_path / "target")
-    with pytest.raises(ValueError, match="holds no config.json"):
+    with pytest.raises(ValueError, match="holds no config.json. Name the folder that train left"):
         load_drafter(tmp_path)
     with pytest.raises(OSError, match="name_or_path: 'no/such/folder' is neither a folder nor a Hub id"):
         load_drafter("no/such/folder")

@@ -31,7 +31,15 @@ from hf_specauf.drafters.modeling_dflash import DFlashDraftModel
 from hf_specauf.evaluate import encode_prompts, main, transfer_verdict
 from hf_specauf.recipe import parse
 from hf_specauf.serving.acceptance import TAU_DEFINITION
-from hf_specauf.serving.compare import compare, first_difference, near_tie_bound, repetition
+from hf_specauf.serving.compare import (
+    Decoded,
+    compare,
+    first_difference,
+    near_tie_bound,
+    prompt_row,
+    repetition,
+    totals,
+)
 from hf_specauf.serving.decoding import attach
 from hf_specauf.target import drafter_config
 
@@ -167,12 +175,22 @@ def test_the_bound_of_a_near_tie_is_fixed_in_fp32_and_a_few_roundings_in_bf16():
         ([5] * 40, 36 / 37),
         ([5, 6, 7] * 20, 1 - 3 / 57),
         ([1, 2, 3, 4, 9, 1, 2, 3, 4], 1 / 6),
-        ([1, 1, 1], 0.0),
-        ([], 0.0),
+        ([1, 1, 1, 1], 0.0),
     ],
 )
 def test_repetition_is_the_share_of_four_grams_seen_before(tokens, expected):
     assert repetition(list(tokens)) == pytest.approx(expected)
+
+
+def test_outputs_too_short_to_repeat_themselves_do_not_hide_one_that_does():
+    def decoded(tokens: list[int]) -> dict:
+        output = Decoded(torch.tensor([[7, *tokens]]), seconds=1.0)
+        return prompt_row(torch.tensor([[7]]), output, output, [], None)
+
+    rows = [decoded([5] * 40), decoded([5, 5]), decoded([])]
+    assert [row["repetition"] for row in rows] == [pytest.approx(36 / 37), None, None]
+    assert totals(rows, 42, greedy=True)["repetition"] == pytest.approx(36 / 37)
+    assert totals(rows[1:], 2, greedy=True)["repetition"] is None
 
 
 # ---- the command line
@@ -284,7 +302,7 @@ def test_the_command_line_fails_in_one_clear_line(folders, tmp_path):
         (dict(prompts="columns.jsonl"), "none of `messages`, `conversations`"),
         (
             dict(prompts="nulls.jsonl"),
-            "not one row of 2 gives a prompt: its columns are empty .1, first: row 0., its tools",
+            "not one row of 2 gives a prompt: its columns are empty .1, first: row 0., its tools.*--prompts_column",
         ),
         (dict(prompts_split="test"), "text.jsonl is a file, and prompts_split 'test' is for datasets on the Hub"),
     ],

@@ -845,7 +845,9 @@ def test_folder_whose_reload_gives_other_outputs_is_refused(folder, tmp_path):
     with pytest.raises(ValueError, match="gives other outputs than here"):
         check_reload(drafter, tmp_path / "good")
     (tmp_path / "good" / "modeling_dflash.py").write_text("import a_package_nobody_has\n")
-    with pytest.raises(ValueError, match="does not load in a clean process.*a_package_nobody_has"):
+    with pytest.raises(
+        ValueError, match="does not load in a clean process.*a_package_nobody_has.*Save the drafter again"
+    ):
         check_reload(drafter, tmp_path / "good")
 
 

@@ -135,7 +135,7 @@ def test_bad_cards_are_named_with_what_is_wrong(folder, change, problem, capsys)
 
 def test_a_folder_that_is_no_drafter_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
-    with pytest.raises(ValueError, match="is not a drafter's folder"):
+    with pytest.raises(ValueError, match="is not a drafter's folder.*Name the folder that train left"):
         render(tmp_path, "a/b")
 
 

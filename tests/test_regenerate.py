@@ -548,6 +548,22 @@ def test_rows_without_an_answer_are_listed_apart_and_none_is_lost(words, files, 
     assert "3 without an answer, see *.skipped.jsonl" in capsys.readouterr().out
 
 
+def test_a_question_with_a_token_that_the_target_does_not_have_is_skipped_and_the_others_are_padded_with_one_it_has(
+    pair,
+):
+    target, tokenizer = pair
+    own = copy.deepcopy(tokenizer)
+    own.add_special_tokens({"pad_token": "[PAD]"})  # a row for it was never added to the target
+    sampling = Sampling(NEW, temperature=0, top_p=1, top_k=0)
+    keys = dict(chat_template_kwargs=None, prompt_tokens=9, continuous_batching=False)
+    texts = ["the fox", "the [PAD] fox", "the quick brown fox jumps"]
+    rows = [Conversation(i, {"text": text}) for i, text in enumerate(texts)]
+    first, odd, last = TargetWriter(target, own, sampling, **keys)(rows, seed=0)
+    assert odd.skipped == f"a token of its prompt is none of the target's {len(tokenizer)}"
+    usual = TargetWriter(target, tokenizer, sampling, **keys)([rows[0], rows[2]], seed=0)
+    assert [first.ids, last.ids] == [answer.ids for answer in usual]
+
+
 def test_plain_text_is_continued_after_its_first_tokens(words, files, pair, tmp_path):
     target, tokenizer = pair
     main(words(dataset_name=files / "text.jsonl", prompt_tokens=5, max_rows=4))

@@ -2,10 +2,11 @@
 
 import copy
 import json
+import shutil
 
 import datasets
 import pytest
-from conftest import CHAT_TEMPLATE, TEXT
+from conftest import CHAT_TEMPLATE, ROOT, TEXT, warm_python
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -49,6 +50,7 @@ def prepare(tokenizer):
             max_length=max_length,
             block_size=block_size,
             mask_token_id=tokenizer.mask_token_id if mask_token_id is None else mask_token_id,
+            vocab_size=len(tokenizer),
             chat_template_kwargs=kwargs,
             packing=packing,
             num_proc=num_proc,
@@ -269,6 +271,21 @@ def test_a_row_with_the_mask_token_among_many_is_left_out_counted_and_named(prep
     assert "dropped 1 of 100 rows: the mask token (id 2) occurs in it (1, first: row 1)" in capsys.readouterr().out
 
 
+def test_rows_with_tokens_that_the_target_does_not_have_are_left_out_and_most_of_them_are_another_tokenizers(
+    prepare, tokenizer, capsys
+):
+    size = len(tokenizer)
+    good, odd = list(range(10, 30)), [*range(10, 29), size]
+    columns = dict(
+        input_ids=[good, odd, [-1, *good]] + [good] * 97, supervised=[[1] * 20] * 2 + [[1] * 21] + [[1] * 20] * 97
+    )
+    assert prepare(**columns)["input_ids"] == [good] * 98
+    said = f"dropped 2 of 100 rows: a token of it is none of the target's {size} (2, first: row 1)"
+    assert said in capsys.readouterr().out
+    with pytest.raises(ValueError, match=f"2 of 3 rows cannot be used .a token of it is none of the target's {size}"):
+        prepare(input_ids=[good, odd, odd], supervised=[[1] * 20] * 3)
+
+
 def test_only_the_count_is_printed_when_no_row_is_dropped(prepare, capsys):
     prepare(messages=[MESSAGES])
     assert capsys.readouterr().out == "1 rows of messages -> 1 token rows\n"
@@ -329,6 +346,35 @@ def test_tokenized_rows_are_cached_until_the_template_its_arguments_or_a_version
     monkeypatch.setattr("hf_specauf.data.findings.version", lambda name: f"{name} 99")
     assert run() == 1
     assert run() == 0
+
+
+PREPARE = """
+import sys
+folder, package = sys.argv[1:]
+sys.path.insert(0, package)
+from transformers import AutoTokenizer
+from hf_specauf.data.rows import prepare_rows
+from hf_specauf.data.sources import load_rows
+tokenizer = AutoTokenizer.from_pretrained(folder)
+keys = dict(max_length=64, block_size=4, mask_token_id=tokenizer.mask_token_id, vocab_size=len(tokenizer))
+[row] = prepare_rows(load_rows(f"{folder}/rows.jsonl"), tokenizer, verbose=False, **keys)
+print(row["supervised"][:3])
+"""
+
+
+def test_rows_that_other_code_made_are_not_taken_from_the_cache(tokenizer, tmp_path):
+    """An upgrade, as an editable installation sees it: the same version, and code that supervises other tokens."""
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"text": "the quick brown fox"}) + "\n")
+    upgraded = tmp_path / "upgraded"
+    shutil.copytree(ROOT / "hf_specauf", upgraded / "hf_specauf")
+    tokens = upgraded / "hf_specauf" / "data" / "tokens.py"
+    code, line = tokens.read_text(), "            mask = [1] * len(ids)\n"
+    assert code.count(line) == 1
+    tokens.write_text(code.replace(line, "            mask = [0] + [1] * (len(ids) - 1)\n"))
+    for package, supervised in ((ROOT, [1, 1, 1]), (upgraded, [0, 1, 1])):
+        code, printed = warm_python().run("-c", PREPARE, tmp_path, package)
+        assert code == 0 and str(supervised) in printed.splitlines(), printed
 
 
 REFUSED = {

@@ -1,11 +1,14 @@
 """Files and Hub datasets -> raw rows: every ending, every format, bad files, mixtures, streaming."""
 
+import hashlib
 import json
 import os
 import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
@@ -53,7 +56,9 @@ def test_local_files_are_read_by_their_ending(tmp_path):
 
 def test_a_missing_file_is_named_with_its_full_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match=f"'rows.jsonl' looks like a local file.*{tmp_path}/rows.jsonl"):
+    with pytest.raises(
+        FileNotFoundError, match=f"'rows.jsonl' looks like a local file.*{tmp_path}/rows.jsonl: give the path"
+    ):
         load_rows("rows.jsonl")
 
 
@@ -179,6 +184,17 @@ def test_salvaged_rows_are_found_in_the_cache_by_the_next_run(tmp_path):
     (tmp_path / "a.jsonl").write_text(f"{AS_JSON[0]}\n{AS_JSON[1][:9]}")
     files = [load_rows(str(tmp_path / "a.jsonl"), salvage=True).cache_files for _ in range(2)]
     assert files[0] and files[0] == files[1]
+
+
+def test_rows_that_an_older_version_salvaged_are_not_taken_for_todays(tmp_path):
+    broken = f"{AS_JSON[0]}\n{AS_JSON[1]}\n{AS_JSON[0][:9]}"
+    (tmp_path / "upgraded.jsonl").write_text(broken)
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "salvaged"
+    folder.mkdir(parents=True, exist_ok=True)
+    # It found one row of two, and named its copy by the file.
+    name = hashlib.sha256(broken.encode()).hexdigest()[:16]
+    (folder / f"upgraded-{name}.jsonl").write_text(f"{AS_JSON[0]}\n")
+    assert len(load_rows(str(tmp_path / "upgraded.jsonl"), salvage=True)) == 2
 
 
 @pytest.mark.parametrize("given", [dict(split="test"), dict(config="en"), dict(revision="abc")])

@@ -1,5 +1,6 @@
 """AUFTrainer on tiny real pairs: the loss is exact however a step is computed, and nothing fails silently."""
 
+import copy
 import math
 import os
 import re
@@ -20,13 +21,14 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, TrainerCallback, TrainerState
 
 from hf_specauf import DFlashDraftModel
-from hf_specauf.data.rows import RowCollator
+from hf_specauf.data.rows import RowCollator, pad_token_id
 from hf_specauf.layouts.adapters import AdapterBase
 from hf_specauf.losses.blocks import EVALUATION_STEP, make_blocks, sample_anchors
 from hf_specauf.losses.objectives import LossSpec
 from hf_specauf.serving.decoding import attach
 from hf_specauf.target import drafter_config
 from hf_specauf.train import resume_folder
+from hf_specauf.training.callbacks import Interruption, signals
 from hf_specauf.training.diagnostics import count_rows, teacher_forced_tau
 from hf_specauf.training.forward import BatchLosses
 from hf_specauf.training.trainer import AUFConfig, AUFTrainer
@@ -562,7 +564,7 @@ def test_lora_trains_the_adapter_alone_and_loads_with_peft(build, pair, tmp_path
     assert_same(PeftModel.from_pretrained(base, folder).state_dict(), after)
 
 
-SIGNALS = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+SIGNALS = pytest.mark.parametrize("number", signals().values(), ids=list(signals()))
 
 
 @SIGNALS
@@ -573,14 +575,14 @@ def test_a_signal_finishes_the_step_saves_and_gives_the_handlers_back(build, tmp
 
     if number == signal.SIGINT and times > 1:
         pytest.skip("a second Ctrl-C stops at once")
-    before = {one: signal.signal(one, mine) for one in (signal.SIGINT, signal.SIGTERM)}
+    before = {one: signal.signal(one, mine) for one in signals().values()}
     try:
         trainer = build(
             max_steps=8, enable_jit_checkpoint=True,
             callbacks=[BeforeStep(3, lambda model: [os.kill(os.getpid(), number) for _ in range(times)])],
         )  # fmt: skip
         trainer.train()
-        assert [signal.getsignal(one) for one in before] == [mine, mine]
+        assert {signal.getsignal(one) for one in before} == {mine}
     finally:
         for one, handler in before.items():
             signal.signal(one, handler)
@@ -604,15 +606,40 @@ def test_second_ctrl_c_stops_at_once(build, number):
         signal.signal(signal.SIGINT, previous)
 
 
+def test_a_run_goes_on_without_its_terminal_where_nohup_asks_for_that_and_ends_in_order_where_not():
+    def mine(signum, frame):
+        raise AssertionError("the signal was let through")
+
+    previous, stdout = signal.signal(signal.SIGHUP, signal.SIG_IGN), os.dup(1)
+    try:
+        with Interruption("this step") as told:  # under nohup
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert not told.noted and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        signal.signal(signal.SIGHUP, mine)
+        terminal, its_end = os.openpty()
+        os.dup2(its_end, 1)
+        with Interruption("this step") as told:
+            os.close(its_end)
+            os.close(terminal)
+            with pytest.raises(OSError):
+                os.write(1, b"nobody reads this")
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert told.noted and os.write(1, b"and this hurts nobody")
+    finally:
+        os.dup2(stdout, 1)
+        os.close(stdout)
+        signal.signal(signal.SIGHUP, previous)
+
+
 def test_signals_are_given_back_and_sums_start_clean_after_an_error(build, pair):
-    previous = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
+    previous = [signal.getsignal(one) for one in signals().values()]
     common = dict(per_device_train_batch_size=2, gradient_accumulation_steps=4, max_steps=2) | SGD
     expected = train(build(**common))
     spoilt = BeforeStep(1, poison("fc.weight"))
     trainer = build(callbacks=[spoilt], **common)
     with pytest.raises(FloatingPointError):
         trainer.train()
-    assert [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)] == previous
+    assert [signal.getsignal(one) for one in signals().values()] == previous
     trainer.model.load_state_dict(pair.drafter.state_dict())
     trainer.remove_callback(spoilt)
     assert [log["loss"] for log in train(trainer)] == [log["loss"] for log in expected]
@@ -832,6 +859,14 @@ def test_mask_token_in_most_of_the_data_is_refused(build, pair):
     assert collate(rows[:1])["row_ids"].tolist() == [10]
     with pytest.raises(ValueError, match=rf"rows \[11\] contain the mask token \(id {MASK}\)"):
         collate(rows)
+
+
+def test_padding_is_a_token_that_the_target_has(tokenizer):
+    own = copy.deepcopy(tokenizer)
+    size = len(own)
+    own.add_special_tokens({"pad_token": "[PAD]"})  # as in many fine-tunes of targets that have no row for it
+    assert own.pad_token_id == size and pad_token_id(own, size) == own.eos_token_id
+    assert pad_token_id(own, size + 1) == size
 
 
 def test_padding_may_be_any_token_even_the_mask():

@@ -12,13 +12,20 @@ from transformers import (
 )
 from trl.chat_template_utils import add_response_schema, parse_response
 
+from ..identity import embedding_rows
 from ..target import default_mask_token_id
 from .conversation import Answer, Conversation, Sampling, prompt_ids
+from .rows import pad_token_id
 
 # Limits of continuous batching. The first two are for CPUs.
 PAGE = 64  # tokens of a page of the cache
 MOST_TOKENS_OF_A_PASS = 2048
 MOST_REQUESTS_OF_A_PASS = 1024
+# Another file, because answers of two engines are not mixed in one.
+WITHOUT_CONTINUOUS_BATCHING = (
+    "What was answered is kept: start the same command again, or do without by"
+    " --continuous_batching false and another --out"
+)
 
 
 def generation_config(
@@ -28,19 +35,13 @@ def generation_config(
 
     The mask token is never written, because no drafter could train on a row that holds it.
     """
-    # Padding is masked, so any id will do where the tokenizer names none.
-    pad = tokenizer.pad_token_id
-    if pad is None:
-        pad = tokenizer.eos_token_id
-    if pad is None:
-        pad = 0
     sampled = {}
     if sampling.temperature > 0:
         sampled = dict(temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k)
     config = GenerationConfig(
         max_new_tokens=sampling.max_new_tokens,
         do_sample=sampling.temperature > 0,
-        pad_token_id=pad,
+        pad_token_id=pad_token_id(tokenizer, embedding_rows(target)),
         eos_token_id=target.generation_config.eos_token_id,
         bos_token_id=target.generation_config.bos_token_id,
         **sampled,
@@ -101,10 +102,12 @@ def generate_continuously(
             result = manager.get_result(timeout=1)
             if result is not None and result.is_finished():
                 if result.error is not None:
-                    raise RuntimeError(result.error)
+                    raise RuntimeError(f"{result.error}. {WITHOUT_CONTINUOUS_BATCHING}")
                 results[result.request_id] = list(result.generated_tokens)
             elif result is None and not manager.is_running():
-                raise RuntimeError("continuous batching ended early")
+                raise RuntimeError(
+                    f"continuous batching ended early. {WITHOUT_CONTINUOUS_BATCHING}"
+                )
     finally:
         # Give back the memory of the cache, and the attention that the target had before.
         manager.stop(block=True)
@@ -233,8 +236,13 @@ class TargetWriter:
             conversation, self.tokenizer, self.chat_template_kwargs, self.prompt_tokens
         )
         most = self.target.config.get_text_config(decoder=True).max_position_embeddings
-        if isinstance(prompt, list) and len(prompt) + self.config.max_new_tokens > most:
+        if isinstance(prompt, str):
+            return prompt
+        if len(prompt) + self.config.max_new_tokens > most:
             return f"its prompt leaves no room for max_new_tokens in the target's {most} positions"
+        tokens = embedding_rows(self.target)
+        if max(prompt, default=0) >= tokens:
+            return f"a token of its prompt is none of the target's {tokens}"
         return prompt
 
     def _answer(self, conversation: Conversation, prompt: list[int], ids: list[int]) -> Answer:

@@ -203,7 +203,8 @@ class ChunkFiles:
         if len(tally.answered) + len(tally.skipped) != rows:
             raise ValueError(
                 f"{self.joining} holds {len(tally.answered)} answered and {len(tally.skipped)}"
-                f" skipped of {rows} rows: another process is putting them together"
+                f" skipped of {rows} rows: another process is putting them together. Wait for it;"
+                " where none is running any more, start the same command again"
             )
         if not tally.answered:
             # Give the chunks back, so that the same command finds them and asks for nothing again.

@@ -115,7 +115,8 @@ class Findings:
         dataset: number of the source it comes from, from 0.
         source: number of its raw row in that source.
         reason: why it is of no use; empty where it is of use.
-        refused: whether the raw row was refused, so that it has no tokens at all.
+        refused: whether the raw row was refused: it has no tokens at all, or some that the target
+            does not have.
         keep: whether it is trained on.
         cut: whether it was cut at `max_length`.
         apart: whether it is the first of a conversation's several rows.
@@ -141,12 +142,19 @@ class Findings:
 
     @classmethod
     def of(
-        cls, rows: Dataset, sizes: list[int], mask_token_id: int, num_proc: int | None
+        cls,
+        rows: Dataset,
+        sizes: list[int],
+        *,
+        mask_token_id: int,
+        vocab_size: int,
+        num_proc: int | None,
     ) -> "Findings":
         """Look at the encoded rows of all sources, one source after the other.
 
         Args:
             sizes (`list[int]`): encoded rows of each source.
+            vocab_size (`int`): rows of the target's embedding.
         """
 
         def measure(batch: dict, made_by: dict) -> dict:
@@ -155,6 +163,9 @@ class Findings:
                 "run": [longest_run(flags) for flags in batch["supervised"]],
                 "tokens": [len(ids) for ids in batch["input_ids"]],
                 "has_mask": [mask_token_id in ids for ids in batch["input_ids"]],
+                "is_foreign": [
+                    any(not 0 <= token < vocab_size for token in ids) for ids in batch["input_ids"]
+                ],
             }
 
         measured = rows.map(
@@ -167,9 +178,13 @@ class Findings:
         )
         columns = measured.with_format("numpy")[:]
         reason = columns.pop("reason").astype(object)
+        # Token rows may be another tokenizer's. A tokenizer may have more tokens than its target:
+        # a [PAD] that somebody added, for instance.
+        is_foreign = columns.pop("is_foreign")
+        reason[is_foreign] = f"a token of it is none of the target's {vocab_size}"
         refused = reason != ""
         # The smallest row that teaches anything: a token of context, an anchor and its label.
-        keep = (columns["run"] >= 2) & (columns["tokens"] >= 3)
+        keep = (columns["run"] >= 2) & (columns["tokens"] >= 3) & ~is_foreign
         reason[~keep & ~refused] = "fewer than 2 supervised tokens in a row"
         # A real token would look like a slot to fill.
         reason[columns["has_mask"]] = f"the mask token (id {mask_token_id}) occurs in it"

@@ -47,6 +47,7 @@ def prepare_rows(
     max_length: int,
     block_size: int,
     mask_token_id: int,
+    vocab_size: int,
     chat_template_kwargs: dict | None = None,
     num_proc: int | None = None,
     packing: bool = False,
@@ -58,14 +59,15 @@ def prepare_rows(
     Text is cut into rows of `max_length` tokens, every token supervised. Conversations are rendered
     by the target's own template and cut at `max_length`; only what the assistant wrote is
     supervised. Rows of no use (no assistant turn, refused by the template, a prompt as long as the
-    row, fewer than two supervised tokens in a row, the mask token in it) are left out and counted
-    by reason, with the first row of each.
+    row, fewer than two supervised tokens in a row, the mask token in it, a token that the target
+    does not have) are left out and counted by reason, with the first row of each.
 
     Before each answer stand the ids that serving gives to the target. A conversation becomes
     several rows where one cannot hold all answers so.
 
     Args:
         datasets (`Dataset` or `list[Dataset]`): one source or several, each in a format of its own.
+        vocab_size (`int`): rows of the target's embedding.
         num_proc (`int`, *optional*): processes that tokenize; the result is cached by `datasets`
             either way.
         packing (`bool`, *optional*, defaults to `False`): put several short rows into one of up to
@@ -73,8 +75,9 @@ def prepare_rows(
         verbose (`bool`, *optional*, defaults to `True`): print what was recognised and left out.
 
     Raises:
-        ValueError: unknown columns; no supervised token anywhere; the template refuses most rows of
-            a source; hardly a row with a whole block; most rows of a source hold the mask token.
+        ValueError: unknown columns; no supervised token anywhere; most rows of a source are refused
+            by the template, or hold tokens that the target does not have, or the mask token; hardly
+            a row with a whole block.
     """
     if isinstance(datasets, Dataset):
         datasets = [datasets]
@@ -83,7 +86,13 @@ def prepare_rows(
         for dataset in datasets
     ]
     rows = concatenate_datasets(encoded)
-    found = Findings.of(rows, [len(part) for part in encoded], mask_token_id, num_proc)
+    found = Findings.of(
+        rows,
+        [len(part) for part in encoded],
+        mask_token_id=mask_token_id,
+        vocab_size=vocab_size,
+        num_proc=num_proc,
+    )
     sizes = [len(dataset) for dataset in datasets]
     refuse_unusable(found, sizes, max_length, block_size, mask_token_id)
     if verbose:
@@ -142,6 +151,16 @@ def prompt_length(supervised: list[int]) -> int:
     if first == 0:  # text, where every token is supervised
         return len(supervised) // 2
     return first
+
+
+def pad_token_id(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> int:
+    """What rows are padded with. Any token that the target has will do, because padding is told by
+    its document id or its mask. A tokenizer may have no pad token, or one of its own that the
+    target's embedding has no row for."""
+    for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token_id is not None and token_id < vocab_size:
+            return token_id
+    return 0
 
 
 class RowCollator:

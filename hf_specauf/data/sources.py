@@ -99,7 +99,7 @@ def check_file(name: str, config: str | None, split: str, revision: str | None, 
     if not os.path.isfile(name):
         raise FileNotFoundError(
             f"{name_key(keys)} {name!r} looks like a local file, but there is none at"
-            f" {os.path.abspath(name)}"
+            f" {os.path.abspath(name)}: give the path of one, or a dataset's Hub id (OWNER/NAME)"
         )
     given = []
     if config is not None:
@@ -158,8 +158,8 @@ def row_fault(line: bytes) -> str | None:
 def salvaged(path: str) -> str | None:
     """Copy the rows that are whole of a `.json` or `.jsonl` file, and say what was left out.
 
-    The copy lies in the cache of `datasets`, named by the file's content. So several processes, and
-    the next run, find its tokens in the cache.
+    The copy lies in the cache of `datasets`, named by what it holds. So several processes, and the
+    next run, find its tokens in the cache, and none takes what an older version found whole.
 
     Returns:
         the copy, a `.jsonl` file; `None` where all rows are whole, so that the fault is another.
@@ -167,21 +167,21 @@ def salvaged(path: str) -> str | None:
     Raises:
         ValueError: not one row is whole.
     """
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "salvaged"
     folder.mkdir(parents=True, exist_ok=True)
-    copy = folder / f"{Path(path).stem}-{digest}.jsonl"
-    part = part_of(copy)
+    part = part_of(folder / f"{Path(path).stem}.jsonl")
+    digest = hashlib.sha256()
     rows, faults, first = 0, 0, ""
     with open(part, "wb") as file:
         for line, fault in rows_and_faults(path):
             if fault is None:
                 rows += 1
                 file.write(line + b"\n")
+                digest.update(line + b"\n")
             else:
                 faults += 1
                 first = first or fault
+    copy = folder / f"{Path(path).stem}-{digest.hexdigest()[:16]}.jsonl"
     # The same bytes may be there already. Their time must stay, because `datasets` looks at it.
     if rows and faults and not copy.is_file():
         part.replace(copy)

@@ -30,7 +30,8 @@ def cut(
             pieces.append(ids[start : start + tokens])
     if len(pieces) < count:
         raise ValueError(
-            f"the files give {len(pieces)} prompts of {tokens} tokens, and {count} were asked for"
+            f"the files give {len(pieces)} prompts of {tokens} tokens, and {count} were asked for:"
+            " ask for fewer, or for shorter ones"
         )
     return [pieces[i * len(pieces) // count] for i in range(count)]
 

@@ -193,8 +193,8 @@ class DFlashConfig(PreTrainedConfig):
         if unknown:
             raise ValueError(
                 f"Unknown key(s) {unknown} in a {self.model_type} config: they would be ignored and"
-                " the drafter would not be what its config says. Known keys:"
-                f" {sorted(self._own_keys())}"
+                " the drafter would not be what its config says. Correct or remove them. Known"
+                f" keys: {sorted(self._own_keys())}"
             )
         if self.target_layer_ids is None:
             self.target_layer_ids = [1, 9, 17, 25, 33]
@@ -223,7 +223,7 @@ class DFlashConfig(PreTrainedConfig):
         if self.shift_label and self.kind == "dflash":
             raise ValueError(
                 "shift_label: true is Domino's alignment; a DFlash drafter predicts the token of"
-                " its own slot"
+                " its own slot: leave shift_label out, or use a DominoConfig"
             )
         self._check_mask_token()
         self._check_layers()

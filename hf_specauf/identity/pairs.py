@@ -27,7 +27,7 @@ def check_pair(
     if target.config.is_encoder_decoder or target.get_output_embeddings() is None:
         raise ValueError(
             f"{type(target).__name__} is not a decoder-only language model with a head; drafters"
-            " need one"
+            " need one: load the target with AutoModelForCausalLM.from_pretrained"
         )
     found, meant = Identity.of(target, tokenizer), Identity.of_target_of(config)
     _warn_of_another_target(found, meant)

@@ -28,7 +28,10 @@ def fetch(
             )
         return Path(name_or_path), None
     if not HUB_ID.fullmatch(str(name_or_path)):
-        raise OSError(f"{key}: {str(name_or_path)!r} is neither a folder nor a Hub id (OWNER/NAME)")
+        raise OSError(
+            f"{key}: {str(name_or_path)!r} is neither a folder nor a Hub id (OWNER/NAME): give one"
+            " of them"
+        )
     kept = ["*.json", "*.safetensors"]
     folder = Path(snapshot_download(str(name_or_path), revision=revision, allow_patterns=kept))
     # the cache names a snapshot's folder by its commit

@@ -99,7 +99,10 @@ def layout_of(folder: Path, config: dict, name: str) -> Layout:
         if layout.recognises(folder, config):
             return layout
     if not config:
-        raise ValueError(f"{name} is no drafter's folder: it holds no config.json")
+        raise ValueError(
+            f"{name} is no drafter's folder: it holds no config.json. Name the folder that train"
+            " left, or a drafter's Hub id"
+        )
     read = ", ".join(f"{kind} ({layout.says})" for kind, layout in LAYOUTS.items())
     raise ValueError(
         f"{name} says nothing about block_size, so it is not a DFlash drafter in any layout that is"

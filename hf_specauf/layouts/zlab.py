@@ -95,7 +95,7 @@ def the_one_value(key: str, parts: tuple[dict, ...], folder: str | Path):
         raise ValueError(
             f"{folder} says nothing about {key}, which decides what a DFlash drafter computes"
             " and is never guessed: it is not a DFlash drafter of z-lab or SpecForge, or its"
-            " config.json was cut"
+            f" config.json was cut. Where you know it, write {key} into config.json"
         )
     for value in values:
         if value != values[0]:
@@ -119,7 +119,8 @@ def refuse_unknown_keys(
         raise ValueError(
             f"{folder} asks for what a DFlash drafter of this package does not compute, or nobody"
             f" here knows: {', '.join(odd)}. Converted without it, the drafter would silently"
-            " accept little."
+            " accept little. Serve it by the engine that it was made for; where you know that a"
+            " key says nothing of what is computed, remove it from config.json."
         )
 
 
@@ -149,7 +150,8 @@ def read_tensors(folder: Path, config: DFlashConfig, dtype: str | torch.dtype) -
         raise ValueError(
             f"{folder} is not a plain DFlash drafter: {len(odd)} tensors are unknown, missing or of"
             f" another shape than its config says ({named(odd)}). Leaving them out would change"
-            " what it drafts."
+            " what it drafts. Fetch the folder again, in case a file is missing; else serve it by"
+            " the engine that it was made for."
         )
     if dtype == "auto":
         dtype = reduce(torch.promote_types, (tensor.dtype for tensor in given.values()))
@@ -164,7 +166,10 @@ def stored_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """The tensors of a folder's safetensors files, under our names."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise ValueError(f"{folder} holds no .safetensors file: pickled weights are not loaded")
+        raise ValueError(
+            f"{folder} holds no .safetensors file: pickled weights are not loaded, since that"
+            " runs code. Where you trust them, save them once more by safetensors.torch.save_file"
+        )
     found = {}
     for file in files:
         for name, tensor in load_file(file).items():

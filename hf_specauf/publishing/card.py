@@ -46,7 +46,8 @@ def read_config(folder: Path) -> dict:
     if config is None or not str(config.get("model_type", "")).startswith("specauf_"):
         raise ValueError(
             f"{folder} is not a drafter's folder: its config.json is missing or of another model"
-            " type"
+            " type. Name the folder that train left; one of z-lab or SpecForge is converted first"
+            " (specauf convert)"
         )
     return config
 

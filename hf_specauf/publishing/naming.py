@@ -49,7 +49,10 @@ def name_target(config: DFlashConfig, options: PublishOptions) -> None:
         words = ", ".join(
             f"{key} {value} (trained for {trained})" for key, (value, trained) in differing.items()
         )
-        raise ValueError(f"--target {name} is not the model this drafter was trained for: {words}")
+        raise ValueError(
+            f"--target {name} is not the model this drafter was trained for: {words}. Give the Hub"
+            " id of that one with --target and, if need be, --target_revision"
+        )
     config.target_model_name_or_path = name
     if options.target is None and wanted is None:
         # Nobody asked for a commit. The newest one need not be that of training, so we claim none.

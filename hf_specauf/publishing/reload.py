@@ -62,7 +62,8 @@ def check_reload(drafter: PreTrainedModel, folder: Path) -> None:
             # the last line of a traceback says what went wrong
             lines = done.stderr.strip().splitlines() or ["no message"]
             raise ValueError(
-                f"the folder does not load in a clean process with trust_remote_code=True:"
-                f" {lines[-1]}"
+                "the folder does not load in a clean process with trust_remote_code=True:"
+                f" {lines[-1]}. Save the drafter again with save_pretrained; code of your own in it"
+                " may import transformers and torch alone"
             )
         check_same(drafter, load_file(outputs), "loaded in a clean process")

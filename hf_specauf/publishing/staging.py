@@ -79,7 +79,7 @@ def stage(
     if secrets:
         raise ValueError(
             f"what would be published names this machine or its user ({'; '.join(secrets)}): not"
-            " published"
+            f" published. Take that out of the file of that name in {drafter}, and push again"
         )
     # the small form was loaded and compared as it was made
     if not options.small:
@@ -89,7 +89,10 @@ def stage(
 def check_folder(drafter: Path, allow_unmeasured: bool) -> None:
     """Raise unless a folder may be published: a drafter, measured, without pickles."""
     if not any((drafter / name).is_file() for name in ("config.json", "adapter_config.json")):
-        raise ValueError(f"{drafter} is no drafter's folder: it holds no config.json")
+        raise ValueError(
+            f"{drafter} is no drafter's folder: it holds no config.json. Name the folder that train"
+            " left"
+        )
     pickles = []
     for path in drafter.iterdir():
         if path.suffix in PICKLES and not TRAINER_STATE.fullmatch(path.name):

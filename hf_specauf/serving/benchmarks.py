@@ -301,7 +301,9 @@ def encode_prompts(
     )
     if not prompts:
         raise ValueError(
-            f"not one row of {min(count, len(rows))} gives a prompt: {words or 'there are no rows'}"
+            f"not one row of {min(count, len(rows))} gives a prompt:"
+            f" {words or 'there are no rows'}. Name the column that holds the question"
+            " (--prompts_column), or other prompts (--prompts)"
         )
     if skipped:
         print(f"{len(prompts)} prompts; other rows give none: {words}")

@@ -48,12 +48,12 @@ def first_difference(target, plain: torch.Tensor, assisted: torch.Tensor) -> dic
     return {"position": at, "top2_gap": gap, "near_tie": gap < near_tie_bound(target.dtype, logits)}
 
 
-def repetition(tokens: list[int], n: int = 4) -> float:
+def repetition(tokens: list[int], n: int = 4) -> float | None:
     """Share of n-grams that occurred before in the same output; high tau on a loop is no
-    achievement (SwiftLM#88)."""
+    achievement (SwiftLM#88). `None` of an output that is too short to have one."""
     grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
     if not grams:
-        return 0.0
+        return None
     return 1 - len(set(grams)) / len(grams)
 
 
@@ -208,12 +208,14 @@ def totals(rows: list[dict], greedy: bool) -> dict:
     lossless = "sampled: not comparable token by token"
     if greedy:
         lossless = count_verdicts(rows)
+    # An output that is too short to repeat itself says nothing, and would hide those that do.
+    repeated = [row["repetition"] for row in rows if row["repetition"] is not None]
     return {
         "plain_tokens_per_second": plain_rate,
         "tokens_per_second": assisted_rate,
         "speedup": assisted_rate / plain_rate,
         "lossless": lossless,
-        "repetition": sum(row["repetition"] for row in rows) / len(rows),
+        "repetition": sum(repeated) / len(repeated) if repeated else None,
         "prompts": rows,
     }
 
@@ -312,4 +314,5 @@ def show(results: dict, console: Console) -> None:
     console.print(table)
     faster = "faster" if results["speedup"] > 1 else "SLOWER than plain decoding"
     console.print(f"{faster}: {results['speedup']:.2f}x. {TAU_DEFINITION}.")
-    console.print(f"outputs: {results['lossless']}; repeated 4-grams: {results['repetition']:.0%}")
+    repeated = number(results["repetition"], ".0%")
+    console.print(f"outputs: {results['lossless']}; repeated 4-grams: {repeated}")

@@ -1,17 +1,29 @@
-"""What a person meets while a drafter trains: Ctrl-C and SIGTERM that lose nothing, and a progress
-bar that shows tau."""
+"""What a person meets while a drafter trains: Ctrl-C and other signals that lose nothing, and a
+progress bar that shows tau."""
 
+import os
 import signal
 from typing import Any
 
 from transformers import ProgressCallback, TrainerCallback
 
 
-class Interruption:
-    """Ctrl-C and SIGTERM are noted, so that the work under way is finished and saved first.
+def signals() -> dict[str, int]:
+    """The signals that ask a run to end, by name. Windows has the first two alone.
 
-    A person stops at once by a second Ctrl-C. A second SIGTERM changes nothing: launchers and
-    schedulers send several, and kill whoever takes too long.
+    Ctrl-C; what spot machines, containers and schedulers send; a terminal that is closed; and what
+    Slurm sends before a job's time is over, in many people's launch files (`--signal=USR1@300`).
+    """
+    names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+    return {name: getattr(signal, name) for name in names if hasattr(signal, name)}
+
+
+class Interruption:
+    """Ctrl-C and the other [`signals`] are noted, so that the work under way is finished and saved
+    first.
+
+    A person stops at once by a second Ctrl-C. A second one of the others changes nothing: launchers
+    and schedulers send several, and kill whoever takes too long.
 
     Args:
         finishing (`str`): what is finished first, in words.
@@ -20,18 +32,21 @@ class Interruption:
         noted (`bool`): this process was told to stop.
     """
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
     def __init__(self, finishing: str):
         self.finishing = finishing
         self.noted = False
         self._previous: dict[int, Any] = {}  # the handlers that were there before
+        self._terminals: list[int] = []  # of stdout and stderr, those that are one
 
     def take(self) -> None:
-        """Take both signals over."""
+        """Take the signals over."""
         self.noted = False
+        self._terminals = [stream for stream in (1, 2) if os.isatty(stream)]
         try:
-            for number in self.SIGNALS:
+            for name, number in signals().items():
+                # `nohup` asks that the run goes on when its terminal is closed
+                if name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN:
+                    continue
                 self._previous[number] = signal.signal(number, self._note)
         except ValueError:  # not in the main thread, which alone may set handlers
             pass
@@ -42,13 +57,22 @@ class Interruption:
         if self.noted:
             return
         self.noted = True
+        if number == signals().get("SIGHUP"):
+            self._leave_terminals()
         print(
             f"\ninterrupted: finishing {self.finishing}; press Ctrl-C again to stop at once",
             flush=True,
         )
 
+    def _leave_terminals(self) -> None:
+        """Write no more to a terminal that was closed, because that would raise before anything is
+        saved."""
+        with open(os.devnull, "w") as nothing:
+            for stream in self._terminals:
+                os.dup2(nothing.fileno(), stream)
+
     def release(self) -> None:
-        """Give both back, also after an error; calling it twice is harmless."""
+        """Give them back, also after an error; calling it twice is harmless."""
         for number, previous in self._previous.items():
             # None was set by no Python code, and cannot be set by any
             if previous is not None:
@@ -64,8 +88,8 @@ class Interruption:
 
 
 class InterruptCallback(TrainerCallback):
-    """Ctrl-C or SIGTERM finishes the step, saves a checkpoint and stops; a second Ctrl-C stops at
-    once.
+    """Ctrl-C, or another of the [`signals`], finishes the step, saves a checkpoint and stops; a
+    second Ctrl-C stops at once.
 
     Attributes:
         agreed (`bool`, *optional*): of several processes: whether any was, as all of them know it.

@@ -29,7 +29,7 @@ from transformers import (
     set_seed,
 )
 
-from ..data.rows import RowCollator, fill_up, prepare_rows
+from ..data.rows import RowCollator, fill_up, pad_token_id, prepare_rows
 from ..drafters.transformers_internals import check_methods
 from ..layouts.adapters import AdapterBase
 from ..losses.blocks import EVALUATION_STEP
@@ -129,7 +129,9 @@ class AUFTrainer(DrafterCheckpoints, Publishing, Trainer):
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            data_collator=RowCollator(pad_token_id(processing_class), config.mask_token_id),
+            data_collator=RowCollator(
+                pad_token_id(processing_class, config.vocab_size), config.mask_token_id
+            ),
             compute_metrics=evaluation_metrics,
             callbacks=[self._interrupt, *(callbacks or [])],
         )
@@ -158,6 +160,7 @@ class AUFTrainer(DrafterCheckpoints, Publishing, Trainer):
             max_length=self.args.max_length,
             block_size=self.block_size,
             mask_token_id=self.drafter_config.mask_token_id,
+            vocab_size=self.drafter_config.vocab_size,
             chat_template_kwargs=self.drafter_config.chat_template_kwargs,
         )
 
@@ -389,12 +392,3 @@ class AUFTrainer(DrafterCheckpoints, Publishing, Trainer):
         drafter = self.whole_drafter().to(self.args.device)
         prompts, pad = self.eval_prompts(rows), self.data_collator.pad_token_id
         return decoded_tau(self.target.model, drafter, prompts, self.args, pad)
-
-
-def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """What rows are padded with. Any token will do, because padding is told by its document id: a
-    tokenizer without a pad token needs none."""
-    for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if token_id is not None:
-            return token_id
-    return 0

@@ -94,7 +94,12 @@ def score(target: Path, rows: Path) -> dict:
     model, tokenizer = AutoModelForCausalLM.from_pretrained(target), AutoTokenizer.from_pretrained(target)
     shape = dict(num_hidden_layers=1, block_size=16, mask_token_id=tokenizer.mask_token_id, target_layer_ids=[1])
     prepared = prepare_rows(
-        load_rows(str(rows)), tokenizer, max_length=ROW_TOKENS, block_size=16, mask_token_id=tokenizer.mask_token_id
+        load_rows(str(rows)),
+        tokenizer,
+        max_length=ROW_TOKENS,
+        block_size=16,
+        mask_token_id=tokenizer.mask_token_id,
+        vocab_size=model.config.vocab_size,
     )
     return on_policy_score(FrozenTarget(model, drafter_config(model, **shape)), prepared)
 
