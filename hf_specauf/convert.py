@@ -7,7 +7,7 @@ specauf convert --drafter z-lab/Qwen3-8B-DFlash-b16 --out DIR
 import argparse
 from pathlib import Path
 
-from .cli import errors_in_one_line, under_new_spelling
+from .cli import check_keys, errors_in_one_line, under_new_spelling
 from .layouts import LAYOUTS, Layout
 from .layouts.load import load_drafter
 
@@ -25,37 +25,42 @@ def writable(name: str) -> Layout:
     return LAYOUTS[name]
 
 
-@errors_in_one_line()
-def main(argv: list[str] | None = None) -> None:
-    """Command line of `specauf convert` and of `python -m hf_specauf.convert`."""
+def command_parser() -> argparse.ArgumentParser:
+    """The command's flags."""
     read = ", ".join(LAYOUTS)
     parser = argparse.ArgumentParser(
         prog="specauf convert",
         description="Write a drafter of another layout, or an adapter merged on its base, as a"
         " plain drafter of this package: then evaluate it, push it, or adapt it.",
     )
-    parser.add_argument(
-        "--drafter", required=True, help=f"Hub id or folder, in one of the layouts {read}"
-    )
-    parser.add_argument("--drafter_revision", help="the drafter's branch, tag or commit on the Hub")
-    parser.add_argument("--target", help="Hub id of its target, noted in config.json")
-    parser.add_argument(
-        "--to", default="specauf", help="layout to write (default specauf, this package's own)"
-    )
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    args = parser.parse_args(under_new_spelling(argv, {"--revision": "--drafter_revision"}))
+    add = parser.add_argument
+    add("--drafter", required=True, help=f"Hub id or folder, in one of the layouts {read}")
+    add("--drafter_revision", help="the drafter's branch, tag or commit on the Hub")
+    add("--target", help="Hub id of its target, noted in config.json")
+    add("--to", default="specauf", help="layout to write (default specauf, this package's own)")
+    add("--out", required=True, help="folder to write")
+    return parser
+
+
+@errors_in_one_line()
+def main(argv: list[str] | None = None) -> None:
+    """Command line of `specauf convert` and of `python -m hf_specauf.convert`."""
+    words = under_new_spelling(argv, {"--revision": "--drafter_revision"})
+    args = command_parser().parse_args(words)
+    check_keys(args)
     layout = writable(args.to)
+    out = Path(args.out)
     # `save_pretrained` would write nothing, and only log it
-    if args.out.is_file():
-        raise ValueError(f"--out {args.out} is a file: name a folder to write the drafter into")
+    if out.is_file():
+        raise ValueError(f"--out {out} is a file: name a folder to write the drafter into")
     drafter = load_drafter(args.drafter, args.drafter_revision, key="--drafter")
     config = drafter.config
     # other layouts do not name their target, and push needs it
     if args.target is not None:
         config.target_model_name_or_path = args.target
-    layout.write(drafter, args.out)
+    layout.write(drafter, out)
     print(
-        f"written: {args.out} (block size {config.block_size}, taps {config.target_layer_ids}, mask"
+        f"written: {out} (block size {config.block_size}, taps {config.target_layer_ids}, mask"
         f" token {config.mask_token_id})"
     )
 

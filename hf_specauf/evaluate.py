@@ -11,21 +11,35 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import TrlParser
 
-from .cli import OneSpelling, errors_in_one_line
+from .cli import ONE_OR_MORE, Numbers, OneSpelling, check_keys, errors_in_one_line
 from .data.conversation import stop_at_both_ends
 from .identity import Identity
 from .layouts.folders import fetch
 from .layouts.load import load_drafter, torch_dtype
-from .recipe import TargetArguments
+from .recipe import CHOICES, TargetArguments
 from .records import read_record, write_record
 from .serving.acceptance import number
-from .serving.benchmarks import BENCHMARKS, DEFAULT_COUNT, encode_prompts, load_prompts
+from .serving.benchmarks import (
+    BENCHMARKS,
+    DEFAULT_COUNT,
+    PromptSet,
+    encode_prompts,
+    load_prompts,
+)
 from .serving.compare import compare, evaluation_record, plot_alpha, show
 from .serving.decoding import AUTO
-from .target import load_target
+from .target import check_device, check_revision, load_target
 
 # A drafter that keeps this share of its accepted tokens on another target has little to win.
 ENOUGH = 0.95
+# Flags that take a number.
+NUMBERS = {
+    "count": ONE_OR_MORE,
+    "prompt_tokens": ONE_OR_MORE,
+    # the first token comes from the prefill, so one token says nothing of a drafter
+    "max_new_tokens": Numbers(2, whole=True),
+    "temperature": Numbers(0, hint="; 0 is greedy"),
+}
 
 
 def transfer_verdict(record: dict, config, reference: dict | None, command: str) -> str:
@@ -148,14 +162,7 @@ class EvaluateArguments:
     out: str = field(default="eval", metadata={"help": "Folder for eval.json and alpha.png."})
 
     def __post_init__(self):
-        if not self.prompts:
-            raise ValueError("--prompts is empty: name a benchmark, a dataset or a file")
-        least = {"count": 1, "prompt_tokens": 1, "max_new_tokens": 2}
-        for key, bound in least.items():
-            value = getattr(self, key)
-            if value is not None and value < bound:
-                # the first token comes from the prefill, so one token says nothing of a drafter
-                raise ValueError(f"--{key} is {value}; it must be at least {bound}")
+        check_keys(self, NUMBERS, CHOICES | {"dtype": CHOICES["target_dtype"]})
         if self.draft_length not in (None, AUTO):
             if not self.draft_length.isdecimal() or int(self.draft_length) < 1:
                 raise ValueError(
@@ -163,27 +170,10 @@ class EvaluateArguments:
                     " to K - 1"
                 )
             self.draft_length = int(self.draft_length)
-        # the order of the comparison refuses NaN too
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(
-                f"--temperature is {self.temperature}; it must be 0 (greedy) or a number above"
-            )
-        self._check_device()
+        check_device(self.device)
+        check_revision("--target", self.target, self.target_revision)
         if Path(self.out).is_file():
             raise ValueError(f"--out {self.out} is a file: name a folder for eval.json")
-
-    def _check_device(self) -> None:
-        try:
-            kind = torch.device(self.device).type
-        except RuntimeError as error:
-            raise ValueError(
-                f"--device {self.device} is no device that torch knows: give cuda or cpu"
-            ) from error
-        if kind == "cuda" and not torch.cuda.is_available():
-            raise ValueError(
-                f"--device {self.device}: torch {torch.__version__} finds no GPU here: give cpu, or"
-                " install a torch that was built for your GPU"
-            )
 
 
 class EvaluateParser(OneSpelling, TrlParser):
@@ -247,20 +237,13 @@ def refuse_to_overwrite(out: Path, folder: Path, target: Identity, config) -> No
 
 def measure(
     args: EvaluateArguments,
+    source: PromptSet,
     target: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     drafter: PreTrainedModel,
 ) -> dict:
     """Decode the prompts plainly and with the drafter -> the record of both, with its
     conditions."""
-    source = load_prompts(
-        args.prompts,
-        args.prompts_config,
-        args.prompts_split,
-        args.prompts_revision,
-        args.prompts_column,
-        args.prompts_salvage,
-    )
     count = source.count if args.count is None else args.count
     template_kwargs = drafter.config.chat_template_kwargs
     prompts = encode_prompts(
@@ -298,6 +281,15 @@ def evaluate(args: EvaluateArguments) -> tuple[dict, str]:
     Returns:
         the record in `eval.json`, and the verdict of `transfer_verdict`.
     """
+    # Before the models, because they may take minutes to load.
+    source = load_prompts(
+        args.prompts,
+        args.prompts_config,
+        args.prompts_split,
+        args.prompts_revision,
+        args.prompts_column,
+        args.prompts_salvage,
+    )
     folder, commit = fetch(args.drafter, args.drafter_revision, "--drafter")
     target, tokenizer, drafter = load_models(args, folder)
     stop_at_both_ends(target, tokenizer, drafter.config.chat_template_kwargs)
@@ -309,7 +301,7 @@ def evaluate(args: EvaluateArguments) -> tuple[dict, str]:
     # read before it is written, because --out may be the drafter's own folder
     path = folder / "eval.json"
     reference = read_record(path) if path.is_file() else None
-    record = measure(args, target, tokenizer, drafter)
+    record = measure(args, source, target, tokenizer, drafter)
     record["target"] |= identity.record()
     # by the name the user gave, where the drafter was loaded from a folder of the cache
     record["drafter"] = {

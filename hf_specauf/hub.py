@@ -9,7 +9,7 @@ import argparse
 
 from transformers.utils import logging as transformers_logging
 
-from .cli import errors_in_one_line, parse_with_drafter, under_new_spelling
+from .cli import check_keys, errors_in_one_line, parse_with_drafter, under_new_spelling
 from .publishing.hub import check, pull, push, say_where_code_stops
 
 
@@ -53,7 +53,9 @@ def command_parser() -> argparse.ArgumentParser:
 @errors_in_one_line()
 def main(argv: list[str] | None = None) -> None:
     """Command line of `specauf check`, `push` and `pull`, and of `python -m hf_specauf.hub`."""
-    args = vars(parse_with_drafter(command_parser(), under_new_spelling(argv)))
+    parsed = parse_with_drafter(command_parser(), under_new_spelling(argv))
+    check_keys(parsed)
+    args = vars(parsed)
     transformers_logging.set_verbosity_error()
     command = args.pop("command")
     if command == "check":

@@ -7,7 +7,7 @@ specauf card validate FILE ...
 import argparse
 from pathlib import Path
 
-from .cli import errors_in_one_line, parse_with_drafter, under_new_spelling
+from .cli import check_keys, errors_in_one_line, parse_with_drafter, under_new_spelling
 from .publishing.card import render
 from .publishing.validate import validate
 
@@ -19,9 +19,7 @@ def command_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("render", help="write the card of a drafter's folder")
-    one.add_argument(
-        "--drafter", metavar="DIR", type=Path, help="the folder that train and evaluate left"
-    )
+    one.add_argument("--drafter", metavar="DIR", help="the folder that train and evaluate left")
     one.add_argument("--repo", required=True, help="OWNER/NAME it is or will be published as")
     one.add_argument(
         "--revision", default="main", help="tag or commit that the card's usage lines name"
@@ -32,7 +30,7 @@ def command_parser() -> argparse.ArgumentParser:
         default="apache-2.0",
         help="of the drafter, by the Hub's name for it (default apache-2.0)",
     )
-    one.add_argument("--out", type=Path, help="file to write (default: README.md in the folder)")
+    one.add_argument("--out", help="file to write (default: README.md in the folder)")
     many = commands.add_parser("validate", help="check cards; exit code 1 if one is not good")
     many.add_argument("cards", metavar="FILE", type=Path, nargs="+", help="a card to check")
     return parser
@@ -42,9 +40,10 @@ def command_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """Command line of `specauf card` and of `python -m hf_specauf.model_card`."""
     args = parse_with_drafter(command_parser(), under_new_spelling(argv))
+    check_keys(args)
     if args.command == "render":
         drafter = Path(args.drafter)
-        out = args.out or drafter / "README.md"
+        out = Path(args.out or drafter / "README.md")
         render(drafter, args.repo, args.revision, args.licence).save(out)
         print(f"written: {out}")
         return

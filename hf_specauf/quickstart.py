@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModel, AutoModelForCausalLM
 
-from .cli import errors_in_one_line
+from .cli import ONE_OR_MORE, SEED, Numbers, check_keys, errors_in_one_line
 from .demo.rows import heldout_prompts, heldout_rows, training_rows
 from .demo.target import TargetSettings, quickstart_target
 from .recipe import parse
@@ -26,6 +26,14 @@ from .train import train
 
 # what DFlash was published with, and what replaces it
 OBJECTIVES = ("decay", "auf")
+# flags that take a number
+NUMBERS = {
+    "seed": SEED,
+    "steps": ONE_OR_MORE,
+    "prompts": ONE_OR_MORE,
+    # the first token comes from the prefill, so one token says nothing of a drafter
+    "new_tokens": Numbers(2, whole=True),
+}
 HELDOUT_PROMPT_TOKENS = 96  # of a held-out prompt
 
 
@@ -224,11 +232,15 @@ def main(argv: list[str] | None = None, settings: TargetSettings | None = None) 
         settings (`TargetSettings`, *optional*): another target than the quickstart's, for tests.
     """
     args = command_parser().parse_args(argv)
+    # Before anything is trained: a wrong number of prompts would be noticed only at the end.
+    check_keys(args, NUMBERS)
     out = Path(args.out)
+    if out.is_file():
+        raise ValueError(f"--out {out} is a file: name a folder for report, plots and drafters")
     out.mkdir(parents=True, exist_ok=True)
     target = quickstart_target(settings or TargetSettings())
     overrides = ["--seed", str(args.seed)]
-    if args.steps:
+    if args.steps is not None:
         overrides += ["--max_steps", str(args.steps)]
     rows, provenances = [], {}
     for objective in OBJECTIVES:

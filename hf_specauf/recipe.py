@@ -16,16 +16,15 @@ from transformers import BitsAndBytesConfig
 from transformers.utils import is_bitsandbytes_available
 from trl import TrlParser
 
-from .cli import OneSpelling
+from .cli import ONE_OR_MORE, Numbers, OneSpelling, check_keys
 from .data.config import DataArguments
 from .drafters import DRAFTERS
 from .drafters.configuration_dflash import DFlashConfig
 from .target import check_revision
-from .training.config import ONE_OR_MORE, AUFConfig, Numbers, check_choices, check_numbers
+from .training.config import AUFConfig
 
-# Keys that take one of a few words. They are no `choices` in the fields' metadata, as trl has them,
-# because argparse would then answer a wrong word with its whole usage, and it never looks at what
-# YAML gives.
+# Keys that take one of a few words. They are no `choices` in the fields' metadata: argparse would
+# answer a wrong word with its whole usage, and it never looks at what YAML gives.
 CHOICES = {
     "target_dtype": ("auto", "bfloat16", "float32"),
     "target_quantization": ("bnb-4bit", "bnb-8bit"),
@@ -33,14 +32,17 @@ CHOICES = {
     "draft_attn_implementation": ("sdpa", "eager", "flex_attention"),
     "save_dtype": ("auto", "bfloat16", "float32"),
 }
-
-
-# Keys that take a number. A drafter's own keys are checked by its config.
+# Keys that take a number, of single drafters too. What depends on the target is checked later.
 NUMBERS = {
     "num_draft_layers": ONE_OR_MORE,
     "block_size": Numbers(2, whole=True, hint=": an anchor and at least one drafted slot"),
     "mask_token_id": Numbers(0, whole=True),
     "draft_intermediate_size": ONE_OR_MORE,
+    "target_layer_ids": Numbers(0, whole=True),
+    "init_from_target_layers": Numbers(0, whole=True),
+    "gru_hidden_dim": ONE_OR_MORE,
+    "emb_dim": ONE_OR_MORE,
+    "pure_draft_prefix_len": Numbers(0, whole=True),
     "lora_r": ONE_OR_MORE,
     "lora_alpha": Numbers(0, inside=True),
     "lora_dropout": Numbers(0, 1),
@@ -100,7 +102,7 @@ class TargetArguments:
     )
 
     def __post_init__(self):
-        check_choices(self, CHOICES)
+        check_keys(self, choices=CHOICES)
         # before the data is read, which may take long
         check_revision("target", self.target, self.target_revision)
         is_folder = os.path.isdir(self.target)
@@ -229,9 +231,8 @@ class DrafterArguments:
     use_dora: bool = field(default=False, metadata={"help": "Weight-decomposed LoRA (DoRA)."})
 
     def __post_init__(self):
+        check_keys(self, NUMBERS, CHOICES)
         self.chat_template_kwargs = json_mapping("chat_template_kwargs", self.chat_template_kwargs)
-        check_choices(self, CHOICES)
-        check_numbers(self, NUMBERS)
         if self.use_peft and self.init_from_target_layers and self.lora_modules_to_save is None:
             # What starts at random, because nothing but the adapter's folder would hold it. And the
             # norms, because they see other inputs than they saw in the target.

@@ -22,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers.trainer_utils import set_seed
 from trl import TrlParser
 
-from .cli import OneSpelling, errors_in_one_line
+from .cli import ONE_OR_MORE, SEED, Numbers, OneSpelling, check_keys, errors_in_one_line
 from .data.answers import TargetWriter
 from .data.chunks import ChunkFiles, chunk_seed, number_of_process
 from .data.conversation import Answer, Conversation, Sampling, stop_at_both_ends
@@ -30,11 +30,23 @@ from .data.on_policy import written_by
 from .data.server import ServerWriter, check_endpoint
 from .data.sources import load_rows, rows_hash
 from .identity import Identity
-from .recipe import DataArguments, TargetArguments, json_mapping
-from .target import load_target
+from .recipe import CHOICES, DataArguments, TargetArguments, json_mapping
+from .target import check_device, check_revision, load_target
 from .training.callbacks import Interruption
 
 Writer = Callable[[list[Conversation], int], list[Answer]]
+# Flags that take a number.
+NUMBERS = {
+    "max_rows": Numbers(1, whole=True, hint=", or left out"),
+    "max_new_tokens": ONE_OR_MORE,
+    "prompt_tokens": ONE_OR_MORE,
+    "temperature": Numbers(0, hint="; 0 is greedy"),
+    "top_p": Numbers(0, 1, hint="; 1 is off"),
+    "top_k": Numbers(0, whole=True, hint="; 0 is off"),
+    "seed": SEED,
+    "rows_per_chunk": ONE_OR_MORE,
+    "concurrency": ONE_OR_MORE,
+}
 
 
 @dataclass
@@ -105,27 +117,24 @@ class RegenerateArguments:
     concurrency: int = field(default=32, metadata={"help": "Requests at a time to the endpoint."})
 
     def __post_init__(self):
+        check_keys(self, NUMBERS, CHOICES)
         self.chat_template_kwargs = json_mapping("chat_template_kwargs", self.chat_template_kwargs)
         if not self.out.endswith(".jsonl"):
             raise ValueError(
                 f"out is {self.out!r}; it must end in .jsonl, so that a recipe can read it"
             )
-        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
-            raise ValueError(
-                f"temperature {self.temperature}, top_p {self.top_p}, top_k {self.top_k}: they must"
-                " be 0 or more, in (0, 1], and 0 or more"
-            )
+        if self.top_p == 0:
+            raise ValueError("top_p is 0, which leaves no token: temperature: 0 is greedy")
         if self.temperature == 0 and (self.top_p < 1 or self.top_k):
             raise ValueError(
                 "temperature: 0 is greedy and would ignore top_p and top_k: remove them"
             )
-        for key in ("max_new_tokens", "prompt_tokens", "rows_per_chunk", "concurrency"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"{key} is {getattr(self, key)}; it must be at least 1")
         if self.endpoint is not None:
             check_endpoint(self.endpoint)
-        if self.max_rows is not None and self.max_rows < 1:
-            raise ValueError(f"max_rows is {self.max_rows}; it must be at least 1, or left out")
+            return
+        # Before the rows are read, which may take long. A server has both on its own machine.
+        check_device(self.device)
+        check_revision("target", self.target, self.target_revision)
 
 
 def regenerate(args: RegenerateArguments) -> dict | None:

@@ -63,6 +63,21 @@ def check_revision(key: str, name_or_path: str, revision: str | None) -> None:
         )
 
 
+def check_device(device: str) -> None:
+    """Raise for a device that torch does not know, or that is not here."""
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        found = None
+    if found is None or found.type == "meta":
+        raise ValueError(f"device is {device!r}, which no model runs on: give cuda or cpu")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device is {device!r}, and torch {torch.__version__} finds {torch.cuda.device_count()}"
+            " GPUs here: give cpu, or install a torch that was built for your GPU"
+        )
+
+
 def load_target(
     name_or_path: str, revision: str | None = None, key: str = "target", **kwargs
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -22,7 +22,7 @@ from .data.config import DataArguments
 from .data.conversation import stop_at_both_ends
 from .data.on_policy import check_settings, on_policy_score
 from .data.rows import prepare_rows, show_row
-from .data.splits import load_data
+from .data.sources import load_data
 from .drafters.configuration_dflash import DFlashConfig
 from .identity import Identity
 from .layouts.adapters import AdapterBase, borrow
@@ -208,7 +208,9 @@ def token_rows(
         "num_proc": data.dataset_num_proc,
     }
     verbose = args.process_index == 0
-    rows = prepare_rows(train, tokenizer, packing=data.packing, verbose=verbose, **options)
+    rows = prepare_rows(
+        train, tokenizer, packing=data.packing, heldout=heldout, verbose=verbose, **options
+    )
     if heldout is None:
         return rows, None
     return rows, prepare_rows(heldout, tokenizer, verbose=False, **options)

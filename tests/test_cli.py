@@ -211,13 +211,11 @@ def test_a_file_in_the_place_of_a_folder_is_refused_before_anything_is_written(f
     assert f"--out {file} is a file" in say(convert.main, ["--drafter", fresh, "--out", file], capsys)
     words = ["--target", "t", "--drafter", fresh, "--prompts", "p.txt", "--device", "cpu", "--out", file]
     assert f"--out {file} is a file" in say(evaluate.main, words, capsys)
-    for into in (file, ""):
-        said = say(hub.main, ["pull", "--repo", "a/b", "--into", into], capsys)
-        assert f"--into '{into}' is no folder" in said
+    assert f"--into '{file}' is no folder" in say(hub.main, ["pull", "--repo", "a/b", "--into", file], capsys)
     assert file.read_text() == "mine"
 
 
-@pytest.mark.parametrize("repo", ["drafter", "a b/c", "a/b/c", "https://huggingface.co/a/b", ""])
+@pytest.mark.parametrize("repo", ["drafter", "a b/c", "a/b/c", "https://huggingface.co/a/b"])
 def test_a_name_that_no_repository_can_have_is_said_to_be_one(fresh, tmp_path, capsys, repo):
     for main_of_command, words in (
         (hub.main, ["pull", "--into", tmp_path / "into"]),
@@ -227,25 +225,7 @@ def test_a_name_that_no_repository_can_have_is_said_to_be_one(fresh, tmp_path, c
         assert f"repo is '{repo}'; it must be OWNER/NAME" in say(main_of_command, [*words, "--repo", repo], capsys)
 
 
-@pytest.mark.parametrize(
-    "flag, value, said",
-    [
-        ("--count", 0, "must be at least 1"), ("--count", -3, "must be at least 1"),
-        ("--prompt_tokens", 0, "must be at least 1"), ("--max_new_tokens", 1, "must be at least 2"),
-        ("--draft_length", 0, "must be auto, or a number from 1"), 
-        ("--draft_length", "long", "must be auto"), ("--temperature", "-1", "must be 0 (greedy)"),
-        ("--temperature", "nan", "must be 0 (greedy)"), ("--temperature", "inf", "must be 0 (greedy)"),
-        ("--device", "tpu", "give cuda or cpu"), ("--device", "gpu", "give cuda or cpu"),
-        ("--prompts", "", "name a benchmark, a dataset or a file"),
-    ],
-)  # fmt: skip
-def test_an_evaluation_that_cannot_be_is_refused_before_anything_is_loaded(capsys, flag, value, said):
-    words = ["--target", "no/target", "--drafter", "no/drafter", "--prompts", "gsm8k", f"{flag}={value}"]
-    found = say(evaluate.main, words, capsys)
-    assert said in found and flag in found
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there_is_said_not_to_be(capsys):
     words = ["--target", "no/target", "--drafter", "no/drafter", "--prompts", "gsm8k", "--device", "cuda"]
-    assert "finds no GPU here: give cpu" in say(evaluate.main, words, capsys)
+    assert "finds 0 GPUs here: give cpu" in say(evaluate.main, words, capsys)

@@ -240,7 +240,7 @@ def test_one_source_or_a_mixture_and_not_both(recipe):
         (dict(eval_dataset_name="held.jsonl", eval_rows=0), "eval_rows: 0 would ignore eval_dataset_name"),
         (dict(eval_dataset_split="test"), "eval_dataset_split belongs to eval_dataset_name, and would be ignored"),
         (dict(eval_dataset_revision="abc"), "eval_dataset_revision belongs to eval_dataset_name"),
-        (dict(max_train_rows=-3), "max_train_rows is -3; it must be at least 1, or left out"),
+        (dict(max_train_rows=-3), "max_train_rows is -3; it must be a whole number of at least 1 .*, or left out"),
         (dict(dataset_num_proc=0), "dataset_num_proc is 0"),
         (dict(dataset_streaming=True), "dataset_streaming: true needs max_train_rows"),
     ],

@@ -615,7 +615,7 @@ def test_a_drafter_trains_on_the_answers(words, command, tmp_path, capsys):
     "overrides, message",
     [
         (dict(out="answers.json"), "out is 'answers.json'; it must end in .jsonl"),
-        (dict(temperature=-1), "temperature -1"),
+        (dict(temperature=-1), "temperature is -1"),
         (dict(temperature=0, top_k=5), "would ignore top_p and top_k"),
         (dict(rows_per_chunk=0), "rows_per_chunk is 0"),
         (dict(dataset_name="nowhere.jsonl"), "'nowhere.jsonl' looks like a local file"),

@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from hf_specauf.data.config import DataArguments
 from hf_specauf.data.findings import longest_run
 from hf_specauf.data.rows import prepare_rows, prompt_length, show_row
-from hf_specauf.data.sources import load_rows
-from hf_specauf.data.splits import load_data
+from hf_specauf.data.sources import load_data, load_rows
 from hf_specauf.data.tokens import RowEncoder
 
 UNMARKED = CHAT_TEMPLATE.replace("{% generation %}", "").replace("{% endgeneration %}", "")
@@ -40,7 +39,7 @@ def prepare(tokenizer):
 
     def call(
         template=CHAT_TEMPLATE, max_length=128, block_size=4, mask_token_id=None, kwargs=None, several=None,
-        packing=False, num_proc=None, **columns,
+        packing=False, num_proc=None, heldout=None, **columns,
     ):  # fmt: skip
         own = copy.deepcopy(tokenizer)
         own.chat_template = template
@@ -54,6 +53,7 @@ def prepare(tokenizer):
             chat_template_kwargs=kwargs,
             packing=packing,
             num_proc=num_proc,
+            heldout=heldout,
         )
 
     return call
@@ -80,6 +80,48 @@ def test_text_is_cut_into_rows_all_supervised_with_eos_at_the_end(prepare, token
 def test_eos_that_text_already_ends_with_is_not_doubled(prepare, tokenizer):
     [ids] = prepare(text=["the quick brown fox<|eos|>"])["input_ids"]
     assert ids == tokenizer("the quick brown fox")["input_ids"] + [tokenizer.eos_token_id]
+
+
+# ---- rows that are there twice
+
+
+def test_rows_that_are_there_twice_are_counted_and_named_and_kept(prepare, capsys):
+    texts = [f"the fox jumps over {i} dogs" for i in range(4)]
+    rows = prepare(text=[*texts, texts[1], texts[2], texts[1]])
+    assert len(rows) == 7
+    assert "3 token rows are the same as another, first: row 4 as row 1: they" in capsys.readouterr().out
+    prepare(text=texts)
+    assert "the same as another" not in capsys.readouterr().out
+
+
+def test_the_same_conversation_in_two_sources_and_formats_is_found(prepare, capsys):
+    names = {"user": "human", "assistant": "gpt", "system": "system"}
+    sharegpt = [{"from": names[role], "value": content} for role, content in TURNS]
+    one = Dataset.from_dict({"id": [1, 2], "messages": [MESSAGES[:3], MESSAGES]})
+    two = Dataset.from_dict({"conversations": [sharegpt], "id": ["x"]})
+    prepare(several=[one, two])
+    assert (
+        "1 token rows are the same as another, first: row 0 of source 2 as row 1 of source 1"
+        in capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_held_out_rows_are_left_out_of_training_and_counted(prepare, tokenizer, packing, capsys):
+    texts = [f"the fox jumps over {i} dogs" for i in range(6)]
+    heldout = Dataset.from_dict({"text": [texts[4], "the sheep sleep", texts[1]]})
+    rows = prepare(text=[*texts, texts[1]], heldout=[heldout], packing=packing)
+    text = " ".join(tokenizer.decode(ids) for ids in rows["input_ids"])
+    assert [number for number in range(6) if f"over {number} dogs" in text] == [0, 2, 3, 5]
+    said = capsys.readouterr().out
+    assert "dropped 3 of 7 rows: it is a held-out row too (3, first: row 1)" in said
+    assert "the same as another" not in said
+
+
+def test_training_rows_that_are_nearly_all_held_out_are_refused(prepare):
+    texts = [f"the fox jumps over {i} dogs" for i in range(4)]
+    with pytest.raises(ValueError, match=r"3 of 4 training rows are held-out rows too \(first: row 0\).*eval_rows: 0"):
+        prepare(text=texts, heldout=[Dataset.from_dict({"text": texts[:3]})])
 
 
 # ---- conversations
@@ -124,8 +166,9 @@ def test_a_conversation_becomes_several_rows_where_one_cannot_hold_its_answers(p
     assert [show_row(row, tokenizer) for row in rows] == [SPLIT_ROWS[0], *SPLIT_ROWS]
     assert rows["row"] == [0, 1, 2]
     assert capsys.readouterr().out == (
-        "2 rows of messages -> 3 token rows\n1 conversations are several rows each, first: row 1: the chat template "
-        "writes earlier turns differently once a conversation goes on\n"
+        "2 rows of messages -> 3 token rows\n1 token rows are the same as another, first: row 1 as row 0: they are "
+        "trained on as often as they are there\n1 conversations are several rows each, first: row 1: the chat "
+        "template writes earlier turns differently once a conversation goes on\n"
     )
 
 

@@ -1,9 +1,12 @@
 """Files and Hub datasets -> raw rows: every ending, every format, bad files, mixtures, streaming."""
 
+import gzip
 import hashlib
 import json
 import os
 import re
+import shutil
+import subprocess
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -17,11 +20,11 @@ from datasets.exceptions import DatasetNotFoundError
 from loopback_hub import LoopbackHub, Repository
 from warm_python import WarmPython
 
+from hf_specauf.data.files import rows_and_faults
 from hf_specauf.data.messages import row_format
-from hf_specauf.data.sources import load_rows, rows_and_faults, take_shares
+from hf_specauf.data.sources import load_data, load_rows, take_shares
 from hf_specauf.recipe import DataArguments
 from hf_specauf.serving.benchmarks import load_prompts
-from hf_specauf.train import load_data
 
 
 @pytest.mark.parametrize(
@@ -85,12 +88,25 @@ def test_a_line_that_cannot_be_read_is_named_and_the_file_left_alone(case, tmp_p
 
 BROKEN = {
     "cut.parquet": (b"PAR1" + bytes(20), "cut.parquet: Parquet magic bytes not found"),
-    "odd.csv": (b"text\nthe \xff fox\n", "odd.csv: 'utf-8' codec can't decode byte 0xff"),
-    "odd.txt": (b"the \xff fox\n", "odd.txt: 'utf-8' codec can't decode byte 0xff"),
-    "cut.json": (b'[{"text": "a"}, {"te', "cut.json: Unmatched"),
+    "odd.csv": (b"text\nthe \xff fox\n", "odd.csv: line 2 is not UTF-8 .invalid start byte at its byte 4"),
+    "odd.txt": (b"the \xff fox\n", "odd.txt: line 1 is not UTF-8 .invalid start byte at its byte 4"),
+    "cut.json": (
+        b'[{"text": "a"}, {"te',
+        "cut.json: behind row 1 it is not whole JSON .Unterminated string starting at",
+    ),
     "empty.jsonl": (b"", "empty.jsonl: it is empty"),
     "empty.json": (b"", "empty.json: it is empty"),
     "empty.txt": (b"", "empty.txt: it is empty"),
+    "blank.jsonl": (b"\n\n", "blank.jsonl: it holds no row"),
+    "none.json": (b"[]", "none.json: it holds no row"),
+    "cut.jsonl.gz": (
+        gzip.compress(b'{"text": "a"}\n' * 99)[:-9],
+        "cut.jsonl.gz: it is cut off, or is not packed by gzip",
+    ),
+    "plain.csv.gz": (
+        b"text\na\n",
+        "plain.csv.gz: .*not packed by gzip.*`gzip -dc .*plain.csv.gz > .*plain.csv` unpacks",
+    ),
 }
 
 
@@ -100,6 +116,112 @@ def test_a_file_that_cannot_be_read_is_named_whatever_its_ending(name, tmp_path)
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=f"{message}.*start the same command again"):
         load_rows(str(tmp_path / name))
+
+
+ACCENTED = [{"text": f"café {i}"} for i in range(3)]
+WRITTEN = {
+    "a.jsonl": "\n".join(json.dumps(row, ensure_ascii=False) for row in ACCENTED),
+    "a.json": json.dumps(ACCENTED, ensure_ascii=False),
+    "a.csv": "text\n" + "\n".join(row["text"] for row in ACCENTED),
+    "a.txt": "\n".join(row["text"] for row in ACCENTED),
+}
+
+
+@pytest.mark.skipif(shutil.which("iconv") is None, reason="the command that mends it is not here")
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "gz"])
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+@pytest.mark.parametrize("name", WRITTEN)
+def test_a_file_that_is_not_utf_8_is_named_with_the_place_and_a_command_that_mends_it(
+    name, encoding, packed, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    content = WRITTEN[name].encode(encoding)
+    if packed:
+        name, content = f"{name}.gz", gzip.compress(content)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(
+        ValueError, match=rf"{name}: (line \d|behind row \d it) is not UTF-8 .*at (its )?byte \d"
+    ) as said:
+        load_rows(name)
+    [mend] = re.findall("`(.*?)`", str(said.value))
+    subprocess.run(mend, shell=True, check=True)
+    assert load_rows(f"utf8-{name.removesuffix('.gz')}").to_list() == ACCENTED
+
+
+def test_a_parquet_file_whose_text_is_not_utf_8_is_named_with_row_and_column(tmp_path):
+    offsets = pa.array([0, 1, 4], pa.int32()).buffers()[1]
+    text = pa.Array.from_buffers(pa.string(), 2, [None, offsets, pa.py_buffer(b"aa\xffb")])
+    pa.parquet.write_table(pa.table({"id": [1, 2], "text": text}), tmp_path / "a.parquet")
+    for stream_rows in (None, 2):
+        with pytest.raises(ValueError, match="a.parquet: row 2 is not UTF-8 in its column 'text' .*at byte 1"):
+            load_rows(str(tmp_path / "a.parquet"), stream_rows=stream_rows)
+
+
+def test_files_packed_by_gzip_are_read_as_what_they_hold(tmp_path):
+    for name, text in WRITTEN.items():
+        with gzip.open(tmp_path / f"{name}.gz", "wt") as file:
+            file.write(text)
+        assert load_rows(str(tmp_path / f"{name}.gz")).to_list() == ACCENTED, name
+        assert load_rows(str(tmp_path / f"{name}.gz"), stream_rows=2).to_list() == ACCENTED[:2], name
+
+
+def test_the_mark_that_says_utf_8_is_no_text(tmp_path):
+    for name, text in WRITTEN.items():
+        (tmp_path / name).write_text(text, encoding="utf-8-sig")
+        assert load_rows(str(tmp_path / name)).to_list() == ACCENTED, name
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl.zst", "rows.parquet.gz", "rows.tsv"])
+def test_a_file_with_another_ending_is_not_looked_for_on_the_hub(name, tmp_path):
+    (tmp_path / name).write_bytes(b"text")
+    with pytest.raises(
+        ValueError, match=f"dataset_name '.*{name}' is a file with an ending that is not read.*also with .gz"
+    ):
+        load_rows(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "./rows", "a/b/c", "~/rows"])
+def test_a_path_that_leads_nowhere_is_not_looked_for_on_the_hub(name):
+    with pytest.raises(FileNotFoundError, match=f"dataset_name '{name}' looks like a local file or folder, but"):
+        load_rows(name)
+
+
+ONE_HALF = r'{"messages": [{"role": "user", "content": "a \ud83d b"}, {"role": "assistant", "content": "c"}]}'
+HIDDEN = {  # file, content, what is said: `datasets` reads each of them otherwise than it is written
+    "half in an array": ("a.json", f"[{GOOD}, {ONE_HALF}]", r"row 2 holds half a character, '\\ud83d'"),
+    "half in one line": ("a.jsonl", ONE_HALF, r"line 1 holds half a character, '\\ud83d'"),
+    "half in columns": ("a.json", r'{"text":' + "\n" + r'["a \udc00"]}', r"line 2 holds half a character, '\\udc00'"),
+    "half in strings": ("a.json", r'["a", "b \uD83D"]', r"line 1 holds half a character, '\\uD83D'"),
+    "half among types": (
+        "a.jsonl",
+        r'{"text": "\ud83d", "x": {"y": 1}}' + '\n{"text": "b", "x": 5}',
+        "line 1 holds half",
+    ),
+    "a key twice": ("a.json", '[{"text": "a", "text": "b"}]', "row 1 has a key twice"),
+}
+
+
+@pytest.mark.parametrize("case", HIDDEN)
+def test_a_row_that_would_be_read_otherwise_than_it_is_written_is_named(case, tmp_path):
+    name, content, said = HIDDEN[case]
+    (tmp_path / name).write_text(content)
+    for stream_rows in (None, 1):
+        with pytest.raises(ValueError, match=f"{name}: {said}"):
+            load_rows(str(tmp_path / name), stream_rows=stream_rows)
+
+
+def test_whole_characters_written_in_two_halves_and_backslashes_are_as_they_were(tmp_path):
+    rows = [{"text": "\U0001f600"}, {"text": "\\ud83d"}, {"text": "\\\U0001f600"}]
+    for name, text in (("a.json", json.dumps(rows)), ("a.jsonl", "\n".join(map(json.dumps, rows)))):
+        assert "ud83d" in text
+        (tmp_path / name).write_text(text)
+        assert load_rows(str(tmp_path / name)).to_list() == rows
+
+
+def test_rows_with_half_a_character_are_left_out_and_counted_where_that_is_asked_for(tmp_path, capsys):
+    (tmp_path / "a.json").write_text(f"[{GOOD}, {ONE_HALF}, {GOOD}, {ONE_HALF}]")
+    assert len(load_rows(str(tmp_path / "a.json"), salvage=True)) == 2
+    assert "a.json is not whole: read 2 rows, and left out 2 (first: row 2 holds half" in capsys.readouterr().out
 
 
 ROWS = [{"text": f"row {i}", "of": [{"a": "}, {"}]} for i in range(4)]

@@ -62,6 +62,13 @@ def test_command_leaves_a_drafter_and_its_provenance(command, data, first_row, t
     assert not [name for name, text in written.items() if "hf_PLANTED" in text]
 
 
+def test_rows_that_are_held_out_are_not_trained_on(command, files, tmp_path, capsys):
+    held_out = dict(eval_dataset_name=files / "text.jsonl", eval_rows=4)
+    main(command("text", max_steps=1, eval_prompts=0, **held_out))
+    assert "dropped 4 of 30 rows: it is a held-out row too (4, first: row 0)" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out/provenance.json").read_text())["rows"] == 26
+
+
 def rows_in_every_format(count: int = 24) -> dict[str, list[dict]]:
     """The same conversations in every format, and their answers as text."""
     pairs = [(f"What is {i}?", "It is " + " ".join("the quick brown fox".split()[: 1 + i % 4])) for i in range(count)]

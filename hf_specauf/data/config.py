@@ -4,6 +4,8 @@ import json
 from dataclasses import dataclass, field
 from typing import TypedDict
 
+from ..cli import Numbers, check_keys
+
 
 class Source(TypedDict):
     """One source of training rows: an entry of `dataset_mixture`, with nothing left out."""
@@ -18,6 +20,15 @@ class Source(TypedDict):
 # What an entry of `dataset_mixture` has where it says nothing else.
 SOURCE_DEFAULTS = {"weight": 1.0, "config": None, "split": "train", "revision": None}
 
+# The weight of a source.
+WEIGHTS = Numbers(0, inside=True)
+# Keys that take a number.
+NUMBERS = {
+    "dataset_num_proc": Numbers(1, 1024, whole=True, hint=", or left out"),
+    "eval_rows": Numbers(0, whole=True, hint="; 0 holds no rows out"),
+    "max_train_rows": Numbers(1, whole=True, hint=", or left out"),
+}
+
 
 @dataclass
 class DataArguments:
@@ -27,7 +38,9 @@ class DataArguments:
 
     dataset_name: str | None = field(
         default=None,
-        metadata={"help": "Hub id, or a local .jsonl, .json, .parquet, .csv or .txt file."},
+        metadata={
+            "help": "Hub id, or a local .jsonl, .json, .csv, .txt (each also .gz) or .parquet file."
+        },
     )
     dataset_config: str | None = field(
         default=None, metadata={"help": "Configuration of a Hub dataset."}
@@ -98,23 +111,13 @@ class DataArguments:
     )
 
     def __post_init__(self):
-        self._check_counts()
+        check_keys(self, NUMBERS)
+        if self.dataset_streaming and not self.max_train_rows:
+            raise ValueError("dataset_streaming: true needs max_train_rows, how many rows to read")
         self._check_sources()
         self._check_heldout()
         if self.dataset_mixture is not None:
             self.dataset_mixture = [mixture_source(entry) for entry in self.dataset_mixture]
-
-    def _check_counts(self) -> None:
-        if self.eval_rows < 0:
-            raise ValueError(
-                f"eval_rows is {self.eval_rows}; it must be 0 (no held-out rows) or more"
-            )
-        for key in ("max_train_rows", "dataset_num_proc"):
-            count = getattr(self, key)
-            if count is not None and count < 1:
-                raise ValueError(f"{key} is {count}; it must be at least 1, or left out")
-        if self.dataset_streaming and not self.max_train_rows:
-            raise ValueError("dataset_streaming: true needs max_train_rows, how many rows to read")
 
     def _check_sources(self) -> None:
         # An empty mixture is none.
@@ -167,7 +170,8 @@ def mixture_source(entry: str | dict) -> Source:
     """One entry of `dataset_mixture`, a mapping or its JSON text, with its defaults.
 
     Raises:
-        ValueError: it is no mapping, has no name, an unknown key, or a weight that is not above 0.
+        ValueError: it is no mapping, has no name, an unknown key, a weight that is not above 0, or
+            what is no text where a text must be.
     """
     given = entry
     if isinstance(entry, str):
@@ -183,10 +187,17 @@ def mixture_source(entry: str | dict) -> Source:
         )
     found = {"name": given["name"]} | SOURCE_DEFAULTS | given
     weight = found["weight"]
-    # The order of the comparison refuses NaN too, which YAML can write.
-    if not (isinstance(weight, int | float) and 0 < weight < float("inf")):
+    if weight not in WEIGHTS:
         raise ValueError(
             f"dataset_mixture: the weight of {found['name']} is {weight!r}; it must be a number"
             " above 0"
         )
+    for key in ("name", "config", "split", "revision"):
+        text = found[key]
+        may_be_left_out = key in ("config", "revision") and text is None
+        if not may_be_left_out and not (isinstance(text, str) and text.strip()):
+            raise ValueError(
+                f"dataset_mixture: the {key} of {found['name']} is {text!r}; it must be a text: put"
+                " it between quotes, or leave it out"
+            )
     return found

@@ -18,6 +18,9 @@ FEWEST_FULL_BLOCKS = 0.1
 MOST_REFUSED = 0.5
 # Share of a source's token rows that may hold the mask token. With more, it is the wrong token.
 MOST_MASKED = 0.5
+# Share of the training rows that may be held out as well. With more, hardly any is left.
+MOST_HELD_OUT = 0.5
+HELD_OUT = "it is a held-out row too"
 REASONS_SHOWN = 5
 # The last characters of an answer that was cut are looked for in its tokens.
 TAIL = 40
@@ -107,6 +110,12 @@ def longest_run(supervised: list[int]) -> int:
     return int(np.max(lengths, initial=0))
 
 
+def token_digest(ids: list[int]) -> int:
+    """A hash of a token row, of 64 bits."""
+    digest = hashlib.blake2b(np.asarray(ids, np.int64).tobytes(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
 @dataclass(frozen=True)
 class Findings:
     """What decides about token rows. Each array has an entry for every one of them.
@@ -125,6 +134,7 @@ class Findings:
         has_mask: whether the mask token occurs in it.
         tokens: its length.
         run: its longest run of supervised tokens.
+        digest: a hash of its tokens: rows of one digest are the same.
     """
 
     dataset: np.ndarray
@@ -139,6 +149,7 @@ class Findings:
     has_mask: np.ndarray
     tokens: np.ndarray
     run: np.ndarray
+    digest: np.ndarray
 
     @classmethod
     def of(
@@ -166,6 +177,7 @@ class Findings:
                 "is_foreign": [
                     any(not 0 <= token < vocab_size for token in ids) for ids in batch["input_ids"]
                 ],
+                "digest": [token_digest(ids) for ids in batch["input_ids"]],
             }
 
         measured = rows.map(
@@ -191,6 +203,20 @@ class Findings:
         keep &= ~columns["has_mask"]
         dataset = np.repeat(np.arange(len(sizes)), sizes)
         return cls(dataset=dataset, reason=reason, refused=refused, keep=keep, **columns)
+
+    def leave_out(self, digests: np.ndarray) -> None:
+        """Keep none of the rows with these digests: they are held out."""
+        also = self.keep & np.isin(self.digest, digests)
+        self.reason[also] = HELD_OUT
+        self.keep[also] = False
+
+    def doubled(self) -> dict[int, int]:
+        """Kept rows that are the same as an earlier kept one -> the first such one."""
+        kept = np.flatnonzero(self.keep)
+        _, first, which = np.unique(self.digest[kept], return_index=True, return_inverse=True)
+        firsts = kept[first][which]
+        again = firsts != kept
+        return dict(zip(kept[again].tolist(), firsts[again].tolist()))
 
     def name(self, index: int) -> str:
         """`row 7`, and of which source where there are several."""
@@ -227,6 +253,13 @@ def print_findings(found: Findings, raw_rows: int, kinds: str, max_length: int) 
     print(f"{raw_rows} rows of {kinds} -> {kept} token rows")
     if kept < total:
         print(f"dropped {total - kept} of {total} rows: {found.reasons()}")
+    doubled = found.doubled()
+    if doubled:
+        again, first = next(iter(doubled.items()))
+        print(
+            f"{len(doubled)} token rows are the same as another, first: {found.name(again)} as"
+            f" {found.name(first)}: they are trained on as often as they are there"
+        )
     cut = found.cut[found.keep].sum()
     if cut:
         print(f"cut {cut} rows at max_length, {max_length} tokens")
@@ -287,6 +320,14 @@ def refuse_unusable(
                 " the data the target's template is for. Mend rows or template, or choose another"
                 " dataset."
             )
+    held_out = int((found.reason == HELD_OUT).sum())
+    if held_out > MOST_HELD_OUT * (held_out + found.keep.sum()):
+        raise ValueError(
+            f"{held_out} of {held_out + found.keep.sum()} training rows are held-out rows too"
+            f" (first: {found.first(found.reason == HELD_OUT)}), and what is held out is not"
+            " trained on: hold other rows out (eval_dataset_name, eval_dataset_split, eval_rows),"
+            " or none (eval_rows: 0)"
+        )
     full, total = int((found.run >= block_size).sum()), len(found.run)
     if not found.keep.any() or full < FEWEST_FULL_BLOCKS * total:
         raise ValueError(

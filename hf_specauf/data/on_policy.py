@@ -66,7 +66,8 @@ def on_policy_score(
 
 def settings_beside(name: str) -> dict | None:
     """What `regenerate` wrote beside a source; `None` where it did not write the source."""
-    path = Path(name).with_suffix(".settings.json")
+    # The rows may have been packed since.
+    path = Path(name.removesuffix(".gz")).with_suffix(".settings.json")
     if not path.is_file():
         return None
     return json.loads(path.read_text())

@@ -51,6 +51,7 @@ def prepare_rows(
     chat_template_kwargs: dict | None = None,
     num_proc: int | None = None,
     packing: bool = False,
+    heldout: list[Dataset] | None = None,
     verbose: bool = True,
 ) -> Dataset:
     """Token rows ready for training: `input_ids`, `supervised`, `length`, `row` (a number anchors
@@ -72,27 +73,39 @@ def prepare_rows(
             either way.
         packing (`bool`, *optional*, defaults to `False`): put several short rows into one of up to
             `max_length`.
+        heldout (`list[Dataset]`, *optional*): raw rows that are held out. Token rows that are the
+            same as one of theirs are left out here, so that what is measured was never trained on,
+            and all runs are measured on the same rows.
         verbose (`bool`, *optional*, defaults to `True`): print what was recognised and left out.
 
     Raises:
         ValueError: unknown columns; no supervised token anywhere; most rows of a source are refused
             by the template, or hold tokens that the target does not have, or the mask token; hardly
-            a row with a whole block.
+            a row with a whole block; most rows are held out.
     """
     if isinstance(datasets, Dataset):
         datasets = [datasets]
-    encoded = [
-        encode_rows(dataset, tokenizer, max_length, chat_template_kwargs, num_proc)
-        for dataset in datasets
-    ]
-    rows = concatenate_datasets(encoded)
-    found = Findings.of(
-        rows,
-        [len(part) for part in encoded],
-        mask_token_id=mask_token_id,
-        vocab_size=vocab_size,
-        num_proc=num_proc,
-    )
+
+    def encode(sources: list[Dataset]) -> tuple[Dataset, Findings]:
+        encoded = [
+            encode_rows(source, tokenizer, max_length, chat_template_kwargs, num_proc)
+            for source in sources
+        ]
+        rows = concatenate_datasets(encoded)
+        found = Findings.of(
+            rows,
+            [len(part) for part in encoded],
+            mask_token_id=mask_token_id,
+            vocab_size=vocab_size,
+            num_proc=num_proc,
+        )
+        return rows, found
+
+    rows, found = encode(datasets)
+    if heldout is not None:
+        # `datasets` keeps these token rows, so preparing them does not make them again.
+        _, held_out = encode(heldout)
+        found.leave_out(held_out.digest[held_out.keep])
     sizes = [len(dataset) for dataset in datasets]
     refuse_unusable(found, sizes, max_length, block_size, mask_token_id)
     if verbose:

@@ -1,22 +1,32 @@
-"""Files and Hub datasets -> raw rows, of one source or of several by weight."""
+"""The raw rows of a run: of one source or of several by weight, each a file or a Hub dataset, and
+what is held out of them."""
 
 import hashlib
 import json
 import os
-import re
-from collections.abc import Iterator
 from fractions import Fraction
-from pathlib import Path
+from math import ceil
 
-import datasets
 from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
 
-from ..records import part_of
+from .config import DataArguments, Source
+from .files import (
+    NOT_UNPACKED,
+    READERS,
+    UNPACKED,
+    HiddenFault,
+    bad_cell,
+    bad_line,
+    can_be_salvaged,
+    how_to_recode,
+    reader_of,
+    refuse_hidden_fault,
+    rows_and_faults,
+    salvaged,
+)
 
-READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
-# What may stand between two rows of a JSON array. Arrays may follow each other too.
-BETWEEN_ROWS = re.compile(r"[\s,\[\]]*")
+# ---- one source
 
 
 def load_rows(
@@ -28,8 +38,8 @@ def load_rows(
     keys: str = "dataset_",
     salvage: bool = False,
 ) -> Dataset:
-    """Rows of a local file (`.jsonl`, `.json`, `.parquet`, `.csv`, `.txt`) or of a dataset on the
-    Hub.
+    """Rows of a local file (`.jsonl`, `.json`, `.csv`, `.txt`, packed by gzip or not, or
+    `.parquet`) or of a dataset on the Hub.
 
     Args:
         stream_rows (`int`, *optional*): read only the first so many rows, without downloading the
@@ -41,52 +51,109 @@ def load_rows(
 
     Raises:
         FileNotFoundError: the name looks like a file and there is none.
-        ValueError: it cannot be read; names the file and, of `.jsonl`, the line. A file was given a
-            config, a split or a revision.
+        ValueError: it cannot be read as it is written; names the file and the line or row. A file
+            was given a config, a split or a revision, or has an ending that is not read.
         OSError: the Hub has no such dataset, or it needs a login.
     """
-    reader = READERS.get(os.path.splitext(name)[1])
+    reader = reader_of(name)
     if reader is None:
+        check_hub_name(name, keys)
         arguments = dict(path=name, name=config, split=split, revision=revision)
     else:
         check_file(name, config, split, revision, keys)
         arguments = dict(path=reader, data_files=name, split="train")
+    if reader == "text":
+        # A mark at the start of the file would be text of the first row.
+        arguments["encoding"] = "utf-8-sig"
     try:
-        if stream_rows is None:
-            return load_dataset(**arguments)
-        stream = load_dataset(**arguments, streaming=True)
-        # `use_json` reads columns of several types as `load_dataset` does without streaming.
-        return Dataset.from_list(list(stream.take(stream_rows)), on_mixed_types="use_json")
+        if reader == "json":
+            refuse_hidden_fault(name)
+        return _read(arguments, stream_rows)
     except DatasetNotFoundError as error:
         raise OSError(
             f"{name_key(keys)}: {name!r} is not on the Hub, or you may not see it (gated and"
             f" private ones need access and `hf auth login`). {error}"
         ) from error
-    except (DatasetsError, ValueError, StopIteration) as error:
-        copy = salvaged(name) if salvage and reader == "json" else None
-        if copy is not None:
-            return load_rows(copy, stream_rows=stream_rows)
+    except (*NOT_UNPACKED, DatasetsError, ValueError, TypeError, StopIteration) as error:
+        cause = error.__cause__ or error
+        if salvage and reader == "json" and not isinstance(cause, NOT_UNPACKED):
+            copy = salvaged(name)
+            if copy is not None:
+                return load_rows(copy, stream_rows=stream_rows)
+        found = _why_unreadable(name, reader, cause)
         way_out = "Mend that and start the same command again"
-        if reader == "json" and not salvage:
+        if reader == "json" and not salvage and can_be_salvaged(name):
             key = "prompts_salvage" if keys == "prompts_" else "dataset_salvage"
             way_out += f", or read only the rows that are whole: --{key} true"
-        raise ValueError(f"{name}: {_why_unreadable(name, error)}. {way_out}") from error
+        raise ValueError(f"{name}: {found}. {way_out}") from error
 
 
-def _why_unreadable(name: str, error: Exception) -> str:
-    """What `datasets` raised, in short. It names no file, and seldom a line."""
-    said = " ".join(str(error.__cause__ or error).split()).rstrip(".")
-    if os.path.isfile(name) and not os.path.getsize(name):
+def _read(arguments: dict, stream_rows: int | None) -> Dataset:
+    if stream_rows is None:
+        rows = load_dataset(**arguments)
+        # What reads JSON and Parquet takes any bytes for text. Without this they would fail at the
+        # first look at the row, where nobody knows the file any more.
+        rows.data.validate(full=True)
+        return rows
+    stream = load_dataset(**arguments, streaming=True)
+    # `use_json` reads columns of several types as `load_dataset` does without streaming.
+    return Dataset.from_list(list(stream.take(stream_rows)), on_mixed_types="use_json")
+
+
+def _why_unreadable(name: str, reader: str | None, error: BaseException) -> str:
+    """What is wrong and where, in short. `datasets` names no file, and seldom a line."""
+    said = " ".join(str(error).split()).rstrip(".")
+    if reader is None:
+        return said
+    if not os.path.getsize(name):
         return "it is empty"
-    if name.endswith(".jsonl"):
-        return bad_line(name) or said
-    return said
+    if "corresponds to no data" in said:
+        return "it holds no row"
+    if isinstance(error, NOT_UNPACKED):
+        unpacked = name.removesuffix(".gz")
+        return (
+            f"it is cut off, or is not packed by gzip ({said}). `gzip -dc {name} > {unpacked}`"
+            " unpacks what is whole of it"
+        )
+    found = None
+    if reader == "parquet":
+        if "utf" in said.lower():
+            found = bad_cell(name)
+    elif reader == "json" and not isinstance(error, HiddenFault):
+        found = next((fault for _, fault in rows_and_faults(name) if fault), None)
+    elif reader in ("csv", "text"):
+        found = bad_line(name)
+    found = found or said
+    if "not UTF-8" in found and reader != "parquet":
+        found += f"; {how_to_recode(name)}"
+    return found
 
 
 def name_key(keys: str) -> str:
     """The key that names a source, of those that begin with `keys`."""
     # of `evaluate`, whose key for the name has no `_name`
     return "--prompts" if keys == "prompts_" else f"{keys}name"
+
+
+def check_hub_name(name: str, keys: str) -> None:
+    """Raise where what would be looked for on the Hub is meant to be on this machine.
+
+    Raises:
+        FileNotFoundError: it is a path, and nothing is there.
+        ValueError: it is a file, and its ending is none of those that are read.
+    """
+    if os.path.isfile(name):
+        packed = ", ".join(ending for ending, reader in READERS.items() if reader in UNPACKED)
+        raise ValueError(
+            f"{name_key(keys)} {name!r} is a file with an ending that is not read. What is read:"
+            f" {packed}, also with .gz behind it, and .parquet. Rename or unpack it"
+        )
+    is_path = name.startswith(("/", ".", "~")) or name.count("/") > 1
+    if is_path and "://" not in name and not os.path.isdir(name):
+        raise FileNotFoundError(
+            f"{name_key(keys)} {name!r} looks like a local file or folder, but there is none at"
+            f" {os.path.abspath(name)}: give the path of one, or a dataset's Hub id (OWNER/NAME)"
+        )
 
 
 def check_file(name: str, config: str | None, split: str, revision: str | None, keys: str) -> None:
@@ -115,131 +182,112 @@ def check_file(name: str, config: str | None, split: str, revision: str | None, 
         )
 
 
-def _once(pairs: list[tuple]) -> dict:
-    """A JSON object whose keys occur once. Python would keep the last of two without a word."""
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        raise ValueError(f"has a key twice, among {[key for key, _ in pairs]}")
-    return row
+def rows_hash(rows: Dataset) -> str:
+    """Short SHA-256 of all rows."""
+    # A name would not do: files are edited, and branches on the Hub move.
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, default=str).encode())
+    return digest.hexdigest()[:16]
 
 
-def bad_line(path: str) -> str | None:
-    """What is wrong with the first line of a `.jsonl` file that cannot be read, or `None`."""
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            fault = row_fault(line) if line.strip() else None
-            if fault is not None:
-                return f"line {number} {fault}"
-    return None
+# ---- all sources of a run
 
 
-def row_fault(line: bytes) -> str | None:
-    """Why a row, written as JSON, cannot be read, or `None`."""
-    try:
-        row = json.loads(line.decode("utf-8"), object_pairs_hook=_once)
-        # Python reads half of a surrogate pair, and only writing it fails.
-        json.dumps(row, ensure_ascii=False).encode("utf-8")
-    except UnicodeDecodeError as error:
-        return f"is not UTF-8 ({error.reason} at byte {error.start})"
-    except UnicodeEncodeError as error:
-        return f"holds half a character, {error.object[error.start]!r}"
-    except json.JSONDecodeError as error:
-        return f"is not whole JSON, cut off perhaps ({error.msg} at column {error.colno})"
-    except ValueError as error:
-        return str(error)
-    if not isinstance(row, dict):
-        return f"is a {type(row).__name__}, not an object"
-    return None
-
-
-# ---- files that are not whole
-
-
-def salvaged(path: str) -> str | None:
-    """Copy the rows that are whole of a `.json` or `.jsonl` file, and say what was left out.
-
-    The copy lies in the cache of `datasets`, named by what it holds. So several processes, and the
-    next run, find its tokens in the cache, and none takes what an older version found whole.
-
-    Returns:
-        the copy, a `.jsonl` file; `None` where all rows are whole, so that the fault is another.
+def load_data(data: DataArguments) -> tuple[list[Dataset], list[Dataset] | None]:
+    """(training rows, held-out rows or `None`), raw, a dataset for each source.
 
     Raises:
-        ValueError: not one row is whole.
+        ValueError: a source has too few rows to hold one out, or gives no row to the mixture.
     """
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "salvaged"
-    folder.mkdir(parents=True, exist_ok=True)
-    part = part_of(folder / f"{Path(path).stem}.jsonl")
-    digest = hashlib.sha256()
-    rows, faults, first = 0, 0, ""
-    with open(part, "wb") as file:
-        for line, fault in rows_and_faults(path):
-            if fault is None:
-                rows += 1
-                file.write(line + b"\n")
-                digest.update(line + b"\n")
-            else:
-                faults += 1
-                first = first or fault
-    copy = folder / f"{Path(path).stem}-{digest.hexdigest()[:16]}.jsonl"
-    # The same bytes may be there already. Their time must stay, because `datasets` looks at it.
-    if rows and faults and not copy.is_file():
-        part.replace(copy)
-    part.unlink(missing_ok=True)
-    if not faults:
-        return None
-    if not rows:
-        raise ValueError(f"{path}: not one row of it is whole ({first}): give another file")
-    print(f"{path} is not whole: read {rows} rows, and left out {faults} (first: {first})")
-    return str(copy)
+    sources = data.sources()
+    weights = [source["weight"] for source in sources]
+    whole, heldout = [], []
+    for source, weight in zip(sources, weights):
+        share = weight / sum(weights)
+        # Held-out rows without a dataset of their own are taken from every source by its share.
+        held_out = 0
+        if data.eval_dataset_name is None:
+            held_out = ceil(share * data.eval_rows)
+        rows = _load_source(source, share, held_out, data)
+        if held_out:
+            # The last rows, because max_train_rows takes the first. At most a tenth, because
+            # training needs most of a small source.
+            size = min(held_out, max(len(rows) // 10, 1))
+            first = _start_of_conversation(rows, len(rows) - size)
+            heldout.append(rows.select(range(first, len(rows))))
+            rows = rows.select(range(first))
+        whole.append(rows)
+    train = take_shares(whole, weights, data.max_train_rows)
+    if len(sources) > 1:
+        _check_mixture(sources, whole, train)
+        counts = [f"{len(rows)} rows of {source['name']}" for rows, source in zip(train, sources)]
+        print(f"mixture: {', '.join(counts)}")
+    if data.eval_dataset_name is not None:
+        heldout = [_load_heldout(data)]
+    return train, heldout or None
 
 
-def rows_and_faults(path: str) -> Iterator[tuple[bytes, str | None]]:
-    """The rows of a `.json` or `.jsonl` file as JSON of one line, each with `None` or why it cannot
-    be read."""
-    with open(path, "rb") as file:
-        lines = (line.strip() for line in file)
-        first = next((line for line in lines if line), b"")
-    # A `.json` file may hold lines too. Those of an array are not rows.
-    if first.startswith(b"[") or (path.endswith(".json") and row_fault(first)):
-        yield from _rows_of_array(path)
-        return
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            line = line.strip()
-            if line:
-                fault = row_fault(line)
-                yield line, fault and f"line {number} {fault}"
+def _start_of_conversation(rows: Dataset, first: int) -> int:
+    """The first row of the conversation that a row belongs to. `regenerate` writes several rows of
+    one conversation, and training on some of them would tell what the others hold."""
+    if "source_row" not in rows.column_names:
+        return first
+    sources = rows["source_row"]
+    start = first
+    while start > 0 and sources[start - 1] == sources[first]:
+        start -= 1
+    # All rows may be of one conversation, and something must be left to train on.
+    return start or first
 
 
-def _rows_of_array(path: str) -> Iterator[tuple[bytes, str | None]]:
-    """The rows of a JSON array, as far as it is whole. Where the rows go on behind one that is not
-    cannot be told: a brace may belong to its text."""
-    content = Path(path).read_bytes()
-    said = ""
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        text = content[: error.start].decode("utf-8-sig")
-        said = f"it is not UTF-8 ({error.reason} at byte {error.start})"
-    decoder = json.JSONDecoder()
-    number, start = 0, BETWEEN_ROWS.match(text).end()
-    while start < len(text):
-        try:
-            row, end = decoder.raw_decode(text, start)
-        except json.JSONDecodeError as error:
-            # Where the text ends because it is no text any more, that is the reason.
-            said = said or f"it is not whole JSON ({error.msg}, character {error.pos})"
-            break
-        number += 1
-        fault = row_fault(text[start:end].encode())
-        yield json.dumps(row).encode(), fault and f"row {number} {fault}"
-        start = BETWEEN_ROWS.match(text, end).end()
-    if text.lstrip().startswith("[") and not text.rstrip().endswith("]"):
-        said = said or "its end is missing"
-    if said:
-        left = 1 - len(text[:start].encode()) / len(content)
-        yield b"", f"behind row {number} {said}, and {left:.1%} of the file was not read"
+def _load_source(source: Source, share: float, held_out: int, data: DataArguments) -> Dataset:
+    """All rows of a source, or where they are streamed as many as its share asks for."""
+    # A stream is read from its start. Its last rows are then held out.
+    stream_rows = None
+    if data.dataset_streaming:
+        stream_rows = ceil(share * data.max_train_rows) + held_out
+    # What errors call the source's keys.
+    keys = "dataset_" if data.dataset_mixture is None else "dataset_mixture's "
+    rows = load_rows(
+        source["name"],
+        source["config"],
+        source["split"],
+        source["revision"],
+        stream_rows=stream_rows,
+        keys=keys,
+        salvage=data.dataset_salvage,
+    )
+    if held_out and len(rows) < 2:
+        raise ValueError(
+            f"{source['name']} has {len(rows)} rows, too few to hold one out: give more, or"
+            " eval_dataset_name"
+        )
+    return rows
+
+
+def _check_mixture(sources: list[Source], whole: list[Dataset], train: list[Dataset]) -> None:
+    for source, rows, taken in zip(sources, whole, train):
+        if not len(taken):
+            raise ValueError(
+                f"dataset_mixture: of {source['name']} ({len(rows)} rows, weight"
+                f" {source['weight']:g}) not one row would be taken: raise its weight or"
+                " max_train_rows, or leave it out"
+            )
+
+
+def _load_heldout(data: DataArguments) -> Dataset:
+    """The first `eval_rows` rows of the held-out dataset."""
+    rows = load_rows(
+        data.eval_dataset_name,
+        data.eval_dataset_config,
+        data.eval_dataset_split,
+        data.eval_dataset_revision,
+        stream_rows=data.eval_rows if data.dataset_streaming else None,
+        keys="eval_dataset_",
+        salvage=data.dataset_salvage,
+    )
+    return rows.select(range(min(data.eval_rows, len(rows))))
 
 
 # trl's `get_dataset` takes shares of several datasets by another rule: it rounds each share by
@@ -267,12 +315,3 @@ def take_shares(
     for i in by_remainder[: total - sum(counts)]:
         counts[i] += 1
     return [source.select(range(count)) for source, count in zip(sources, counts)]
-
-
-def rows_hash(rows: Dataset) -> str:
-    """Short SHA-256 of all rows."""
-    # A name would not do: files are edited, and branches on the Hub move.
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(json.dumps(row, default=str).encode())
-    return digest.hexdigest()[:16]

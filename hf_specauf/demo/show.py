@@ -17,17 +17,22 @@ from rich.table import Table
 from rich.text import Text
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..cli import errors_in_one_line, under_new_spelling
+from ..cli import Numbers, check_keys, errors_in_one_line, under_new_spelling
 from ..layouts.load import load_drafter
 from ..serving.acceptance import number
 from ..serving.compare import decoding_config, first_difference, prompt_row, timed, totals
 from ..serving.decoding import AUTO, Attachment, attach
 from ..target import load_target
 from .recording import Recording
-from .smollm2 import fetch_smollm2
+from .smollm2 import smollm2
 from .stream import Answer, AnswerStreamer
 
 SHIPPED = Path(__file__).parents[2] / "model_cards" / "smollm2-135m-instruct__dflash-auf"
+# flags that take a number
+NUMBERS = {
+    # the first token comes from the prefill, so one token says nothing of a drafter
+    "new_tokens": Numbers(2, whole=True),
+}
 PROMPTS = (
     "Write a Python function that checks whether a string is a palindrome. Add a docstring.",
     "Why is the sky blue? Explain it to a child.",
@@ -195,15 +200,14 @@ def main(argv: list[str] | None = None) -> None:
     """Command line of `specauf demo`."""
     parser = command_parser()
     args = parser.parse_args(under_new_spelling(argv))
-    if args.new_tokens < 1:
-        parser.error(f"--new_tokens is {args.new_tokens}; it must be 1 or more")
+    check_keys(args, NUMBERS)
     if args.drafter is None and not (SHIPPED / "config.json").is_file():
         parser.error(
             f"no drafter lies in {SHIPPED}: give --drafter, a folder that `specauf train` made for"
             " this target"
         )
     console = Console()
-    path = args.target or str(fetch_smollm2())
+    path = args.target or str(smollm2())
     target, tokenizer = load_target(path, dtype=getattr(torch, args.dtype))
     drafter = load_drafter(args.drafter or SHIPPED, dtype=target.dtype)
     config = decoding_config(target, args.new_tokens, tokenizer.pad_token_id)

@@ -17,6 +17,7 @@ from ..records import HUB_ID, public, read_record
 from .card_data import on_hub, training_names, with_data
 from .card_evaluation import eval_results, measured_words
 from .card_training import NOT_RECORDED, is_until_fail, training_words
+from .options import check_licence
 
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
 
@@ -136,6 +137,7 @@ def render(
     folder = Path(folder)
     if not HUB_ID.fullmatch(repo):
         raise ValueError(f"repo is {repo!r}; it must be OWNER/NAME")
+    check_licence(licence)
     config = read_config(folder)
     provenance = read(folder, "provenance.json") or {}
     records = [read(folder, path.name) for path in sorted(folder.glob("eval*.json"))]

@@ -4,8 +4,8 @@ import os
 from dataclasses import asdict, dataclass
 
 from ..data.config import SOURCE_DEFAULTS
+from ..data.files import reader_of
 from ..data.on_policy import settings_beside
-from ..data.sources import READERS
 from ..identity import Identity
 from ..records import HUB_ID, public
 
@@ -38,7 +38,7 @@ class NamedData:
 def is_local_data(name: str) -> bool:
     """Whether a name of rows means a file or folder of one machine. `data/rows.jsonl` looks like a
     Hub id, and is none."""
-    if os.path.splitext(name)[1] in READERS or name.startswith(("/", "~", ".")):
+    if reader_of(name) is not None or name.startswith(("/", "~", ".")):
         return True
     return os.path.exists(name)
 

@@ -22,7 +22,7 @@ from .staging import PICKLES, stage
 # What an earlier version of a drafter may have left in its repository, in this form or the other
 REPLACED = ["*.safetensors", "*.index.json", "*.py"]
 REPLACED += ["eval*.json", "*config.json", "*base.json", "provenance.json"]
-# what git allows in a tag's name, and a little less
+# what git allows in the name of a tag or branch, and a little less
 TAG = re.compile(r"\w[\w.+-]*(/\w[\w.+-]*)*")
 
 
@@ -77,6 +77,8 @@ def push(
     options = PublishOptions(**keys)
     if not HUB_ID.fullmatch(repo):
         raise ValueError(f"repo is {repo!r}; it must be OWNER/NAME")
+    if revision and not TAG.fullmatch(revision):
+        raise ValueError(f"--revision {revision!r} is no name that git takes: give one like main")
     if tag:
         check_tag_name(tag, revision)
     api = HfApi(token=options.token)

@@ -1,8 +1,21 @@
 """How a drafter is published, as one object."""
 
+import re
 from dataclasses import dataclass
 
 from transformers import PreTrainedModel
+
+# the form of the Hub's names for licences
+LICENCE = re.compile(r"[a-z0-9][a-z0-9.-]*")
+
+
+def check_licence(licence: str) -> None:
+    """Raise for what the Hub would refuse as a licence's name, after all has been checked."""
+    if not LICENCE.fullmatch(licence):
+        raise ValueError(
+            f"--license {licence!r} is no name that the Hub has for a licence: give one like"
+            " apache-2.0, mit, llama3.1 or other"
+        )
 
 
 @dataclass(frozen=True)
@@ -32,3 +45,6 @@ class PublishOptions:
     allow_unmeasured: bool = False
     token: str | None = None
     target_model: PreTrainedModel | None = None
+
+    def __post_init__(self):
+        check_licence(self.licence)

@@ -1,14 +1,12 @@
 """AUFConfig: the arguments of a training run, checked before anything is loaded."""
 
-import math
-from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
-from typing import Any, NamedTuple
 
 import torch
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
+from ..cli import ONE_OR_MORE, SEED, Numbers, check_keys
 from ..losses.branches import check_domino_keys
 from ..losses.objectives import OBJECTIVES, LossSpec, check_normalisation, find_objective
 
@@ -32,78 +30,8 @@ OPTIMIZER_KEYS = ("optim", "adam_beta1", "adam_beta2", "adam_epsilon")
 USE_FSDP2 = "use FSDP2 (recipes/accelerate/fsdp2.yaml)"
 
 
-class Numbers(NamedTuple):
-    """The numbers that a key may have. NaN and infinity are never among them.
-
-    Attributes:
-        least, most (`float`): they are among them, unless `inside` says that neither is.
-        inside (`bool`): only what lies between them.
-        whole (`bool`): only whole numbers.
-        hint (`str`): what to write instead, where that is no number.
-    """
-
-    least: float
-    most: float = math.inf
-    inside: bool = False
-    whole: bool = False
-    hint: str = ""
-
-    def __contains__(self, value: Any) -> bool:
-        # A bool is an int to Python, and was meant for another key.
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            return False
-        if not math.isfinite(value) or (self.whole and value != int(value)):
-            return False
-        if self.inside:
-            return self.least < value < self.most
-        return self.least <= value <= self.most
-
-    def __str__(self) -> str:
-        kind = "a whole number" if self.whole else "a finite number"
-        if self.inside:
-            bounds = f"above {self.least:g}"
-        else:
-            bounds = f"of at least {self.least:g}"
-        if math.isfinite(self.most):
-            bounds += f" and {'below' if self.inside else 'at most'} {self.most:.10g}"
-        return f"{kind} {bounds}{self.hint}"
-
-
-def check_numbers(arguments: Any, allowed: dict[str, Numbers]) -> None:
-    """Check every key that takes a number; what is left out keeps its default.
-
-    Raises:
-        ValueError: the key, its value, and the numbers it may have.
-    """
-    for key, numbers in allowed.items():
-        value = getattr(arguments, key, None)
-        # Trainer reads numbers from text too.
-        if isinstance(value, str):
-            try:
-                value = float(value)
-            except ValueError:
-                pass
-        if value is not None and value not in numbers:
-            raise ValueError(f"{key} is {value!r}; it must be {numbers}")
-
-
-def check_choices(arguments: Any, allowed: dict[str, Iterable[str]]) -> None:
-    """Check every key that takes one of a few words; what a recipe leaves out keeps its default.
-
-    Raises:
-        ValueError: another word; names the allowed ones.
-    """
-    for key in fields(arguments):
-        value = getattr(arguments, key.name)
-        if key.name in allowed and value not in (key.default, *allowed[key.name]):
-            words = ", ".join(allowed[key.name])
-            raise ValueError(f"{key.name} is {value!r}; it must be one of {words}")
-
-
-ONE_OR_MORE = Numbers(1, whole=True)
 NOT_NEGATIVE = Numbers(0)
 SHARE = Numbers(0, 1)
-SEED = Numbers(0, 2**32 - 1, whole=True)  # numpy takes no other
 # Trainer's own keys among them: it takes most of these numbers, and trains on them, divides by them
 # or ignores them.
 NUMBERS = {
@@ -126,6 +54,7 @@ NUMBERS = {
     "adam_beta2": SHARE,
     "adam_epsilon": NOT_NEGATIVE,
     "max_grad_norm": NOT_NEGATIVE,
+    "lambda_decay_ratio": Numbers(0, 1),
     "gamma": Numbers(0, inside=True, hint=": the weight exp(-(k-1)/gamma) needs gamma > 0"),
     "logging_steps": Numbers(0, inside=True, hint="; logging_strategy: no leaves logs out"),
     "eval_steps": Numbers(0, inside=True, hint="; eval_strategy: no leaves evaluations out"),
@@ -299,7 +228,7 @@ class AUFConfig(TrainingArguments):
         allowed = dict(NUMBERS)
         if self.max_steps == -1:  # Trainer's word for a key that is left out
             del allowed["max_steps"]
-        check_numbers(self, allowed)
+        check_keys(self, allowed)
         find_objective(self.objective)
         check_domino_keys(self.objective, self.normalisation, self.lambda_decay_ratio)
         check_normalisation(self.normalisation)
