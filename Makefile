@@ -9,7 +9,10 @@ OLDEST := .venv-oldest/bin
 quickstart: .venv/installed
 	$(BIN)/python -m hf_specauf.quickstart
 
-test: lint test-newest test-oldest
+# Installing keeps one core busy, so the two environments are made side by side.
+test:
+	$(MAKE) --jobs 2 .venv/tested .venv-oldest/tested
+	$(MAKE) lint test-newest test-oldest
 
 # Each suite is told where the other version is: what is made by one must work on the other. Two test processes keep two
 # cores busy. A file's tests stay together, because they share what is dear to make; files start in their order, because
@@ -26,20 +29,25 @@ lint: .venv/tested
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# A folder, its versions, and what to install there. pip would compile every module to bytecode, which takes longer than
+# the rest of installing; Python compiles the few that are imported by itself.
+define install
+	$(PYTHON) -m venv $(1)
+	$(1)/bin/python -m pip install --quiet --upgrade pip
+	$(1)/bin/python -m pip install --quiet --no-compile --constraint $(2) --editable '$(3)'
+endef
+
 .venv/installed: pyproject.toml .ci/newest.txt
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint .ci/newest.txt --editable .
+	$(call install,.venv,.ci/newest.txt,.)
 	touch $@
 
-.venv/tested: .venv/installed
-	$(BIN)/python -m pip install --quiet --constraint .ci/newest.txt --editable '.[dev]'
-	touch $@
+# all at once, so that pip resolves once
+.venv/tested: pyproject.toml .ci/newest.txt
+	$(call install,.venv,.ci/newest.txt,.[dev])
+	touch .venv/installed $@
 
 .venv-oldest/tested: pyproject.toml .ci/oldest.txt
-	$(PYTHON) -m venv .venv-oldest
-	$(OLDEST)/python -m pip install --quiet --upgrade pip
-	$(OLDEST)/python -m pip install --quiet --constraint .ci/oldest.txt --editable '.[dev]'
+	$(call install,.venv-oldest,.ci/oldest.txt,.[dev])
 	touch $@
 
 clean:
