@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -327,6 +328,23 @@ def test_a_bf16_drafter_casts_fp32_inputs_in_and_its_output_back(row):
         by_hand = drafter(noise.bfloat16(), context.bfloat16()).last_hidden_state
     assert (mixed.dtype, by_hand.dtype) == (torch.float32, torch.bfloat16)
     assert torch.equal(mixed, by_hand.float())
+
+
+def test_norms_under_bf16_autocast_are_taken_in_fp32_without_a_warning(row):
+    drafter = make_drafter(row.target, **BLOCK | {"dtype": torch.float32})
+    norm = drafter.layers[0].self_attn.q_norm
+    torch.nn.init.normal_(norm.weight, 1.0, 0.1)
+    rows = torch.randn(64, norm.weight.numel()).bfloat16()
+    always = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)  # torch would warn once a process, perhaps in another test
+    try:
+        with warnings.catch_warnings(), torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            warnings.simplefilter("error")
+            found = norm(rows)
+            drafter(row.noise[:, :K].float(), row.context[:, :9].float())
+    finally:
+        torch.set_warn_always(always)
+    assert found.dtype == torch.float32 and torch.equal(found, norm(rows.float()))
 
 
 def test_an_fp16_forward_is_refused(row):

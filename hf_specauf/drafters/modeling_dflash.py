@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask
+from torch.nn.functional import rms_norm
 from transformers.modeling_outputs import BaseModelOutput
 
 from .candidates import BlockCandidateGenerator
@@ -23,6 +24,20 @@ from .transformers_internals import (
     the_cache,
     warn_if_newer_than_tested,
 )
+
+
+class RMSNorm(nn.RMSNorm):
+    """torch's, with rows and weight of one dtype.
+
+    Under autocast a projection's rows are bf16 and the weight is fp32. On GPUs autocast then takes
+    the norm in fp32. On CPUs it leaves the two as they are, and torch warns that it has no fused
+    kernel for them. Here both are of the wider dtype everywhere.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalise the last dimension. (..., H) -> (..., H)"""
+        wide = torch.promote_types(x.dtype, self.weight.dtype)
+        return rms_norm(x.to(wide), self.normalized_shape, self.weight.to(wide), self.eps)
 
 
 class RotaryEmbedding(Qwen3RotaryEmbedding):
@@ -60,8 +75,8 @@ class DFlashAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
         self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
-        self.q_norm = nn.RMSNorm(config.head_dim, config.rms_norm_eps)
-        self.k_norm = nn.RMSNorm(config.head_dim, config.rms_norm_eps)
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
     def forward(
         self,
@@ -128,8 +143,8 @@ class DFlashDecoderLayer(GradientCheckpointingLayer):
         super().__init__()
         self.self_attn = DFlashAttention(config, layer_idx)
         self.mlp = Qwen3MLP(config)
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, hidden_states, context, cos, sin, attention_mask=None, cache=None):
         """The block's hidden states, (B, Q, H) -> (B, Q, H); the rest as of
@@ -188,11 +203,11 @@ class DFlashDraftModel(PreTrainedModel):
         super().__init__(config)
         taps = len(config.target_layer_ids)
         self.fc = nn.Linear(taps * config.hidden_size, config.hidden_size, bias=False)
-        self.hidden_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.hidden_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.layers = nn.ModuleList(
             DFlashDecoderLayer(config, i) for i in range(config.num_hidden_layers)
         )
-        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = RotaryEmbedding(config=config)
         self.gradient_checkpointing = False
         self.post_init()
