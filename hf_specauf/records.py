@@ -28,7 +28,7 @@ HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 NOT_PUBLIC = re.compile(
     r"output_dir|run_name|report_to|resume_from_checkpoint|hub_.*|push_to_hub|project|trackio_.*|"
     r"disable_tqdm|.*_logging_dir|save_total_limit|logging_.*|log_level.*|local_rank|_n_gpu|"
-    r"deepspeed_plugin|.*_token|"
+    r"deepspeed_plugin|.*_token|target_states_cache|target_states_cache_gb|"
     # transformers still mirrors this old name of `activation_checkpointing*`
     r"gradient_checkpointing.*"
 )

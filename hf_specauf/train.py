@@ -372,7 +372,13 @@ def measure_decoding(trainer: AUFTrainer, data: DataArguments) -> None:
 @errors_in_one_line()
 def main(argv: list[str] | None = None) -> None:
     """Command line of `specauf train` and of `python -m hf_specauf.train`."""
-    trainer = train(*parse(sys.argv[1:] if argv is None else argv))
+    try:
+        trainer = train(*parse(sys.argv[1:] if argv is None else argv))
+    except KeyboardInterrupt as stop:
+        if not stop.args:  # a second Ctrl-C
+            raise
+        # It is no success: a script must not go on to evaluate.
+        raise SystemExit(f"stopped: {stop}. The same command goes on.") from stop
     if trainer.args.world_size > 1 and trainer.args.device.type == "cpu":
         # torch deadlocks if gloo's thread lets go of the last collective as its group is destroyed.
         time.sleep(0.5)

@@ -1,5 +1,6 @@
 """Token rows: raw rows become them, short ones share one, and several become a batch."""
 
+import hashlib
 from itertools import groupby
 
 import numpy as np
@@ -176,12 +177,35 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> int:
     return 0
 
 
-class RowCollator:
-    """Pads rows; the last gate before training for tokens that would break the masking."""
+def row_key(input_ids, document_ids=None) -> str:
+    """What a row's hidden states depend on, as a hash: its tokens, and where its documents begin.
 
-    def __init__(self, pad_token_id: int, mask_token_id: int):
+    Args:
+        input_ids (`list[int]` or `np.ndarray` of shape `(S,)`).
+        document_ids (the same, *optional*): by default the row is one document.
+    """
+    ids = np.asarray(input_ids, dtype="<i8")
+    digest = hashlib.sha256(f"{len(ids)} tokens".encode())
+    digest.update(ids.tobytes())
+    if document_ids is not None:
+        begins = np.flatnonzero(np.diff(np.asarray(document_ids))) + 1
+        digest.update(begins.astype("<i8").tobytes())
+    return digest.hexdigest()[:32]
+
+
+class RowCollator:
+    """Pads rows; the last gate before training for tokens that would break the masking.
+
+    Args:
+        pad_token_id, mask_token_id (`int`).
+        keyed (`bool`, *optional*, defaults to `False`): also give each row's `row_key`, by which
+            kept hidden states are found.
+    """
+
+    def __init__(self, pad_token_id: int, mask_token_id: int, keyed: bool = False):
         self.pad_token_id = pad_token_id
         self.mask_token_id = mask_token_id
+        self.keyed = keyed
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         length = max(len(row["input_ids"]) for row in rows)
@@ -201,12 +225,15 @@ class RowCollator:
                 f"rows {found} contain the mask token (id {self.mask_token_id}): choose another"
                 " mask_token_id"
             )
-        return {
+        batch = {
             "input_ids": input_ids,
             "supervised": supervised,
             "document_ids": document_ids,
             "row_ids": torch.tensor([row["row"] for row in rows]),  # (B,)
         }
+        if self.keyed:
+            batch["row_keys"] = [row_key(row["input_ids"], row.get("document_ids")) for row in rows]
+        return batch
 
 
 def fill_up(rows: Dataset, multiple: int) -> Dataset:

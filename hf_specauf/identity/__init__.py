@@ -9,6 +9,7 @@ from .fingerprints import (
     embedding_rows,
     target_fingerprint,
     tokenizer_hashes,
+    weights_checksum,
     weights_fingerprint,
 )
 from .origins import Origin, cached_commit, note_origin, origin_of
@@ -32,5 +33,6 @@ __all__ = [
     "tokenizer_hashes",
     "unwrapped",
     "warn",
+    "weights_checksum",
     "weights_fingerprint",
 ]

@@ -50,6 +50,25 @@ def weights_fingerprint(tensors: dict[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
+def weights_checksum(target: PreTrainedModel) -> tuple[str, bool]:
+    """Short SHA-256 of a sum over every weight and buffer as it lies in memory, and whether all of
+    them could be read.
+
+    A fingerprint looks at a few weights of each parameter, and at none of a quantised target. Here
+    all count, because nothing would tell that kept states are those of another target.
+    """
+    digest, complete = hashlib.sha256(), True
+    for name, tensor in innermost(target).state_dict().items():
+        # Offloaded, sharded, or of a class that keeps its numbers to itself.
+        if tensor.is_meta or type(tensor.data) is not torch.Tensor:
+            complete = False
+            continue
+        words = torch.uint8 if tensor.element_size() == 1 else torch.int16
+        total = tensor.reshape(-1).view(words).sum(dtype=torch.int64).item()
+        digest.update(f"{name} {tensor.dtype} {total}".encode())
+    return digest.hexdigest()[:16], complete
+
+
 def _bf16_bytes(tensor: torch.Tensor) -> np.ndarray:
     # As bf16, so that the dtype that a model is loaded in does not matter. numpy knows no bf16.
     return tensor.to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy()

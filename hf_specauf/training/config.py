@@ -68,7 +68,9 @@ NUMBERS = {
     "head_rows_per_chunk": ONE_OR_MORE,
     "eval_prompts": Numbers(0, whole=True),
     "eval_new_tokens": Numbers(0, whole=True),
+    "target_states_cache_gb": Numbers(0, inside=True),
 }
+STATES_DTYPES = {"target_states_cache_dtype": ("auto", "bfloat16")}
 
 
 @dataclass
@@ -138,6 +140,28 @@ class AUFConfig(TrainingArguments):
             "help": (
                 "Spread the target's decoder layers over all processes, where one GPU cannot"
                 " hold it."
+            )
+        },
+    )
+    target_states_cache: str | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "A folder that keeps the target's hidden states of all rows, so that the target"
+                " runs once over each and not at each step. Runs share it. The size is printed"
+                " first."
+            )
+        },
+    )
+    target_states_cache_gb: float = field(
+        default=50, metadata={"help": "The most that this run's rows may take there, in GB."}
+    )
+    target_states_cache_dtype: str = field(
+        default="auto",
+        metadata={
+            "help": (
+                "auto (as the target gives them, so that the loss is the same) or bfloat16, half"
+                " of float32's size; with bf16: true the loss is the same too."
             )
         },
     )
@@ -228,7 +252,7 @@ class AUFConfig(TrainingArguments):
         allowed = dict(NUMBERS)
         if self.max_steps == -1:  # Trainer's word for a key that is left out
             del allowed["max_steps"]
-        check_keys(self, allowed)
+        check_keys(self, allowed, STATES_DTYPES)
         find_objective(self.objective)
         check_domino_keys(self.objective, self.normalisation, self.lambda_decay_ratio)
         check_normalisation(self.normalisation)
@@ -239,6 +263,14 @@ class AUFConfig(TrainingArguments):
             )
         if self.muon_learning_rate is not None:
             self._check_nothing_is_ignored_by_muon()
+        if self.target_states_cache is None:
+            defaults = {field.name: field.default for field in fields(self)}
+            for key in ("target_states_cache_gb", "target_states_cache_dtype"):
+                if getattr(self, key) != defaults[key]:
+                    raise ValueError(
+                        f"{key} is {getattr(self, key)}, and would be ignored without"
+                        " target_states_cache: give the folder, or remove the key"
+                    )
 
     def _check_nothing_is_ignored_by_muon(self) -> None:
         defaults = {field.name: field.default for field in fields(self)}

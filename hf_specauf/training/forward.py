@@ -12,6 +12,7 @@ from ..losses.branches import branch_losses
 from ..losses.head_loss import HeadLoss
 from ..losses.objectives import LossSpec
 from ..target import FrozenTarget
+from ..target_states.kept import KeptStates
 from .config import AUFConfig
 
 
@@ -30,10 +31,17 @@ class BlockForward:
         target (`FrozenTarget`): lends hidden states, embeddings and head.
         config (`DFlashConfig`): the drafter's.
         args (`AUFConfig`): its seed decides which anchors are drawn.
+        kept (`KeptStates`, *optional*): where hidden states are read instead.
     """
 
-    def __init__(self, target: FrozenTarget, config: DFlashConfig, args: AUFConfig):
-        self.target, self.config = target, config
+    def __init__(
+        self,
+        target: FrozenTarget,
+        config: DFlashConfig,
+        args: AUFConfig,
+        kept: KeptStates | None = None,
+    ):
+        self.target, self.config, self.kept = target, config, kept
         self.seed = args.seed if args.data_seed is None else args.data_seed
 
     def __call__(
@@ -57,8 +65,7 @@ class BlockForward:
             every_prediction (`bool`, *optional*): also predict valid slots that are not supported.
         """
         blocks = self._draw_blocks(inputs, step, anchors_per_row)
-        packing = row_inputs(inputs["document_ids"])
-        context = self.target.context(inputs["input_ids"], **packing)  # (B, S, L * H)
+        context = self._context(inputs)
         previous = None
         if self.config.reads_previous_tokens:
             previous = self.target.noise_embeds(blocks.previous_ids)  # (B, N, P, H)
@@ -81,6 +88,11 @@ class BlockForward:
         )
         final, base = output.reduced
         return BatchLosses(blocks.valid, final, base)
+
+    def _context(self, inputs: dict) -> torch.Tensor:  # (B, S, L * H)
+        if self.kept is not None:
+            return self.kept.context(inputs["row_keys"], inputs["input_ids"])
+        return self.target.context(inputs["input_ids"], **row_inputs(inputs["document_ids"]))
 
     def _draw_blocks(self, inputs: dict, step: int, anchors_per_row: int) -> Blocks:
         """The blocks that this step has in these rows."""

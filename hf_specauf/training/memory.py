@@ -7,6 +7,8 @@ import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch.distributed.tensor import DTensor
 
+from ..data.rows import row_key
+
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's part of a sharded tensor."""
@@ -50,7 +52,8 @@ def _longest_rows(trainer) -> dict[str, torch.Tensor]:
     """A micro-batch of the longest row there is, without `supervised`."""
     device, rows = trainer.args.device, trainer.args.per_device_train_batch_size
     longest = int(trainer.train_dataset.with_format("numpy")["length"][:].argmax())
-    ids = torch.tensor([trainer.train_dataset[longest]["input_ids"]], device=device)
+    row = trainer.train_dataset[longest]
+    ids = torch.tensor([row["input_ids"]], device=device)
     ids = ids.expand(rows, -1)  # (B, S)
     document_ids = torch.zeros_like(ids)
     if rows > 1:
@@ -58,7 +61,13 @@ def _longest_rows(trainer) -> dict[str, torch.Tensor]:
         # memory
         document_ids[0, -1] = -1
     row_ids = torch.zeros(rows, dtype=torch.long, device=device)
-    return {"input_ids": ids, "document_ids": document_ids, "row_ids": row_ids}
+    keys = [row_key(row["input_ids"], row.get("document_ids"))] * rows
+    return {
+        "input_ids": ids,
+        "document_ids": document_ids,
+        "row_ids": row_ids,
+        "row_keys": keys,
+    }
 
 
 def _fits(trainer, model, inputs: dict[str, torch.Tensor], anchors: int) -> bool:

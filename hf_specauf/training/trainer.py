@@ -35,6 +35,7 @@ from ..layouts.adapters import AdapterBase
 from ..losses.blocks import EVALUATION_STEP
 from ..losses.branches import BranchBalance, branch_denominators, row_loss_terms
 from ..target import FrozenTarget
+from ..target_states.kept import KeptStates
 from . import preflight
 from .callbacks import InterruptCallback, TauProgressCallback
 from .checkpoints import DrafterCheckpoints, shard_again
@@ -111,7 +112,8 @@ class AUFTrainer(DrafterCheckpoints, Publishing, Trainer):
         self.block_size = config.block_size
         self.loss_spec = args.loss_spec(config.block_size)
         self.target = FrozenTarget(target_model, config)
-        self.forward_blocks = BlockForward(self.target, config, args)
+        self.kept_states = kept = KeptStates.of(self.target, args)
+        self.forward_blocks = BlockForward(self.target, config, args, kept)
         self.adapter_base, self.peft_config = adapter_base, peft_config
         if peft_config is not None:
             # before PEFT changes the drafter: the base is the drafter as it was loaded
@@ -123,15 +125,14 @@ class AUFTrainer(DrafterCheckpoints, Publishing, Trainer):
             if train_dataset is not None:
                 rows = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
                 train_dataset = fill_up(train_dataset, rows)
+        pad = pad_token_id(processing_class, config.vocab_size)
         self._interrupt = InterruptCallback()  # read in training_step, so that all ranks agree
         super().__init__(
             model=model,
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            data_collator=RowCollator(
-                pad_token_id(processing_class, config.vocab_size), config.mask_token_id
-            ),
+            data_collator=RowCollator(pad, config.mask_token_id, keyed=kept is not None),
             compute_metrics=evaluation_metrics,
             callbacks=[self._interrupt, *(callbacks or [])],
         )
@@ -193,6 +194,8 @@ class AUFTrainer(DrafterCheckpoints, Publishing, Trainer):
         # gradient.
         self._untried_memory = self.args.device.type != "cpu" and not self.is_deepspeed_enabled
         self._clear_unfinished()
+        if self.kept_states is not None:
+            self.kept_states.fill(self.train_dataset, self.eval_dataset)
         shard_again(self.model)
         try:
             return super().train(*args, **kwargs)
@@ -375,6 +378,8 @@ class AUFTrainer(DrafterCheckpoints, Publishing, Trainer):
 
     def evaluation_loop(self, dataloader, *args, metric_key_prefix="eval", **kwargs):
         """Trainer's loop, then tau by real decoding of a few held-out prompts."""
+        if self.kept_states is not None:  # of rows that were given only now
+            self.kept_states.fill(dataloader.dataset)
         output = super().evaluation_loop(
             dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs
         )
