@@ -297,7 +297,7 @@ def test_the_command_line_fails_in_one_clear_line(folders, tmp_path):
     [
         (dict(drafter="target"), "target says nothing about block_size.*it is not a DFlash drafter"),
         (dict(drafter="empty"), "empty"),
-        (dict(dtype="bf16"), "dtype is 'bf16'; it must be auto"),
+        (dict(dtype="bf16"), "dtype is 'bf16'; it must be one of auto"),
         (dict(draft_length=K), r"must be in 1\.\.3"),
         (dict(prompts="columns.jsonl"), "none of `messages`, `conversations`"),
         (

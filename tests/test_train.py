@@ -71,7 +71,8 @@ def test_rows_that_are_held_out_are_not_trained_on(command, files, tmp_path, cap
 
 def rows_in_every_format(count: int = 24) -> dict[str, list[dict]]:
     """The same conversations in every format, and their answers as text."""
-    pairs = [(f"What is {i}?", "It is " + " ".join("the quick brown fox".split()[: 1 + i % 4])) for i in range(count)]
+    fox = "the quick brown fox".split()
+    pairs = [(f"What is {i}?", f"It is {' '.join(fox[: 1 + i % 4])} {i}") for i in range(count)]
     return {
         "messages": [
             {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]} for q, a in pairs
@@ -97,7 +98,7 @@ def test_every_format_as_a_file_becomes_a_drafter(command, tmp_path, capsys, for
     printed = capsys.readouterr().out
     kind = {"sharegpt": "conversations"}.get(form, form)
     assert f"22 rows of {kind} -> 22 token rows" in printed and "⟦It is the" in printed
-    assert form == "text" or "<|user|>What is 0?<|end|><|assistant|>⟦It is the<|end|>⟧" in printed
+    assert form == "text" or "<|user|>What is 0?<|end|><|assistant|>⟦It is the 0<|end|>⟧" in printed
     assert "the target's own first choice on" in printed
     assert strict((tmp_path / "out" / "provenance.json").read_text())["rows"] == 22
 
