@@ -14,6 +14,7 @@ real decoding in fp32. tau at T = 1, tokens/s and whether outputs are equal come
 """
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -106,15 +107,15 @@ def settings_of(name: str, seed: int, args: argparse.Namespace) -> dict:
     return settings | {"overrides": args.override}
 
 
-def training_words(leg: Leg, seed: int, bench: Bench, out: Path) -> list[str]:
-    """The words of `python -m hf_specauf.train` for a leg."""
+def training_words(leg: Leg, seed: int, bench: Bench) -> list[str]:
+    """The words of `python -m hf_specauf.train` for a leg, but for its output_dir."""
     args = bench.args
     steps = args.steps * leg.longer
     every = max(steps // POINTS, 1)
     on_cpu = args.device == "cpu"
     keys = dict(
         config=leg.recipe, target=args.target, target_dtype=args.dtype, dataset_name=bench.training_file(leg.data),
-        max_train_rows=args.rows, eval_rows=HELD_OUT_ROWS, output_dir=out, objective=leg.objective,
+        max_train_rows=args.rows, eval_rows=HELD_OUT_ROWS, objective=leg.objective,
         block_size=leg.block_size, seed=seed, max_steps=steps, eval_steps=every, save_steps=every, eval_prompts=0,
         use_cpu=on_cpu, bf16=args.bf16, disable_tqdm=True, report_to="none", resume_from_checkpoint=True,
     )  # fmt: skip
@@ -248,8 +249,11 @@ def decoded(drafter: PreTrainedModel, bench: Bench) -> dict[str, dict]:
 def run(name: str, seed: int, bench: Bench) -> dict:
     """Train and measure one leg -> its record."""
     args, leg = bench.args, LEGS[name]
-    out = args.work / "runs" / f"{name}-k{leg.block_size}-{args.steps * leg.longer}-{args.rows}-seed{seed}"
-    words = training_words(leg, seed, bench, out)
+    words = training_words(leg, seed, bench)
+    # A run of other keys has a folder of its own.
+    digest = hashlib.sha256(command(words, args).encode()).hexdigest()[:8]
+    out = args.work / "runs" / f"{name}-seed{seed}-{digest}"
+    words += ["--output_dir", str(out)]
     provenance = train(words, out)
     rows = rows_of(words, bench)
     points = curve(provenance["history"], rows["anchors_per_step"])
