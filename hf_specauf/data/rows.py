@@ -48,6 +48,7 @@ def prepare_rows(
     block_size: int,
     mask_token_id: int,
     chat_template_kwargs: dict | None = None,
+    placeholders: dict[int, str] | None = None,
     num_proc: int | None = None,
     packing: bool = False,
     verbose: bool = True,
@@ -58,14 +59,16 @@ def prepare_rows(
     Text is cut into rows of `max_length` tokens, every token supervised. Conversations are rendered
     by the target's own template and cut at `max_length`; only what the assistant wrote is
     supervised. Rows of no use (no assistant turn, refused by the template, a prompt as long as the
-    row, fewer than two supervised tokens in a row, the mask token in it) are left out and counted
-    by reason, with the first row of each.
+    row, fewer than two supervised tokens in a row, the mask token or a placeholder in it) are left
+    out and counted by reason, with the first row of each.
 
     Before each answer stand the ids that serving gives to the target. A conversation becomes
     several rows where one cannot hold all answers so.
 
     Args:
         datasets (`Dataset` or `list[Dataset]`): one source or several, each in a format of its own.
+        placeholders (`dict[int, str]`, *optional*): of a target that also sees images, see
+            `placeholder_tokens`.
         num_proc (`int`, *optional*): processes that tokenize; the result is cached by `datasets`
             either way.
         packing (`bool`, *optional*, defaults to `False`): put several short rows into one of up to
@@ -83,7 +86,9 @@ def prepare_rows(
         for dataset in datasets
     ]
     rows = concatenate_datasets(encoded)
-    found = Findings.of(rows, [len(part) for part in encoded], mask_token_id, num_proc)
+    found = Findings.of(
+        rows, [len(part) for part in encoded], mask_token_id, num_proc, placeholders or {}
+    )
     sizes = [len(dataset) for dataset in datasets]
     refuse_unusable(found, sizes, max_length, block_size, mask_token_id)
     if verbose:
