@@ -84,8 +84,7 @@ class AUFTrainer(DrafterCheckpoints, Publishing, Trainer):
             checkpoint; by default the drafter, under the name it was loaded by.
 
     Raises:
-        ValueError: whatever would train a drafter that silently accepts nothing; see
-            `preflight` and `prepare_rows`.
+        ValueError: what would silently accept nothing; see `preflight` and `prepare_rows`.
     """
 
     # Trainer would divide each micro-batch's loss by their number; training_step divides once.
@@ -159,6 +158,7 @@ class AUFTrainer(DrafterCheckpoints, Publishing, Trainer):
             block_size=self.block_size,
             mask_token_id=self.drafter_config.mask_token_id,
             chat_template_kwargs=self.drafter_config.chat_template_kwargs,
+            placeholders=self.target.placeholders,
         )
 
     def _place_target(self, rows: Dataset) -> None:
