@@ -2,6 +2,7 @@
 lends to a drafter (noise embeddings, tapped hidden states, head). Its weights are never changed."""
 
 import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,7 @@ from peft import PeftModel
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .drafters import DRAFTERS
 from .drafters.candidates import apply_head, device_of, embed_noise
@@ -30,20 +25,27 @@ from .identity import (
     innermost,
     note_origin,
 )
+from .identity.multimodal import (
+    check_is_no_placeholder,
+    load_language_model,
+    load_tokenizer,
+    on_all_axes,
+    placeholder_tokens,
+)
 
 # ---- loading
 
 
 def load(
-    auto_class: Any, key: str, name_or_path: str, revision: str | None = None, **kwargs
+    from_pretrained: Callable, key: str, name_or_path: str, revision: str | None = None, **kwargs
 ) -> Any:
-    """`from_pretrained` of an Auto class.
+    """What a `from_pretrained` gives.
 
     Raises:
         OSError: nothing loadable is there; names the `key` that asked for it.
     """
     try:
-        return auto_class.from_pretrained(name_or_path, revision=revision, **kwargs)
+        return from_pretrained(name_or_path, revision=revision, **kwargs)
     except OSError as error:
         at = f" at revision {revision}" if revision else ""
         raise OSError(
@@ -81,7 +83,8 @@ def check_device(device: str) -> None:
 def load_target(
     name_or_path: str, revision: str | None = None, key: str = "target", **kwargs
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal LM in its stored dtype, unless told otherwise, and its tokenizer.
+    """A causal LM in its stored dtype, unless told otherwise, and its tokenizer. Of a checkpoint
+    that also sees images, all is loaded, and the text is used.
 
     Args:
         name_or_path (`str`): Hub id or folder.
@@ -94,12 +97,10 @@ def load_target(
         ValueError: a folder was given a revision.
     """
     check_revision(key, name_or_path, revision)
-    trust_remote_code = kwargs.get("trust_remote_code", False)
-    tokenizer = load(
-        AutoTokenizer, key, name_or_path, revision, trust_remote_code=trust_remote_code
-    )
+    trust = {"trust_remote_code": kwargs.get("trust_remote_code", False)}
+    tokenizer = load(load_tokenizer, key, name_or_path, revision, **trust)
     kwargs = {"dtype": "auto"} | kwargs
-    model = load(AutoModelForCausalLM, key, name_or_path, revision, **kwargs)
+    model = load(load_language_model, key, name_or_path, revision, **kwargs)
     note_origin(model, Origin(name_or_path, cached_commit(name_or_path, revision)))
     return model.eval(), tokenizer
 
@@ -108,8 +109,9 @@ def decoder_layers(target: PreTrainedModel) -> nn.ModuleList:
     """The target's list of decoder layers."""
     target = innermost(target)
     depth = target.config.get_text_config(decoder=True).num_hidden_layers
-    # Architectures give the list different names. Its length is what they have in common.
-    for module in target.base_model.modules():
+    # Architectures give the list different names. Its length is what they have in common. Beside
+    # the decoder a vision tower may have a list as long.
+    for module in target.get_decoder().modules():
         if isinstance(module, nn.ModuleList) and len(module) == depth:
             return module
     raise ValueError(
@@ -153,6 +155,9 @@ def default_mask_token_id(target: PreTrainedModel, tokenizer: PreTrainedTokenize
         return tokenizer.mask_token_id
     # The ids may have holes, so that the tokenizer's length may be an id in use.
     unused = max(tokenizer.get_vocab().values()) + 1
+    # A config may name placeholders of images that the tokenizer does not know.
+    while unused in placeholder_tokens(innermost(target).config):
+        unused += 1
     if unused < embedding_rows(target):
         return unused
     raise ValueError(
@@ -187,8 +192,12 @@ def drafter_config(
         kind (`str`, *optional*, defaults to `dflash`): a drafter of the table `DRAFTERS`.
         own_keys (`dict`, *optional*): values of that drafter's own keys, e.g. of Domino's causal
             head; by default the published ones.
+
+    Raises:
+        ValueError: the mask token stands for an image, a video or a sound.
     """
     target = innermost(target)
+    check_is_no_placeholder(mask_token_id, target.config)
     identity = Identity.of(target, tokenizer, revision=target_revision)
     keys = identity.config_keys() | _widths(target.config.get_text_config(decoder=True))
     if intermediate_size:
@@ -256,6 +265,7 @@ class FrozenTarget:
         self.backbone = self.model.base_model
         self.embedding = self.model.get_input_embeddings()
         self.head = self.model.get_output_embeddings()
+        self.placeholders = placeholder_tokens(self.model.config)
 
     @torch.no_grad()
     def noise_embeds(self, noise_ids: torch.Tensor) -> torch.Tensor:
@@ -299,7 +309,9 @@ class FrozenTarget:
         never the head, and it keeps the taps alone. `attention_mask` or `position_ids` as from
         `blocks.row_inputs`."""
         # Some backbones have no such argument (BLOOM). Only packed rows need it.
-        positions = {} if position_ids is None else {"position_ids": position_ids}
+        positions = {}
+        if position_ids is not None:
+            positions["position_ids"] = on_all_axes(position_ids, self.model.config)
         # State 0 is the embedding, so the output of layer i is state i + 1.
         taps = [i + 1 for i in self.target_layer_ids]
         states = self.backbone(
@@ -333,6 +345,8 @@ class FrozenTarget:
 
         Not the head's alone, after which some targets scale or cap them (vllm-project/vllm#52158).
         """
+        if "position_ids" in inputs:
+            inputs["position_ids"] = on_all_axes(inputs["position_ids"], self.model.config)
         kept = {}
         if "logits_to_keep" in inspect.signature(self.model.forward).parameters:
             # The logits of a whole text would fill the memory.
@@ -386,12 +400,18 @@ class FrozenTarget:
 
             return hook
 
-        layers = decoder_layers(self.model)
-        handles = [layers[i].register_forward_hook(keep(i)) for i in self.target_layer_ids]
+        layers = decoder_layers(self.model)[: self.target_layer_ids[-1] + 1]
+        handles = [layer.register_forward_hook(keep(i)) for i, layer in enumerate(layers)]
         try:
             context = self.context(probe_ids)
         finally:
             for handle in handles:
                 handle.remove()
+        for i in range(len(layers)):
+            if i not in outputs:
+                raise ValueError(
+                    f"{type(self.model).__name__} skips decoder layer {i} on text, as it is for"
+                    " images, and taps behind it are other layers'. Choose another target."
+                )
         hooked = [outputs[i].to(context.device) for i in self.target_layer_ids]
         return torch.cat(hooked, dim=-1), context

@@ -25,6 +25,7 @@ from .data.rows import prepare_rows, show_row
 from .data.sources import load_data
 from .drafters.configuration_dflash import DFlashConfig
 from .identity import Identity
+from .identity.multimodal import auto_class, placeholder_tokens
 from .layouts.adapters import AdapterBase, borrow
 from .layouts.load import load_drafter
 from .recipe import DrafterArguments, TargetArguments, parse
@@ -62,7 +63,15 @@ def train(
     identity = Identity.of(target, tokenizer, revision=target_args.target_revision)
     drafter, base = start_drafter(draft, target, tokenizer, identity, args.seed)
     with first_process_first():  # it writes the cache of `datasets`, which the others read
-        rows, heldout = token_rows(train_rows, heldout, tokenizer, drafter.config, data, args)
+        rows, heldout = token_rows(
+            train_rows,
+            heldout,
+            tokenizer,
+            drafter.config,
+            data,
+            args,
+            placeholder_tokens(target.config),
+        )
     drafter.set_attn_implementation(draft.draft_attn_implementation)
     trainer = AUFTrainer(
         model=drafter,
@@ -192,8 +201,10 @@ def token_rows(
     config: DFlashConfig,
     data: DataArguments,
     args: AUFConfig,
+    placeholders: dict[int, str],
 ) -> tuple[Dataset, Dataset | None]:
-    """Raw rows of `load_data` -> (training, held-out) token rows for a drafter of this config."""
+    """Raw rows of `load_data` -> (training, held-out) token rows for a drafter of this config and a
+    target with these placeholders."""
     for source, rows in zip(data.sources(), train):
         check_settings(source["name"], rows, tokenizer, config.chat_template_kwargs)
     # Held-out rows that were taken from the sources are checked with them.
@@ -205,6 +216,7 @@ def token_rows(
         "mask_token_id": config.mask_token_id,
         "vocab_size": config.vocab_size,
         "chat_template_kwargs": config.chat_template_kwargs,
+        "placeholders": placeholders,
         "num_proc": data.dataset_num_proc,
     }
     verbose = args.process_index == 0
@@ -290,11 +302,12 @@ def provenance(
     on_policy: dict[str, Any],
 ) -> dict[str, Any]:
     """What was run, on what, from what, and what came of it; cards are rendered from it."""
-    dtype = str(trainer.target.model.dtype).removeprefix("torch.")
+    target = trainer.target.model
+    dtype = str(target.dtype).removeprefix("torch.")
     log = trainer.state.log_history
     return {
         "recipe": recipe,
-        "target": identity.record() | {"dtype": dtype},
+        "target": identity.record() | {"dtype": dtype, "auto_class": auto_class(target)},
         "environment": environment(),
         "started": started.isoformat(timespec="seconds"),
         "seconds": round((datetime.now(UTC) - started).total_seconds(), 1),

@@ -100,11 +100,24 @@ GOLDEN = {
         "<|end|>⟧<|start|>user<|message|>And the sheep?<|end|><|start|>assistant⟦<|channel|>analysis<|message|>Sheep."
         "<|end|><|start|>assistant<|channel|>final<|message|>They sleep.<|return|>⟧",
     ),
+    "smolvlm": (
+        "smolvlm.jinja", ["<|im_start|>", "<end_of_utterance>"], {}, MESSAGES,
+        "<|im_start|>System: Be brief.<end_of_utterance>\nUser: What does the fox do?<end_of_utterance>\nAssistant:"
+        "⟦ It jumps.<end_of_utterance>⟧\nUser: And the sheep?<end_of_utterance>\nAssistant:"
+        "⟦ They sleep.<end_of_utterance>⟧\n",
+    ),
+    "llava-next": (
+        "llava_next.jinja", ["<s>", "</s>"], {}, MESSAGES,
+        "<<SYS>>\nBe brief.\n<</SYS>>\n\n[INST] What does the fox do? [/INST]⟦ It jumps.</s>⟧ [INST] And the sheep?"
+        " [/INST]⟦ They sleep.</s>⟧ ",
+    ),
     "chatml": (
         CHATML, ["<|endoftext|>", "<|im_end|>", "<|im_start|>"], {}, MESSAGES,
         QWEN3.format("⟦", "⟦"),
     ),
 }  # fmt: skip
+
+READ_PARTS = ("smolvlm", "llava_next")  # of the content of a turn, and no plain text
 
 
 def model_tokenizer(template: str, special: list[str]):
@@ -114,6 +127,13 @@ def model_tokenizer(template: str, special: list[str]):
     tokenizer.bos_token, tokenizer.eos_token = special[:2]
     tokenizer.chat_template = (SHIPPED / template).read_text() if template.endswith(".jinja") else template
     return tokenizer
+
+
+def given(tokenizer, turns: list[dict]) -> list[dict]:
+    """Turns in the form in which a user gives them to a tokenizer's template."""
+    if tokenizer.chat_template not in [(SHIPPED / f"{name}.jinja").read_text() for name in READ_PARTS]:
+        return turns
+    return [turn | {"content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
 
 
 def encoded_rows(tokenizer, row: dict, kwargs: dict | None = None, max_length: int = 1000) -> list[dict]:
@@ -153,7 +173,8 @@ def test_supervision_starts_where_serving_hands_over_to_the_target(case):
     template, special, kwargs, messages, _ = GOLDEN[case]
     tokenizer = model_tokenizer(template, special)
     row = encoded(tokenizer, {"messages": messages[:3]}, kwargs)
-    prompt = tokenizer.apply_chat_template(messages[:2], add_generation_prompt=True, return_dict=True, **kwargs)
+    turns = given(tokenizer, messages[:2])
+    prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True, **kwargs)
     size = len(prompt["input_ids"])
     assert row["input_ids"][:size] == prompt["input_ids"]
     assert row["supervised"][:size] == [0] * size and row["supervised"][size] == 1
@@ -357,7 +378,10 @@ UNUSABLE = {
     "it has no turns": {"messages": []},
     "it has no assistant turn": {"messages": [{"role": "system", "content": "Be brief."}]},
     "a turn lacks its role or content": {"messages": [{"role": "user"}, A]},
-    "a turn holds more than text": {"messages": [{"role": "user", "content": [{"type": "image"}]}, A]},
+    "a turn holds more than text ('image'): drafting is for text alone": {
+        "messages": [{"role": "user", "content": [{"type": "image"}]}, A]
+    },
+    "its column 'images' is filled: drafting is for text alone": {"messages": [Q, A], "images": ["a.jpg"]},
     "its columns are empty": {"messages": None},
     "its tools are not JSON": {"messages": [Q, A], "tools": "[{"},
     "a tool call's arguments are not JSON": {
@@ -380,6 +404,7 @@ def test_a_row_of_no_use_says_why_and_gives_no_tokens(reason):
 
 def prompts(tokenizer, turns: list[dict], kwargs: dict) -> list[list[int]]:
     """What serving gives to the target before each answer."""
+    turns = given(tokenizer, turns)
     return [
         tokenizer.apply_chat_template(turns[:i], add_generation_prompt=True, **kwargs)["input_ids"]
         for i, turn in enumerate(turns)
@@ -402,7 +427,7 @@ for turn, thought in ((2, "Foxes."), (4, "Sheep.")):
     IN_CONTENT[turn]["content"] = f"<think>\n{thought}\n</think>\n\n{MESSAGES[turn]['content']}"
 FAMILIES = [
     "qwen3", "qwen3_5_think", "qwen3_5_nothink", "deepseek_r1_distill", "deepseekv3", "nemotron_3_nano", "glm4moe",
-    "gemma4_v5", "gptoss", "cohere", "llama3_1",
+    "gemma4_v5", "gptoss", "cohere", "llama3_1", "qwen2_5_vl", "smolvlm",
 ]  # fmt: skip
 
 

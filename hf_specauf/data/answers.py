@@ -12,7 +12,8 @@ from transformers import (
 )
 from trl.chat_template_utils import add_response_schema, parse_response
 
-from ..identity import embedding_rows
+from ..identity import embedding_rows, innermost
+from ..identity.multimodal import placeholder_tokens
 from ..target import default_mask_token_id
 from .conversation import Answer, Conversation, Sampling, prompt_ids
 from .rows import pad_token_id
@@ -46,10 +47,13 @@ def generation_config(
         bos_token_id=target.generation_config.bos_token_id,
         **sampled,
     )
+    # Nor placeholders of images, which no drafter is taught.
+    suppressed = [*placeholder_tokens(innermost(target).config)]
     try:
-        config.suppress_tokens = [default_mask_token_id(target, tokenizer)]
+        suppressed.append(default_mask_token_id(target, tokenizer))
     except ValueError:  # every row of the embedding is a word's: there is no mask token to suppress
         pass
+    config.suppress_tokens = suppressed or None
     return config
 
 

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .messages import (
     UnusableRow,
+    apply_template,
     chat_messages,
     row_format,
     row_text,
@@ -205,9 +206,10 @@ def prompt_ids(
     try:
         if conversation.tools is not None:
             warn_of_unseen_tools(tokenizer)
-        encoded = tokenizer.apply_chat_template(
+        encoded = apply_template(
+            tokenizer,
             conversation.history,
-            tools=conversation.tools,
+            conversation.tools,
             add_generation_prompt=True,
             return_dict=True,
             **(kwargs or {}),
@@ -223,7 +225,7 @@ def chat_end(tokenizer: PreTrainedTokenizerBase, kwargs: dict | None) -> int | N
     said = "Abracadabra"
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": said}]
     try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False, **(kwargs or {}))
+        text = apply_template(tokenizer, turns, tokenize=False, **(kwargs or {}))
     except Exception:  # no template, or one that does not like these turns
         return None
     _, found, behind = text.rpartition(said)

@@ -51,6 +51,27 @@ def supervised_spans(mask: list[int]) -> list[tuple[int, int]]:
     return spans
 
 
+def was_cut(part: dict) -> bool:
+    """Whether a row or a turn says that its answer was cut, by `regenerate`'s key or in a server's
+    words. A cut answer has no end that a drafter could learn (speculators#835)."""
+    metadata = part.get("metadata")
+    if not isinstance(metadata, dict):
+        metadata = {}
+    reasons = (part.get("finish_reason"), metadata.get("finish_reason"))
+    return part.get("truncated") is True or "length" in reasons
+
+
+def cut_turns(row: dict, turns: list[dict]) -> dict[int, dict]:
+    """The assistant's turns that were cut, by their numbers."""
+    answers = {i: turn for i, turn in enumerate(turns) if turn["role"] == "assistant"}
+    cut = {i: turn for i, turn in answers.items() if was_cut(turn)}
+    # A row's own mark is about its last answer.
+    if was_cut(row):
+        last = max(answers)
+        cut[last] = answers[last]
+    return cut
+
+
 @dataclass(frozen=True)
 class AnswerEnds:
     """Where the target's own words end in a supervised span, which a template has closed.
@@ -160,12 +181,14 @@ class Findings:
         mask_token_id: int,
         vocab_size: int,
         num_proc: int | None,
+        placeholders: dict[int, str],
     ) -> "Findings":
         """Look at the encoded rows of all sources, one source after the other.
 
         Args:
             sizes (`list[int]`): encoded rows of each source.
             vocab_size (`int`): rows of the target's embedding.
+            placeholders (`dict[int, str]`): tokens that stand for what is no text, and for what.
         """
 
         def measure(batch: dict, made_by: dict) -> dict:
@@ -178,6 +201,10 @@ class Findings:
                     any(not 0 <= token < vocab_size for token in ids) for ids in batch["input_ids"]
                 ],
                 "digest": [token_digest(ids) for ids in batch["input_ids"]],
+                "placeholder": [
+                    next((placeholders[token] for token in ids if token in placeholders), "")
+                    for ids in batch["input_ids"]
+                ],
             }
 
         measured = rows.map(
@@ -194,6 +221,7 @@ class Findings:
         # a [PAD] that somebody added, for instance.
         is_foreign = columns.pop("is_foreign")
         reason[is_foreign] = f"a token of it is none of the target's {vocab_size}"
+        placeholder = columns.pop("placeholder").astype(object)
         refused = reason != ""
         # The smallest row that teaches anything: a token of context, an anchor and its label.
         keep = (columns["run"] >= 2) & (columns["tokens"] >= 3) & ~is_foreign
@@ -201,6 +229,10 @@ class Findings:
         # A real token would look like a slot to fill.
         reason[columns["has_mask"]] = f"the mask token (id {mask_token_id}) occurs in it"
         keep &= ~columns["has_mask"]
+        # The target would see an image there in serving, and sees none here.
+        for i in np.flatnonzero(placeholder != ""):
+            reason[i] = f"the target's placeholder of {placeholder[i]} occurs in it"
+        keep &= placeholder == ""
         dataset = np.repeat(np.arange(len(sizes)), sizes)
         return cls(dataset=dataset, reason=reason, refused=refused, keep=keep, **columns)
 

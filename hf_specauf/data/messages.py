@@ -5,6 +5,7 @@ import json
 import re
 import warnings
 from copy import copy
+from functools import lru_cache
 
 from transformers import PreTrainedTokenizerBase
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
@@ -31,6 +32,10 @@ ROLES = {
 }
 # Templates pass over turns of any other role without a word.
 TEMPLATE_ROLES = ("system", "developer", "user", "assistant", "tool")
+
+# Columns in which conversations keep what their turns only point to.
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+TEXT_ALONE = "drafting is for text alone"
 
 # Servers and templates differ in the name of a turn's thought.
 THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")
@@ -103,9 +108,12 @@ def chat_messages(row: dict) -> list[dict]:
     joined where all of it is text. The turns may be written as JSON text.
 
     Raises:
-        UnusableRow: there is no turn, one is not text, or one has a role that templates would pass
-            over.
+        UnusableRow: there is no turn, one is not text alone, or one has a role that templates would
+            pass over.
     """
+    for column in MEDIA:
+        if row.get(column):
+            raise UnusableRow(f"its column {column!r} is filled: {TEXT_ALONE}")
     # By the columns that this row fills: a file of several formats has the columns of all.
     kind = row_format([column for column, value in row.items() if value is not None])
     if kind == "alpaca":
@@ -179,8 +187,10 @@ def _turn_text(content: str | list | None) -> str:
         raise UnusableRow("a turn holds more than text")
     texts = []
     for part in content:
-        is_text = isinstance(part, dict) and part.get("type") == "text"
-        if not (is_text and isinstance(part.get("text"), str)):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind not in (None, "text"):
+            raise UnusableRow(f"a turn holds more than text ({str(kind)[:40]!r}): {TEXT_ALONE}")
+        if kind is None or not isinstance(part.get("text"), str):
             raise UnusableRow("a turn holds more than text")
         texts.append(part["text"])
     return "".join(texts)
@@ -252,6 +262,45 @@ def warn_of_unseen_tools(tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
+# Words that no template writes of itself.
+PROBE = [{"role": "user", "content": "Abracadabra"}, {"role": "assistant", "content": "Hocuspocus"}]
+
+
+@lru_cache(maxsize=8)
+def wants_parts(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
+    """Whether a chat template reads the content of a turn in parts alone. SmolVLM's, for instance,
+    writes nothing of a content that is a plain string."""
+
+    def shows(turns: list[dict]) -> bool:
+        try:
+            text = tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False)
+        except Exception:  # a template raises what its author likes
+            return False
+        return all(turn["content"] in text for turn in PROBE)
+
+    return not shows(PROBE) and shows(in_parts(PROBE))
+
+
+def in_parts(turns: list[dict]) -> list[dict]:
+    """Turns whose content is a list of one part, of type `text`."""
+    return [turn | {"content": [{"type": "text", "text": turn["content"] or ""}]} for turn in turns]
+
+
+def apply_template(
+    tokenizer: PreTrainedTokenizerBase,
+    turns: list[dict],
+    tools: list[dict] | None = None,
+    template: str | None = None,
+    **kwargs,
+):
+    """`apply_chat_template`, with the contents of turns in the form that the template reads. All
+    of this package renders by it: by `template`, or else by the one that serving takes."""
+    template = template or tokenizer.get_chat_template(tools=tools)
+    if wants_parts(tokenizer, template):
+        turns = in_parts(turns)
+    return tokenizer.apply_chat_template(turns, tools=tools, chat_template=template, **kwargs)
+
+
 class ChatTemplate:
     """How a target's chat template writes conversations: in serving, and with trl's marks around
     what the assistant wrote.
@@ -290,10 +339,11 @@ class ChatTemplate:
     ) -> str:
         """A conversation as serving writes it, or as another template does, with the generation
         prompt at its end or without."""
-        return self.tokenizer.apply_chat_template(
+        return apply_template(
+            self.tokenizer,
             turns,
-            tools=tools,
-            chat_template=template or self.serving,
+            tools,
+            template or self.serving,
             tokenize=False,
             add_generation_prompt=with_prompt,
             **self.kwargs,
@@ -345,24 +395,3 @@ class ChatTemplate:
             return said
         thought, _ = split_thought(turns[-1])
         return f"{thought}\n</think>\n\n" + said.lstrip("\n")
-
-
-def was_cut(part: dict) -> bool:
-    """Whether a row or a turn says that its answer was cut, by `regenerate`'s key or in a server's
-    words. A cut answer has no end that a drafter could learn (speculators#835)."""
-    metadata = part.get("metadata")
-    if not isinstance(metadata, dict):
-        metadata = {}
-    reasons = (part.get("finish_reason"), metadata.get("finish_reason"))
-    return part.get("truncated") is True or "length" in reasons
-
-
-def cut_turns(row: dict, turns: list[dict]) -> dict[int, dict]:
-    """The assistant's turns that were cut, by their numbers."""
-    answers = {i: turn for i, turn in enumerate(turns) if turn["role"] == "assistant"}
-    cut = {i: turn for i, turn in answers.items() if was_cut(turn)}
-    # A row's own mark is about its last answer.
-    if was_cut(row):
-        last = max(answers)
-        cut[last] = answers[last]
-    return cut

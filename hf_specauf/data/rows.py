@@ -50,6 +50,7 @@ def prepare_rows(
     mask_token_id: int,
     vocab_size: int,
     chat_template_kwargs: dict | None = None,
+    placeholders: dict[int, str] | None = None,
     num_proc: int | None = None,
     packing: bool = False,
     heldout: list[Dataset] | None = None,
@@ -61,8 +62,8 @@ def prepare_rows(
     Text is cut into rows of `max_length` tokens, every token supervised. Conversations are rendered
     by the target's own template and cut at `max_length`; only what the assistant wrote is
     supervised. Rows of no use (no assistant turn, refused by the template, a prompt as long as the
-    row, fewer than two supervised tokens in a row, the mask token in it, a token that the target
-    does not have) are left out and counted by reason, with the first row of each.
+    row, fewer than two supervised tokens in a row, the mask token or a placeholder in it, a token
+    that the target does not have) are left out and counted by reason, with the first row of each.
 
     Before each answer stand the ids that serving gives to the target. A conversation becomes
     several rows where one cannot hold all answers so.
@@ -70,6 +71,8 @@ def prepare_rows(
     Args:
         datasets (`Dataset` or `list[Dataset]`): one source or several, each in a format of its own.
         vocab_size (`int`): rows of the target's embedding.
+        placeholders (`dict[int, str]`, *optional*): of a target that also sees images, see
+            `placeholder_tokens`.
         num_proc (`int`, *optional*): processes that tokenize; the result is cached by `datasets`
             either way.
         packing (`bool`, *optional*, defaults to `False`): put several short rows into one of up to
@@ -99,6 +102,7 @@ def prepare_rows(
             mask_token_id=mask_token_id,
             vocab_size=vocab_size,
             num_proc=num_proc,
+            placeholders=placeholders or {},
         )
         return rows, found
 

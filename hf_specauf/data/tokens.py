@@ -5,18 +5,17 @@ from dataclasses import dataclass, field, replace
 
 from transformers import PreTrainedTokenizerBase
 
-from .findings import AnswerEnds, made_by, supervised_spans
+from .findings import AnswerEnds, cut_turns, made_by, supervised_spans, was_cut
 from .messages import (
     ChatTemplate,
     UnusableRow,
+    apply_template,
     chat_messages,
-    cut_turns,
     row_format,
     row_text,
     row_tools,
     split_thought,
     text_ids,
-    was_cut,
 )
 
 # Token ids of a row, and its supervised mask of the same length: 1 where the target's words are.
@@ -334,10 +333,11 @@ class RowEncoder:
         self, template: ChatTemplate, turns: list[dict], tools: list[dict] | None
     ) -> Encoded:
         """A conversation whose template marks by `{% generation %}` what the assistant wrote."""
-        out = self.tokenizer.apply_chat_template(
+        out = apply_template(
+            self.tokenizer,
             turns,
-            tools=tools,
-            chat_template=template.marked,
+            tools,
+            template.marked,
             return_dict=True,
             return_assistant_tokens_mask=True,
             **self.kwargs,

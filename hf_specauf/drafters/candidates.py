@@ -278,6 +278,9 @@ class BlockCandidateGenerator(CandidateGenerator):
         # Covers the whole sequence, anchor included; `None` where nothing is padded.
         mask = model_kwargs.get("attention_mask")  # (1, S)
         positions = model_kwargs.get("position_ids")  # (1, S)
+        if positions is not None and positions.dim() == 3:
+            # M-RoPE (Qwen-VL): the count of tokens, and then a row for each axis of an image.
+            positions = positions[0]
         if positions is None:
             # Built-in: it needs position ids. Targets without any (Bloom) are served here.
             seen = torch.ones_like(input_ids) if mask is None else mask

@@ -244,7 +244,9 @@ class DFlashDraftModel(PreTrainedModel):
         cache = the_cache(cache, past_key_values)
         dtype = self.norm.weight.dtype
         check_dtype(dtype)
-        if position_ids is None:
+        # transformers' own generator cuts M-RoPE's positions (4, 1, S) along their second axis, so
+        # that nothing is left of them.
+        if position_ids is None or position_ids.numel() == 0:
             position_ids = self._count_on(noise_embeds, context_hidden_states, cache)
         hidden_states = noise_embeds.to(dtype)
         context = self.hidden_norm(self.fc(context_hidden_states.to(dtype)))  # (B, C, H)

@@ -12,6 +12,7 @@ not the user's generation config:
 Of a target whose first weights are offloaded, `parameters` is a fourth.
 """
 
+import warnings
 from collections.abc import Callable
 from types import MethodType
 
@@ -79,6 +80,10 @@ def check_generation(target, generation_mode, generation_config) -> None:
         )
 
 
+# How the names of a target's inputs begin that hold images, videos or audio.
+NO_TEXT = ("pixel_values", "input_features", "input_values", "audio_values")
+
+
 def check_inputs(target, input_ids: torch.Tensor, model_kwargs: dict) -> None:
     """Raise where a drafter cannot read the inputs of a `generate` call.
 
@@ -108,12 +113,15 @@ def check_inputs(target, input_ids: torch.Tensor, model_kwargs: dict) -> None:
             " no cache (past_key_values)."
         )
     check_cache(target_cache)
-    positions = model_kwargs.get("position_ids")
-    if positions is not None and positions.dim() != 2:
-        # Multimodal targets have one position an axis.
-        raise ValueError(
-            f"{type(target).__name__} uses {positions.dim()}-D position ids, which a block drafter"
-            " cannot follow"
+    # transformers has encoded images and videos by now, where the target lets it.
+    media = [*(model_kwargs.get("mm_encoder_outputs") or {})]
+    media += [name for name in model_kwargs if name.startswith(NO_TEXT)]
+    if media:
+        warnings.warn(
+            f"this prompt is more than text ({', '.join(media)}), and the drafter learned from text"
+            " alone: it may accept little. Output stays the target's own. Leave assistant_model out"
+            " where that is slower.",
+            stacklevel=2,
         )
 
 

@@ -64,10 +64,14 @@ def published_form(config: dict, small: dict | None) -> str:
     return "borrowed" if small["borrowed_layers"] else "adapter"
 
 
-def target_words(config: dict) -> dict:
-    """What the template says of the target, from a drafter's config.json."""
+def target_words(config: dict, provenance: dict) -> dict:
+    """What the template says of the target, from a drafter's config.json and provenance.json."""
+    # Records are older than the key, or somebody else's.
+    noted = provenance.get("target")
+    auto_class = noted.get("auto_class") if isinstance(noted, dict) else None
     words = {
         "target": config["target_model_name_or_path"] or "unnamed target",
+        "auto_class": auto_class or "AutoModelForCausalLM",
         "target_revision": NOT_RECORDED,
         # goes into the usage lines, behind the target's name
         "pinned_target": "",
@@ -144,7 +148,7 @@ def render(
     base = small or provenance.get("base") or {}
     form = published_form(config, small)
     kind = config_class(config["model_type"])
-    words = target_words(config) | record_words(folder, provenance, records)
+    words = target_words(config, provenance) | record_words(folder, provenance, records)
     header = ModelCardData(
         base_model=base["name_or_path"] if form == "adapter" else words["target"],
         # The Hub has no relation for drafters, and lists what says "adapter" among the target's

@@ -85,8 +85,7 @@ class AUFTrainer(DrafterCheckpoints, Publishing, Trainer):
             checkpoint; by default the drafter, under the name it was loaded by.
 
     Raises:
-        ValueError: whatever would train a drafter that silently accepts nothing; see
-            `preflight` and `prepare_rows`.
+        ValueError: what would silently accept nothing; see `preflight` and `prepare_rows`.
     """
 
     # Trainer would divide each micro-batch's loss by their number; training_step divides once.
@@ -163,6 +162,7 @@ class AUFTrainer(DrafterCheckpoints, Publishing, Trainer):
             mask_token_id=self.drafter_config.mask_token_id,
             vocab_size=self.drafter_config.vocab_size,
             chat_template_kwargs=self.drafter_config.chat_template_kwargs,
+            placeholders=self.target.placeholders,
         )
 
     def _place_target(self, rows: Dataset) -> None:
