@@ -25,7 +25,13 @@ from trl import TrlParser
 from .cli import OneSpelling, errors_in_one_line
 from .data.answers import TargetWriter
 from .data.chunks import ChunkFiles, chunk_seed, number_of_process
-from .data.conversation import Answer, Conversation, Sampling, stop_at_both_ends
+from .data.conversation import (
+    Answer,
+    Conversation,
+    Sampling,
+    end_for_a_server,
+    stop_at_both_ends,
+)
 from .data.on_policy import written_by
 from .data.server import ServerWriter, check_endpoint
 from .data.sources import load_rows, rows_hash
@@ -175,12 +181,14 @@ def writer(args: RegenerateArguments) -> tuple[Writer, dict]:
     """What writes the answers, and what of it belongs to the settings."""
     sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, args.top_k)
     if args.endpoint is not None:
+        files = args.target, args.target_revision, args.trust_remote_code
         write = ServerWriter(
             args.endpoint,
             args.target,
             sampling,
             chat_template_kwargs=args.chat_template_kwargs,
             concurrency=args.concurrency,
+            end=end_for_a_server(*files, args.chat_template_kwargs),
         )
         return write, {"engine": write.engine, "target": Identity(args.target).record()}
     set_seed(args.seed)
