@@ -219,8 +219,9 @@ def writer(args: RegenerateArguments) -> tuple[Writer, dict]:
     if ends is not None:
         found["stops_at"] = ends
     if identity.fingerprint is None:
-        # A quantised target has no fingerprint. Its head is not quantised: some rows tell it.
-        head = target.get_output_embeddings().weight[:8].detach().float().cpu().numpy().tobytes()
+        # A quantised target has no fingerprint. Some rows of its head tell it, which may be codes.
+        head = target.get_output_embeddings().weight[:8].detach().dequantize().float()
+        head = head.cpu().numpy().tobytes()
         found["head_hash"] = hashlib.sha256(head).hexdigest()[:16]
     return write, found
 
