@@ -25,7 +25,13 @@ from trl import TrlParser
 from .cli import ONE_OR_MORE, SEED, Numbers, OneSpelling, check_keys, errors_in_one_line
 from .data.answers import TargetWriter
 from .data.chunks import ChunkFiles, chunk_seed, number_of_process
-from .data.conversation import Answer, Conversation, Sampling, stop_at_both_ends
+from .data.conversation import (
+    Answer,
+    Conversation,
+    Sampling,
+    end_for_a_server,
+    stop_at_both_ends,
+)
 from .data.on_policy import written_by
 from .data.server import ServerWriter, check_endpoint
 from .data.sources import load_rows, rows_hash
@@ -184,12 +190,14 @@ def writer(args: RegenerateArguments) -> tuple[Writer, dict]:
     """What writes the answers, and what of it belongs to the settings."""
     sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, args.top_k)
     if args.endpoint is not None:
+        files = args.target, args.target_revision, args.trust_remote_code
         write = ServerWriter(
             args.endpoint,
             args.target,
             sampling,
             chat_template_kwargs=args.chat_template_kwargs,
             concurrency=args.concurrency,
+            end=end_for_a_server(*files, args.chat_template_kwargs),
         )
         return write, {"engine": write.engine, "target": Identity(args.target).record()}
     set_seed(args.seed)
@@ -220,8 +228,9 @@ def writer(args: RegenerateArguments) -> tuple[Writer, dict]:
     if ends is not None:
         found["stops_at"] = ends
     if identity.fingerprint is None:
-        # A quantised target has no fingerprint. Its head is not quantised: some rows tell it.
-        head = target.get_output_embeddings().weight[:8].detach().float().cpu().numpy().tobytes()
+        # A quantised target has no fingerprint. Some rows of its head tell it, which may be codes.
+        head = target.get_output_embeddings().weight[:8].detach().dequantize().float()
+        head = head.cpu().numpy().tobytes()
         found["head_hash"] = hashlib.sha256(head).hexdigest()[:16]
     return write, found
 

@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .drafters import DRAFTERS
@@ -24,6 +24,7 @@ from .identity import (
     embedding_rows,
     innermost,
     note_origin,
+    refuse_activated_lora,
 )
 from .identity.multimodal import (
     check_is_no_placeholder,
@@ -259,13 +260,18 @@ class FrozenTarget:
 
     def __init__(self, model: PreTrainedModel | PeftModel, config: DFlashConfig):
         self.model = innermost(model)
-        check_pair(self.model, config)
+        check_pair(model, config)
+        refuse_activated_lora(model)
         self.model.eval().requires_grad_(False)
         self.target_layer_ids = config.target_layer_ids
         self.backbone = self.model.base_model
         self.embedding = self.model.get_input_embeddings()
         self.head = self.model.get_output_embeddings()
         self.placeholders = placeholder_tokens(self.model.config)
+        # Set by `ask_target`, which asks once whether it can be decoded with.
+        self.was_asked = False
+        # What kept states depend on, noted before the target is sharded.
+        self.states_settings: dict | None = None
 
     @torch.no_grad()
     def noise_embeds(self, noise_ids: torch.Tensor) -> torch.Tensor:
@@ -276,10 +282,21 @@ class FrozenTarget:
 
     @property
     def dispatched(self) -> bool:
-        """Whether the target was placed by quantisation or a device map, and must not be moved."""
+        """Whether the target was placed by quantisation, a device map or offloading, and must not
+        be moved."""
         # from_pretrained sets both attributes only where it has something to say.
         quantized = getattr(self.model, "is_quantized", False)
-        return quantized or getattr(self.model, "hf_device_map", None) is not None
+        mapped = getattr(self.model, "hf_device_map", None) is not None
+        # accelerate's cpu_offload and disk_offload leave no map.
+        offloaded = any(parameter.is_meta for parameter in self.model.parameters())
+        return quantized or mapped or offloaded
+
+    def place(self, device: torch.device, *, shard: bool) -> None:
+        """Bring the target to a device, or spread it over all processes. What was placed stays."""
+        if shard:
+            self.shard(device)
+        elif not self.dispatched:
+            self.model.to(device)
 
     def shard(self, device: torch.device) -> None:
         """Spread the decoder layers' weights over all processes (FSDP2), gathered layer by layer
@@ -293,6 +310,8 @@ class FrozenTarget:
                 "shard_target: true and a quantised or dispatched target cannot go together: leave"
                 " out shard_target, or target_device_map and quantisation"
             )
+        if isinstance(decoder_layers(self.model)[0], FSDPModule):
+            return
         mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
         for layer in decoder_layers(self.model):
             fully_shard(layer, mesh=mesh, reshard_after_forward=True)

@@ -32,9 +32,10 @@ from .recipe import DrafterArguments, TargetArguments, parse
 from .records import NOT_PUBLIC, environment, write_record
 from .regenerate import on_policy_words
 from .serving.compare import compare, evaluation_record, plot_alpha, show
-from .target import default_mask_token_id, drafter_config, load_target
+from .target import FrozenTarget, default_mask_token_id, drafter_config, load_target
 from .training.checkpoints import resume_folder, save_final
 from .training.config import AUFConfig
+from .training.preflight import ask_target, check_start
 from .training.trainer import AUFTrainer
 from .training.waiting import first_process_first, wait_for_everyone
 
@@ -62,6 +63,7 @@ def train(
     )
     identity = Identity.of(target, tokenizer, revision=target_args.target_revision)
     drafter, base = start_drafter(draft, target, tokenizer, identity, args.seed)
+    frozen = ask_first(draft, base, target, tokenizer, drafter, args, heldout is not None)
     with first_process_first():  # it writes the cache of `datasets`, which the others read
         rows, heldout = token_rows(
             train_rows,
@@ -75,7 +77,7 @@ def train(
     drafter.set_attn_implementation(draft.draft_attn_implementation)
     trainer = AUFTrainer(
         model=drafter,
-        target_model=target,
+        target_model=frozen,
         args=args,
         train_dataset=rows,
         eval_dataset=heldout,
@@ -192,6 +194,22 @@ def recipe_shape(config: DFlashConfig) -> dict[str, Any]:
         "target_layer_ids": config.target_layer_ids,
         **{key: getattr(config, key) for key in config.own_keys},
     }
+
+
+def ask_first(
+    draft: DrafterArguments,
+    base: AdapterBase | None,
+    target: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    drafter: PreTrainedModel,
+    args: AUFConfig,
+    measured: bool,
+) -> FrozenTarget:
+    """The placed target, once the arguments are checked and it is known whether evaluations can
+    decode with it. The trainer would ask the same, but after hours of tokenizing."""
+    adapter_base = base if draft.use_peft else None
+    check_start(drafter, args, tokenizer, draft.peft_config(), adapter_base)
+    return ask_target(target, drafter, args, measured=measured)
 
 
 def token_rows(

@@ -76,7 +76,8 @@ def prepare_slowly(rank: int, seconds: float) -> None:
 def main(
     folder: Path, out: Path, lora: bool = False, sharded: bool = False, drafter: str = "drafter",
     launched_with: str | None = None, try_memory: bool = False, interrupt: str | None = None,
-    resume: str | None = None, evaluate_first: bool = False, slow: list | None = None, **keys,
+    resume: str | None = None, evaluate_first: bool = False, slow: list | None = None,
+    undecodable: bool = False, **keys,
 ) -> None:  # fmt: skip
     torch.set_num_threads(1)
     if slow is not None:
@@ -90,6 +91,8 @@ def main(
         # accelerate shards on accelerators only; all that it then does runs on CPUs as well
         PartialState().distributed_type = DistributedType.MULTI_GPU
     target = AutoModelForCausalLM.from_pretrained(folder / "target")
+    if undecodable:
+        target.prepare_inputs_for_generation = None
     more = {}
     if sharded:
         more["distributed_config"] = DistributedConfig(fsdp_size=args.world_size)

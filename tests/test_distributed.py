@@ -257,6 +257,12 @@ def test_evaluating_before_accelerate_has_sharded_is_refused_with_the_key_that_d
         launch(folder, tmp_path, 2, 2, evaluate_first=True, **FSDP2)
 
 
+@pytest.mark.parametrize("keys", [dict(sharded=True), FSDP2], ids=["transformers", "accelerate"])
+def test_a_target_that_cannot_be_decoded_is_told_before_a_drafter_is_sharded(folder, tmp_path, keys):
+    with pytest.raises(AssertionError, match="Qwen3ForCausalLM cannot be decoded with a drafter here: TypeError"):
+        launch(folder, tmp_path, 2, 2, undecodable=True, **keys)
+
+
 @pytest.mark.parametrize(
     "name, keys",
     [("SIGINT", {}), ("SIGTERM", {}), ("SIGTERM", FSDP2)],

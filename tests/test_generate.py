@@ -837,6 +837,7 @@ WRAPPERS = {
     "layers compiled by accelerate": lambda model: compile_regions(model, backend="eager"),
     "layers compiled by hand": compiled_in_layers,
     "compiled PEFT": lambda model: compiled(lora(model, 0.0, task_type="CAUSAL_LM")),
+    "PEFT of mixed kinds": lambda model: get_peft_model(model, LoraConfig(target_modules=["q_proj"]), mixed=True),
     "PEFT of a compiled one": lambda model: get_peft_model(compiled(model), LoraConfig(target_modules=["q_proj"])),
 }
 
@@ -903,6 +904,45 @@ def test_a_target_with_virtual_tokens_is_refused():
         attach(prefixed, p.drafter)
     with pytest.raises(ValueError, match="Use a LoRA on the target"):
         hf_specauf.generate(prefixed, p.drafter, input_ids=p.prompts[0], **GREEDY)
+    with pytest.raises(ValueError, match="PROMPT_TUNING puts virtual tokens before the prompt"):
+        FrozenTarget(prefixed, p.drafter.config)  # the drafter would be trained on the plain target
+    FrozenTarget(prefixed.get_base_model(), p.drafter.config)
+
+
+def test_a_target_with_an_activated_lora_is_served_and_not_trained_on():
+    p = pair()
+    start = p.prompts[0][0, 4].item()
+    config = LoraConfig(
+        target_modules=["q_proj"], alora_invocation_tokens=[start], init_lora_weights=False, task_type="CAUSAL_LM"
+    )
+    activated = get_peft_model(deepcopy(p.target), config)
+    assert target_fingerprint(activated) != target_fingerprint(p.target)
+    wrapped = SimpleNamespace(target=activated, drafter=p.drafter)
+    own = plain(wrapped, p.prompts[0])
+    with pytest.warns(UserWarning, match="other weights"):
+        assert torch.equal(decode(wrapped, p.prompts[0])[0], own)
+    assert not torch.equal(own, p.plain[0])
+    with pytest.raises(ValueError, match="an activated LoRA .*train on the target without it"):
+        FrozenTarget(activated, p.drafter.config)
+
+
+class ValueHead(torch.nn.Module):
+    """As trl's models for PPO are made."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.pretrained_model, self.config = model, model.config
+
+    def generate(self, *args, **kwargs):
+        return self.pretrained_model.generate(*args, **kwargs)
+
+
+def test_a_wrapper_nobody_knows_is_refused_with_the_model_inside():
+    p = pair()
+    with pytest.raises(TypeError, match=r"^ValueHead is no model .* the Qwen3ForCausalLM .* \(\.pretrained_model\)"):
+        attach(ValueHead(p.target), p.drafter)
+    with pytest.raises(TypeError, match="^str is no model of transformers: load one with AutoModelForCausalLM"):
+        FrozenTarget("Qwen/Qwen3-8B", p.drafter.config)
 
 
 OFFLOADED = {

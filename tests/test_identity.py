@@ -2,16 +2,28 @@
 
 import gc
 import json
+import warnings
+from copy import deepcopy
 
 import pytest
 import torch
 from conftest import BASE, make_drafter, make_target
+from peft import TrainableTokensConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from hf_specauf import add_adapter, attach, load_drafter
 from hf_specauf.data.on_policy import written_by
 from hf_specauf.evaluate import main as evaluate
-from hf_specauf.identity import CONFIG_KEYS, Identity, Origin, note_origin, origin_of, origins
+from hf_specauf.identity import (
+    CONFIG_KEYS,
+    Identity,
+    Origin,
+    note_origin,
+    origin_of,
+    origins,
+    same_weights,
+    target_fingerprint,
+)
 from hf_specauf.regenerate import main as regenerate
 from hf_specauf.target import load_target
 from hf_specauf.train import main as train
@@ -98,6 +110,67 @@ def test_weights_decide_where_both_are_known_and_names_otherwise():
     assert unknown.is_same_model(copy, "own/model")  # another name it goes by
     assert WHOLE.differences(tuned) == {"fingerprint": ("f" * 16, "0" * 16)}
     assert WHOLE.differences(Identity()) == {}
+
+
+def one_token(target):
+    target.get_input_embeddings().weight.data[50] += 0.1
+
+
+def one_expert(target):
+    target.model.layers[1].mlp.experts.down_proj.data[3] += 0.1
+
+
+def later_heads(target):
+    target.model.layers[2].self_attn.q_proj.weight.data[16:] += 0.1
+
+
+def one_channel(target):
+    target.model.norm.weight.data[-1] += 0.1
+
+
+@pytest.mark.parametrize("change", [one_token, one_expert, later_heads, one_channel])
+def test_weights_that_do_not_begin_a_tensor_tell_a_target_too(change):
+    target = make_target("mixtral", dtype=torch.float32)
+    own = target_fingerprint(target)
+    assert same_weights(own, target_fingerprint(deepcopy(target).to(torch.bfloat16)))
+    change(target)
+    assert not same_weights(own, target_fingerprint(target))
+
+
+def test_an_adapter_of_one_token_makes_another_target_and_is_its_merged_model():
+    target = make_target(dtype=torch.float32)
+    adapted = get_peft_model(deepcopy(target), TrainableTokensConfig(token_indices=[50], task_type="CAUSAL_LM"))
+    assert target_fingerprint(adapted) == target_fingerprint(target)
+    adapted.get_input_embeddings().trainable_tokens_delta["default"].data += 0.1
+    assert not same_weights(target_fingerprint(adapted), target_fingerprint(target))
+    assert target_fingerprint(adapted) == target_fingerprint(adapted.merge_and_unload())
+
+
+def test_a_fingerprint_of_0_1_0_is_compared_by_what_it_knows():
+    target = make_target(dtype=torch.float32)
+    own = target_fingerprint(target)
+    older = own.split("-")[0]
+    assert len(older) == 16 and same_weights(older, own) and same_weights(own, older)
+    assert not same_weights("0" * 16, own)
+    known, found = Identity("own/model", fingerprint=older), Identity("its/copy", fingerprint=own)
+    assert known.is_same_model(found) and "fingerprint" not in known.differences(found)
+    drafter = make_drafter(target)
+    drafter.config.target_fingerprint = older
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attach(target, drafter).detach()
+    drafter.config.target_fingerprint = "0" * 16
+    with pytest.warns(UserWarning, match="other weights"):
+        attach(target, drafter).detach()
+
+
+def test_codes_in_a_tensor_class_of_their_own_have_no_fingerprint():
+    class Codes(torch.Tensor):
+        pass
+
+    target = make_target()
+    target.lm_head.weight = torch.nn.Parameter(target.lm_head.weight.data.as_subclass(Codes))
+    assert target_fingerprint(target) is None
 
 
 def test_what_a_model_was_loaded_from_is_remembered_as_long_as_it_lives(files):

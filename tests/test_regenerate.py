@@ -660,7 +660,10 @@ def server(pair, failures: list[int], reasons: str | list[str] = "length", refus
                     prompt = tokenizer.apply_chat_template(
                         body["messages"], add_generation_prompt=True, return_dict=True, return_tensors="pt"
                     )
-                    out = target.generate(**prompt, max_new_tokens=body["max_tokens"], do_sample=False)
+                    ends = body.get("stop_token_ids")
+                    out = target.generate(
+                        **prompt, max_new_tokens=body["max_tokens"], do_sample=False, eos_token_id=ends
+                    )
                     text = tokenizer.decode(out[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
                     message = {"role": "assistant", "content": text} | more
                     reason = reasons if isinstance(reasons, str) else reasons.pop(0)
@@ -739,6 +742,43 @@ def test_an_answer_that_a_server_cut_teaches_no_end(words, pair, tmp_path, reaso
         assert [end == "<|end|>" for end in last_words(out, pair[1])] == ends
         counts = json.loads(out.with_suffix(".settings.json").read_text())["counts"]
         assert counts.get("truncated", 0) == (False in ends)
+
+
+def served_by(target: Path):
+    return AutoModelForCausalLM.from_pretrained(target), AutoTokenizer.from_pretrained(target)
+
+
+def test_a_server_is_told_where_the_chat_ends_though_the_targets_own_end_is_another(
+    talkative, words, tmp_path, capsys
+):
+    data = save_rows(tmp_path / "data.jsonl", [{"messages": [FOX]}])
+    keys = dict(target=talkative, dataset_name=data, max_new_tokens=60)
+    with server(served_by(talkative), [], reasons="stop") as (url, _):
+        main(words(endpoint=url, **keys))
+    [row] = written(tmp_path / "own.jsonl")
+    assert row["messages"] == [FOX, turn("assistant", "It jumps.")]
+    said = "ends an answer with '<|end|>', and the target's generation_config.eos_token_id names '<|eos|>'"
+    assert capsys.readouterr().out.count(said) == 1
+    told = dict(stop_token_ids=[6], stop=["<|end|>"])
+    assert json.loads((tmp_path / "own.settings.json").read_text())["stops_at"] == told
+
+
+@pytest.mark.own
+@pytest.mark.parametrize("refuses", [["stop_token_ids"], ["stop_token_ids", "stop"]], ids=["one", "both"])
+def test_a_server_that_cannot_be_told_where_the_chat_ends_is_said(talkative, words, tmp_path, refuses, capsys):
+    data = save_rows(tmp_path / "data.jsonl", [{"messages": [FOX]}])
+    with server(served_by(talkative), [], refuses=tuple(refuses)) as (url, seen):
+        main(words(endpoint=url, target=talkative, dataset_name=data))
+    assert ("refuses stop_token_ids and stop: answers go on past" in capsys.readouterr().out) == (len(refuses) == 2)
+    assert seen[-1][2].keys().isdisjoint(refuses) and NEUTRAL.items() <= seen[-1][2].items()
+
+
+@pytest.mark.own
+def test_a_servers_name_for_a_target_tells_no_end_and_that_is_said(words, pair, capsys):
+    with server(pair, []) as (url, seen):
+        main(words(endpoint=url, target="tiny", max_rows=1))
+    assert "'tiny' is no folder or Hub id that can be read here" in capsys.readouterr().out
+    assert all(body.keys().isdisjoint(["stop_token_ids", "stop"]) for _, _, body in seen)
 
 
 @pytest.mark.own

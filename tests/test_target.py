@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from conftest import ARCHITECTURES, MASK, VOCAB, make_domino, make_drafter, make_target, random_prompts
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models
@@ -165,6 +166,14 @@ def test_a_target_with_a_device_map_is_dispatched():
     assert not frozen.dispatched
     target.hf_device_map = {"": "cpu"}  # as from_pretrained(device_map=...) leaves it
     assert frozen.dispatched
+
+
+def test_a_target_offloaded_by_hand_stays_where_it_is():
+    whole, target = freeze(make_target()), cpu_offload(make_target(), execution_device=torch.device("cpu"))
+    frozen = freeze(target)
+    frozen.place(torch.device("cpu"), shard=False)
+    assert frozen.dispatched and all(parameter.is_meta for parameter in target.parameters())
+    assert torch.equal(frozen.context(IDS), whole.context(IDS))
 
 
 # ---- noise embeddings, in training and in decoding

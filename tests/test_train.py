@@ -9,6 +9,7 @@ import torch
 import yaml
 from conftest import BASE, final, same, start
 from datasets import Dataset
+from test_trainer import recurrent_target
 from transformers import AutoModel
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -156,6 +157,16 @@ def test_whatever_measurement_fails_the_drafter_and_its_record_are_saved_first(
     monkeypatch.undo()
     main(command(output_dir=tmp_path / "whole"))
     assert same(final(out), final(tmp_path / "whole"))
+
+
+def test_what_would_fail_after_hours_of_tokenizing_is_told_before(command, tokenizer, tmp_path, capsys):
+    recurrent_target(len(tokenizer)).save_pretrained(tmp_path / "recurrent")
+    tokenizer.save_pretrained(tmp_path / "recurrent")
+    with pytest.raises(SystemExit, match="keeps a recurrent state .* Set eval_prompts: 0"):
+        main(command(target=tmp_path / "recurrent"))
+    with pytest.raises(SystemExit, match="lora_target_modules names 'nowhere'"):
+        main(command(use_peft="true", init_from_target_layers="6", lora_target_modules="nowhere"))
+    assert "token rows" not in capsys.readouterr().out
 
 
 def test_drafters_of_all_objectives_and_no_other_seed_start_alike(command, tmp_path):

@@ -443,10 +443,10 @@ def test_auf_starts_on_first_slots_grows_its_support_and_raises_tau(build, pair)
 # ---- targets that cannot be decoded with
 
 
-def recurrent_target():
+def recurrent_target(vocab_size: int = 96):
     """A tiny Qwen3-Next: three of its four layers keep a state that cannot be rolled back."""
     config = AutoConfig.for_model(
-        "qwen3_next", vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=4,
+        "qwen3_next", vocab_size=vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=4,
         num_attention_heads=4, num_key_value_heads=2, head_dim=8, linear_num_value_heads=4, linear_num_key_heads=2,
         linear_key_head_dim=8, linear_value_head_dim=8, num_experts=4, num_experts_per_tok=2,
         moe_intermediate_size=16, shared_expert_intermediate_size=16, max_position_embeddings=256,
@@ -472,6 +472,24 @@ def test_a_target_nobody_can_draft_for_is_told_at_the_start_and_trained_unmeasur
     assert ("It is trained all the same" in capsys.readouterr().out) == (where == "recurrent")
     assert len(train(trainer)) == 3 and "eval_loss" in trainer.state.log_history[-2]
     build(model=drafter, target_model=target, eval_dataset=None).train()
+
+
+def test_a_target_nobody_can_draft_for_is_told_before_the_data_is_touched(build, capsys):
+    target = recurrent_target()
+    raw = Dataset.from_dict({"text": ["the quick brown fox jumps over the lazy dog"] * 8})
+    with pytest.raises(ValueError, match="it keeps a recurrent state"):
+        build(model=make_drafter(target), target_model=target, train_dataset=raw, eval_dataset=raw)
+    assert "token rows" not in capsys.readouterr().out
+
+
+def test_a_target_given_by_hand_stops_where_its_chat_ends_too(build, pair, capsys):
+    target, end = deepcopy(pair.target), pair.tokenizer.convert_tokens_to_ids("<|end|>")
+    target.generation_config.eos_token_id = EOS
+    for _ in range(2):
+        trainer = build(target_model=target)
+        assert target.generation_config.eos_token_id == trainer.model.config.eos_token_id == [EOS, end]
+    said = "ends an answer with '<|end|>', and the target's generation_config.eos_token_id names '<|eos|>'"
+    assert capsys.readouterr().out.count(said) == 1
 
 
 def test_an_evaluation_that_fails_in_the_middle_costs_no_step(build, tmp_path, capsys):

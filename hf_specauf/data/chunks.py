@@ -121,8 +121,11 @@ class ChunkFiles:
             if key not in NOT_COMPARED:
                 pairs[key] = (before.get(key), value)
         was, now = Identity.read(before), Identity.read(self.settings)
+        same = was.fingerprint and now.fingerprint and "fingerprint" not in was.differences(now)
         for key, field_name in COMPARED_IDENTITY.items():
-            pairs[key] = (getattr(was, field_name), getattr(now, field_name))
+            # Of 0.1.0 a fingerprint may be the same and shorter.
+            if field_name != "fingerprint" or not same:
+                pairs[key] = (getattr(was, field_name), getattr(now, field_name))
         differing = ", ".join(
             f"{key} was {old!r} and is {new!r}" for key, (old, new) in pairs.items() if old != new
         )

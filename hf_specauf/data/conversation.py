@@ -4,7 +4,13 @@ and the rows that come of it."""
 import os
 from dataclasses import dataclass
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from .messages import (
     UnusableRow,
@@ -238,6 +244,38 @@ def chat_end(tokenizer: PreTrainedTokenizerBase, kwargs: dict | None) -> int | N
     return None
 
 
+def end_left_out(
+    config: GenerationConfig, tokenizer: PreTrainedTokenizerBase, kwargs: dict | None
+) -> int | None:
+    """The token by which the chat template ends an answer, where a target's generation config does
+    not name it. That is said in one line.
+
+    Args:
+        kwargs (`dict`, *optional*): arguments of the chat template.
+    """
+    ends = end_tokens(config)
+    end = chat_end(tokenizer, kwargs)
+    if end is None or end in ends:
+        return None
+    # Of several processes, the first says it.
+    if os.environ.get("RANK", "0") == "0":
+        names = ", ".join(repr(token) for token in tokenizer.convert_ids_to_tokens(ends))
+        print(
+            f"the chat template ends an answer with {tokenizer.convert_ids_to_tokens(end)!r}, and"
+            f" the target's generation_config.eos_token_id names {names or 'no token'}: answers"
+            " stop at each of them"
+        )
+    return end
+
+
+def end_tokens(config: GenerationConfig) -> list[int]:
+    """The end tokens of a generation config."""
+    own = config.eos_token_id
+    if own is None:
+        return []
+    return own if isinstance(own, list) else [own]
+
+
 def stop_at_both_ends(
     target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, kwargs: dict | None
 ) -> list[int] | None:
@@ -251,21 +289,40 @@ def stop_at_both_ends(
     Returns:
         all ends, where they differ.
     """
-    own = target.generation_config.eos_token_id
-    if own is None:
-        own = []
-    ends = own if isinstance(own, list) else [own]
-    end = chat_end(tokenizer, kwargs)
-    if end is None or end in ends:
+    end = end_left_out(target.generation_config, tokenizer, kwargs)
+    if end is None:
         return None
-    # Of several processes, the first says it.
-    if os.environ.get("RANK", "0") == "0":
-        names = ", ".join(repr(token) for token in tokenizer.convert_ids_to_tokens(ends))
-        print(
-            f"the chat template ends an answer with {tokenizer.convert_ids_to_tokens(end)!r}, and"
-            f" the target's generation_config.eos_token_id names {names or 'no token'}: answers"
-            " stop at each of them"
-        )
-    ends = [*ends, end]
+    ends = [*end_tokens(target.generation_config), end]
     target.generation_config.eos_token_id = ends
     return ends
+
+
+def end_for_a_server(
+    name: str, revision: str | None, trust_remote_code: bool, kwargs: dict | None
+) -> tuple[int, str] | None:
+    """The chat's end token that a server of a target must be told, as id and text; `None` where the
+    target's generation config, which the server reads too, names it.
+
+    Args:
+        name (`str`): what the target goes by at the server. Its files are read where that is a
+            folder or a Hub id, and else it is said that nothing was compared.
+    """
+    where = {"revision": revision, "trust_remote_code": trust_remote_code}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **where)
+        try:
+            config = GenerationConfig.from_pretrained(name, revision=revision)
+        except OSError:  # transformers and vLLM then take what the model's config says
+            config = GenerationConfig.from_model_config(AutoConfig.from_pretrained(name, **where))
+    except Exception:  # the server knows the name, and nobody else has to
+        print(
+            f"--target {name!r} is no folder or Hub id that can be read here: the end of its chat"
+            " was not compared with the tokens that the server stops at. If answers go on into"
+            " questions, give the server the target's Hub id as a name (vLLM:"
+            " --served-model-name), and that as --target"
+        )
+        return None
+    end = end_left_out(config, tokenizer, kwargs)
+    if end is None:
+        return None
+    return end, tokenizer.convert_ids_to_tokens(end)

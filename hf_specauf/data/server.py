@@ -58,10 +58,13 @@ class ServerWriter:
         model (`str`): the name that the target goes by there.
         chat_template_kwargs (`dict`, *optional*): for the chat template of the prompts.
         concurrency (`int`): requests at a time.
+        end (`tuple[int, str]`, *optional*): a token to stop at that the server does not know of, as
+            id and text.
 
     Attributes:
         neutral (`dict`): the keys of sampling that are sent so that the server's own defaults do
             not decide them.
+        ending (`dict`): the keys that tell it `end`.
     """
 
     engine = "endpoint"
@@ -74,6 +77,7 @@ class ServerWriter:
         *,
         chat_template_kwargs: dict | None,
         concurrency: int,
+        end: tuple[int, str] | None = None,
     ):
         self.endpoint = endpoint
         # The address of the questions themselves is easily copied instead.
@@ -97,10 +101,14 @@ class ServerWriter:
             del self.neutral["top_k"]
         if chat_template_kwargs:
             self.settings["chat_template_kwargs"] = chat_template_kwargs
+        self.ending = {}
+        if end is not None:
+            # Ids are vLLM's and SGLang's. Their `stop` does not see special tokens, others' does.
+            self.ending = {"stop_token_ids": [end[0]], "stop": [end[1]]}
 
     def learn(self) -> dict:
-        """Try the neutral keys on a question of one token, and leave out those that the server
-        refuses.
+        """Try the keys that the user did not give on a question of one token, and leave out those
+        that the server refuses.
 
         Returns:
             what of it belongs to the settings.
@@ -108,17 +116,28 @@ class ServerWriter:
         Raises:
             OSError: the server cannot help.
         """
+        added = self.neutral | self.ending
         # Where even the plain question is refused, the keys are not why.
-        if not self._takes(self.neutral) and self._takes({}):
-            taken = {key: value for key, value in self.neutral.items() if self._takes({key: value})}
+        if not self._takes(added) and self._takes({}):
+            taken = {key: value for key, value in added.items() if self._takes({key: value})}
             refused = [key for key in self.neutral if key not in taken]
-            self.neutral = taken
             if refused:
                 print(
                     f"the endpoint {self.endpoint} refuses {', '.join(refused)}: its own defaults"
                     " decide these (vLLM's are off with `--generation-config vllm`)"
                 )
-        return {"neutral_sampling": [*self.neutral]}
+            if self.ending and taken.keys().isdisjoint(self.ending):
+                print(
+                    f"the endpoint {self.endpoint} refuses {' and '.join(self.ending)}: answers go"
+                    " on past the chat's end, unless it knows that. Add the token to eos_token_id"
+                    " in the generation_config.json that it reads"
+                )
+            self.neutral = {key: self.neutral[key] for key in self.neutral if key in taken}
+            self.ending = {key: self.ending[key] for key in self.ending if key in taken}
+        found = {"neutral_sampling": [*self.neutral]}
+        if self.ending:
+            found["stops_at"] = self.ending
+        return found
 
     def leave_to_server(self) -> None:
         """Send no neutral keys, for answers that were begun without."""
@@ -126,7 +145,7 @@ class ServerWriter:
             f"these answers were begun with {', '.join(self.neutral)} left to the endpoint's own"
             " defaults, and go on so: give another --out for answers that are sampled without them"
         )
-        self.neutral = {}
+        self.neutral, self.ending = {}, {}
 
     def _takes(self, keys: dict) -> bool:
         """Whether the server answers a question with these keys."""
@@ -156,7 +175,8 @@ class ServerWriter:
                 "rows of plain text are continued token by token, which needs the target itself:"
                 " leave out --endpoint"
             )
-        body = self.settings | self.neutral | {"messages": conversation.history, "seed": seed}
+        body = self.settings | self.neutral | self.ending
+        body |= {"messages": conversation.history, "seed": seed}
         if conversation.tools:
             body["tools"] = conversation.tools
         reply = self._post(body)

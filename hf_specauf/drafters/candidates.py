@@ -65,7 +65,8 @@ def embed_noise(embedding: nn.Module, noise_ids: torch.Tensor) -> torch.Tensor:
 def apply_head(head: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
     """Apply the target's head in its own dtype and on its own device. (..., H) -> (..., V)"""
     weight = head.weight
-    if weight.is_floating_point():
+    # Numbers of one byte are codes, whole or fp8.
+    if weight.is_floating_point() and weight.element_size() > 1:
         # Under autocast accelerate hands out fp32 hidden states, whatever the target's dtype.
         dtype = weight.dtype
     else:

@@ -7,13 +7,14 @@ its chat template, and the widths.
 
 from .fingerprints import (
     embedding_rows,
+    same_weights,
     target_fingerprint,
     tokenizer_hashes,
     weights_checksum,
     weights_fingerprint,
 )
 from .origins import Origin, cached_commit, note_origin, origin_of
-from .pairs import check_pair, warn
+from .pairs import check_pair, refuse_activated_lora, warn
 from .record import CONFIG_KEYS, SHAPE_KEYS, Identity
 from .wrappers import as_called, innermost, unwrapped
 
@@ -29,6 +30,8 @@ __all__ = [
     "innermost",
     "note_origin",
     "origin_of",
+    "refuse_activated_lora",
+    "same_weights",
     "target_fingerprint",
     "tokenizer_hashes",
     "unwrapped",

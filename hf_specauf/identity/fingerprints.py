@@ -16,23 +16,67 @@ def embedding_rows(target: PreTrainedModel) -> int:
     return innermost(target).get_input_embeddings().weight.shape[0]
 
 
+# Weights at the beginning of a tensor that the first hash looks at, and weights spread over each
+# matrix for the second.
+FIRST, SPREAD = 8, 64
+
+
 def target_fingerprint(target: PreTrainedModel) -> str | None:
-    """Short SHA-256 of the first weights of every parameter.
+    """Two short SHA-256 with a hyphen between them: of the first weights of every parameter, and of
+    weights spread over the whole of it.
 
     The weights tell a fine-tune or another commit from the model that a drafter was trained for
     (z-lab#152). A wrapper is nobody: only what PEFT's active adapters do to the weights counts.
-    `None` where they cannot be read: quantised, offloaded or sharded.
+    `None` where they cannot be read: quantised, offloaded or sharded. Compare two of them by
+    [`same_weights`], because those that 0.1.0 wrote are the first hash alone.
+
+    Not all weights are read, because each `attach` asks. Nor would all of them tell more that
+    matters: merging a LoRA on a GPU and on a CPU gives weights whose last bits differ, and the more
+    weights are read, the likelier one of them rounds to another bf16 number.
     """
-    digest = hashlib.sha256()
     target = innermost(target)
+    if getattr(target, "is_quantized", False):
+        return None
     for parameter in target.parameters():
-        if parameter.is_meta or not parameter.is_floating_point() or isinstance(parameter, DTensor):
+        # A tensor of a class of its own is sharded (DTensor), or holds codes (torchao, quanto).
+        is_plain = type(parameter.data) is torch.Tensor and parameter.is_floating_point()
+        if parameter.is_meta or not is_plain:
             return None
+    first, spread = hashlib.sha256(), hashlib.sha256()
+    tokens = embedding_rows(target)
     for name, tensor in plain_parameters(target):
-        digest.update(name.encode())
-        # Training changes every parameter nearly everywhere, so a few weights of each will do.
-        digest.update(_bf16_bytes(tensor.flatten()[:8]))
-    return digest.hexdigest()[:16]
+        flat = tensor.flatten()
+        few, many = flat[:FIRST], flat[:: _stride(tensor, tokens)]
+        # Together, because each copy from a GPU waits for all that runs there.
+        data = _bf16_bytes(torch.cat([few, many])).tobytes()
+        cut = len(data) * len(few) // (len(few) + len(many))
+        for digest, part in ((first, data[:cut]), (spread, data[cut:])):
+            digest.update(name.encode())
+            digest.update(part)
+    return f"{first.hexdigest()[:16]}-{spread.hexdigest()[:16]}"
+
+
+def _stride(tensor: torch.Tensor, tokens: int) -> int:
+    """How far apart the weights for the second hash lie in a flattened tensor.
+
+    Norms and biases are read whole. Of what has a row for each token, every row is: new tokens may
+    be all that was trained. Of any other matrix, such as each expert's, `SPREAD` weights are read
+    in as many rows and columns.
+    """
+    if tensor.dim() < 2:
+        return 1
+    columns = tensor.shape[-1]
+    if tensor.shape[0] == tokens:
+        # One column further left in each row.
+        return max(columns - 1, 1)
+    matrix = tensor.shape[-2] * columns
+    return max(matrix // SPREAD + int(0.618 * columns), 1)
+
+
+def same_weights(one: str, other: str) -> bool:
+    """Whether two fingerprints of targets, or one of them as 0.1.0 wrote it, are of the same
+    weights. Only hashes that both have are compared."""
+    return all(ours == theirs for ours, theirs in zip(one.split("-"), other.split("-")))
 
 
 def weights_fingerprint(tensors: dict[str, torch.Tensor]) -> str:

@@ -3,25 +3,30 @@
 import warnings
 from pathlib import Path
 
+from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..drafters.configuration_dflash import DFlashConfig
 from ..drafters.overrides import check_shape
-from .fingerprints import words_added_since
+from .fingerprints import same_weights, words_added_since
 from .record import Identity
-from .wrappers import innermost
+from .wrappers import innermost, wrappers_of_peft
 
 
 def check_pair(
-    target: PreTrainedModel, config: DFlashConfig, tokenizer: PreTrainedTokenizerBase | None = None
+    target: PreTrainedModel | PeftModel,
+    config: DFlashConfig,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> None:
     """Raise unless the drafter can serve the target: layers, hidden size, a vocabulary of its own
     and, if a tokenizer is given, its words agree. Warn if the model, its commit, the size of its
     vocabulary or the chat template is not the one of training.
 
     Raises:
+        TypeError: the target is no model of transformers.
         ValueError: what differs, and what to do.
     """
+    _refuse_virtual_tokens(target)
     target = innermost(target)
     check_shape(target, config)
     if target.config.is_encoder_decoder or target.get_output_embeddings() is None:
@@ -38,6 +43,34 @@ def check_pair(
         )
     if tokenizer is not None:
         _check_words(tokenizer, found, meant, config.mask_token_id)
+
+
+def _refuse_virtual_tokens(target: PreTrainedModel | PeftModel) -> None:
+    """Raise where PEFT puts tokens before the prompt that are no words."""
+    for wrapper in wrappers_of_peft(target):
+        for name in wrapper.active_adapters:
+            adapter = wrapper.peft_config[name]
+            if adapter.is_prompt_learning:
+                raise ValueError(
+                    f"{adapter.peft_type.value} puts virtual tokens before the prompt, which a"
+                    " drafter does not see: it would learn from and draft for another text than"
+                    " the target reads, and transformers cuts them. Use a LoRA on the target, or"
+                    " the target without them (get_base_model())."
+                )
+
+
+def refuse_activated_lora(target: PreTrainedModel | PeftModel) -> None:
+    """Raise where an adapter acts only from some tokens of a prompt on: PEFT finds these in a call
+    of its wrapper, and a drafter is trained on the model inside, which would not act so. Decoding
+    calls the wrapper."""
+    for wrapper in wrappers_of_peft(target):
+        for name in wrapper.active_adapters:
+            if getattr(wrapper.peft_config[name], "alora_invocation_tokens", None):
+                raise ValueError(
+                    f"the target's adapter {name!r} is an activated LoRA (alora_invocation_tokens),"
+                    " which training cannot switch on and off within a row: train on the target"
+                    " without it (get_base_model()), or with a plain LoRA"
+                )
 
 
 def _check_words(
@@ -66,7 +99,7 @@ def _warn_of_another_target(found: Identity, meant: Identity) -> None:
     own = meant.name_or_path or "an unnamed target"
     # The weights decide, where both are known.
     if found.fingerprint and meant.fingerprint:
-        if found.fingerprint != meant.fingerprint:
+        if not same_weights(found.fingerprint, meant.fingerprint):
             at = f" at {meant.revision}" if meant.revision else ""
             warn(
                 f"it was trained for {own}{at}, and the target {found.name_or_path or 'given'} has"

@@ -7,7 +7,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..drafters.configuration_dflash import DFlashConfig
-from .fingerprints import embedding_rows, target_fingerprint, tokenizer_hashes
+from .fingerprints import embedding_rows, same_weights, target_fingerprint, tokenizer_hashes
 from .origins import origin_of
 from .wrappers import innermost
 
@@ -137,7 +137,13 @@ class Identity:
         found = {}
         for field in fields(self):
             ours, theirs = getattr(self, field.name), getattr(other, field.name)
-            if ours is not None and theirs is not None and ours != theirs:
+            if ours is None or theirs is None:
+                continue
+            if field.name == "fingerprint":
+                same = same_weights(ours, theirs)
+            else:
+                same = ours == theirs
+            if not same:
                 found[field.name] = (ours, theirs)
         return found
 
@@ -145,5 +151,5 @@ class Identity:
         """Whether both are one model: by the weights where both are known, else by the name, or one
         of `names` by which the other may go too."""
         if self.fingerprint and other.fingerprint:
-            return self.fingerprint == other.fingerprint
+            return same_weights(self.fingerprint, other.fingerprint)
         return self.name_or_path in (other.name_or_path, *names)

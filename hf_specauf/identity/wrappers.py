@@ -7,21 +7,24 @@ from collections.abc import Iterator
 
 import torch
 from accelerate.utils import extract_model_from_parallel, is_compiled_module
-from peft import PeftModel
+from peft import PeftMixedModel, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
+# Each is PEFT's, and no class of the two is the other's.
+OF_PEFT = (PeftModel, PeftMixedModel)
 
-def unwrapped(model: nn.Module) -> PreTrainedModel | PeftModel:
+
+def unwrapped(model: nn.Module) -> PreTrainedModel | PeftModel | PeftMixedModel:
     """What can generate: the transformers model, inside PEFT's wrapper if it has one, and no other.
 
     `torch.compile`, DDP, DataParallel, FSDP and DeepSpeed put something around a model that has no
     `generate` or config of its own, or hands out that of the model inside.
     """
     # A model whose layers alone are compiled is one of transformers still.
-    while not isinstance(model, (PreTrainedModel, PeftModel)):
+    while isinstance(model, nn.Module) and not isinstance(model, (PreTrainedModel, *OF_PEFT)):
         inner = extract_model_from_parallel(model, keep_torch_compile=False)
         if inner is model:
             break
@@ -29,12 +32,45 @@ def unwrapped(model: nn.Module) -> PreTrainedModel | PeftModel:
     return model
 
 
-def innermost(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside any wrappers, or the model itself."""
+def wrappers_of_peft(model: nn.Module) -> Iterator[PeftModel | PeftMixedModel]:
+    """PEFT's wrappers around a model, from the outside in."""
     model = unwrapped(model)
-    while isinstance(model, PeftModel):
-        model = unwrapped(model.get_base_model())
-    return model
+    while isinstance(model, OF_PEFT):
+        yield model
+        model = unwrapped(_inside(model))
+
+
+def innermost(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside any wrappers, or the model itself.
+
+    Raises:
+        TypeError: it is none, and none of the wrappers that are known is around one.
+    """
+    found = unwrapped(model)
+    for wrapper in wrappers_of_peft(model):
+        found = unwrapped(_inside(wrapper))
+    if not isinstance(found, PreTrainedModel):
+        raise TypeError(_no_model(found))
+    return found
+
+
+def _inside(wrapper: PeftModel | PeftMixedModel) -> nn.Module:
+    if isinstance(wrapper, PeftMixedModel):
+        return wrapper.base_model.model
+    return wrapper.get_base_model()
+
+
+def _no_model(found: object) -> str:
+    """The words of an error about what is no model, with the way to one that is inside."""
+    kind = type(found).__name__
+    if isinstance(found, nn.Module):
+        for name, module in found.named_modules():
+            if isinstance(module, (PreTrainedModel, *OF_PEFT)):
+                return (
+                    f"{kind} is no model of transformers, and what it does around the"
+                    f" {type(module).__name__} inside is not known here: give that one (.{name})"
+                )
+    return f"{kind} is no model of transformers: load one with AutoModelForCausalLM.from_pretrained"
 
 
 def as_called(model: nn.Module) -> nn.Module:
@@ -47,8 +83,8 @@ def as_called(model: nn.Module) -> nn.Module:
     while not isinstance(inner, PreTrainedModel):
         if is_compiled_module(inner):
             return inner
-        if isinstance(inner, PeftModel):
-            inner = inner.get_base_model()
+        if isinstance(inner, OF_PEFT):
+            inner = _inside(inner)
             continue
         outer, inner = inner, extract_model_from_parallel(inner)
         if inner is outer:
@@ -89,8 +125,16 @@ def plain_parameters(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
             yield plain_name(name), parameter.detach()
         elif outer not in done:
             done.add(outer)
+            try:
+                plain = _merged(adapted[outer])
+            except NotImplementedError:
+                # An activated LoRA acts from a token on, so that no weights are those of the model.
+                # It is told by its own.
+                for inner, own in adapted[outer].named_parameters():
+                    yield plain_name(f"{outer}.{inner}"), own.detach()
+                continue
             base = dict(_base_of(adapted[outer]).named_parameters())
-            for inner, merged in _merged(adapted[outer]).named_parameters():
+            for inner, merged in plain.named_parameters():
                 # A head that is tied to the embedding has no name of its own, unless an adapter
                 # makes it another one.
                 tied = not names[id(base[inner])].startswith(f"{outer}.")

@@ -275,7 +275,7 @@ def differing_targets(trained_for: dict, config: DFlashConfig) -> dict[str, tupl
     theirs = Identity.of_target_of(config)
     found = ours.differences(theirs)
     # the same weights, whatever they are called
-    if ours.fingerprint and ours.fingerprint == theirs.fingerprint:
+    if ours.fingerprint and theirs.fingerprint and "fingerprint" not in found:
         found.pop("name_or_path", None)
         found.pop("revision", None)
     for key in PROMPT_KEYS:

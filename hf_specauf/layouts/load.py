@@ -15,6 +15,7 @@ from ..identity import (
     Origin,
     innermost,
     note_origin,
+    same_weights,
     target_fingerprint,
     weights_fingerprint,
 )
@@ -192,7 +193,7 @@ def check_lender(target: PreTrainedModel, base: AdapterBase, folder_or_repo: str
     trained = Identity.read(base.trained_for)
     found = target_fingerprint(target)
     # A quantised target has no fingerprint, and neither has one that an old record names.
-    if trained.fingerprint and found and trained.fingerprint != found:
+    if trained.fingerprint and found and not same_weights(trained.fingerprint, found):
         raise ValueError(
             f"this target's layers {layers} are those {folder_or_repo} borrows, but other weights"
             f" of it differ from {trained.name_or_path}, whose hidden states the drafter was"

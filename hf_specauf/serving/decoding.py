@@ -88,7 +88,7 @@ def attach(
         [`Attachment`]: statistics and `detach()`. It is a context manager, too.
 
     Raises:
-        TypeError: `drafter` is no block drafter.
+        TypeError: `drafter` is no block drafter, or the target no model of transformers.
         ValueError: the drafter does not fit the target (layers, hidden size, vocabulary, words) or
             is fp16, the target has virtual tokens, `draft_length` is neither `"auto"` nor in
             1..K-1, or there are costs without `"auto"`. Another target's id or commit, or another
@@ -198,7 +198,7 @@ class Attachment:
 
 def _check(target, drafter, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedModel:
     """The drafter without its wrapper, or an error where it cannot serve the target."""
-    base, target = innermost(drafter), unwrapped(target)
+    base = innermost(drafter)
     if not hasattr(base, "get_candidate_generator"):
         raise TypeError(
             f"{type(base).__name__} is not a block drafter; load one with AutoModel.from_pretrained"
@@ -206,12 +206,6 @@ def _check(target, drafter, tokenizer: PreTrainedTokenizerBase | None) -> PreTra
             " embeddings)"
         )
     check_dtype(base.dtype)
-    if isinstance(target, PeftModel) and target.active_peft_config.is_prompt_learning:
-        raise ValueError(
-            f"{target.active_peft_config.peft_type.value} puts virtual tokens before the prompt,"
-            " which a drafter does not see: its drafts would be worthless, and transformers cuts"
-            " them. Use a LoRA on the target, or merge."
-        )
     check_pair(target, base.config, tokenizer)
     return base
 

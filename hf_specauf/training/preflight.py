@@ -2,8 +2,8 @@
 and of what cannot be done or resumed. They only check.
 
 `AUFConfig` checks its own keys when it is made, before there is a drafter. The others follow here,
-in the order of a run: `check_start` before anything heavy is done, `check_best_metric` and
-`check_sharding` once Trainer is set up, `check_target` and `check_decoding` on the placed target,
+in the order of a run: `check_start` and `ask_target` before the data is touched,
+`check_best_metric` and `check_sharding` once Trainer is set up, `check_target` on real rows,
 `check_evaluation` and `check_resumed_adapter` when somebody asks for that.
 """
 
@@ -17,10 +17,12 @@ from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import HubStrategy, IntervalStrategy
 
 from ..drafters import DRAFTERS
+from ..identity import embedding_rows
 from ..layouts.adapters import AdapterBase
 from ..losses.blocks import row_inputs
 from ..losses.objectives import find_objective, objectives_for
 from ..target import FrozenTarget
+from ..target_states.settings import settings_of
 from .config import AUFConfig
 from .diagnostics import diagnostics, empty_counters
 from .evaluation import decode, evenly_spread
@@ -246,52 +248,72 @@ def check_packing(
         )
 
 
-# A few passes show what the first evaluation would meet, and no prompt makes them slow.
-TRIAL_NEW_TOKENS, TRIAL_PROMPT = 8, 64
-
-
-def check_decoding(trainer) -> None:
-    """Raise where evaluations will decode with a drafter and this target cannot be decoded so: all
-    steps up to the first evaluation would be lost (SpecForge#560, #533). Where none will decode,
-    only say it.
+def ask_target(target, drafter, args: AUFConfig, *, measured: bool) -> FrozenTarget:
+    """Place a target, and ask whether it can be decoded with.
 
     Args:
-        trainer (`AUFTrainer`): its target placed. All ranks call it.
+        target (`PreTrainedModel`, `PeftModel` or `FrozenTarget`): one that was asked before is not
+            asked again.
+        drafter, args, measured: as for [`check_decoding`].
     """
-    target = trainer.target.model
-    name, reason = type(target).__name__, None
-    will_decode = trainer.args.eval_prompts > 0 and trainer.eval_dataset is not None
-    if getattr(target, "_is_stateful", False):
+    if not isinstance(target, FrozenTarget):
+        target = FrozenTarget(target, drafter.config)
+    if args.target_states_cache is not None and target.states_settings is None:
+        # Sharded weights would be out of sight.
+        target.states_settings = settings_of(target)
+    target.place(args.device, shard=args.shard_target)
+    if not target.was_asked:
+        target.was_asked = True
+        check_decoding(target, drafter, args, measured=measured)
+    return target
+
+
+# A few passes show what the first evaluation would meet.
+TRIAL_NEW_TOKENS, TRIAL_PROMPT = 8, 16
+
+
+def check_decoding(target: FrozenTarget, drafter, args: AUFConfig, *, measured: bool) -> None:
+    """Raise where evaluations will decode with a drafter and this target cannot be decoded so: all
+    that is done up to the first evaluation would be lost, hours of tokenizing first (SpecForge#560,
+    #533). Where none will decode, only say it.
+
+    Args:
+        target (`FrozenTarget`): placed. All ranks call it.
+        drafter (`PreTrainedModel`): whole on each rank. It is left where it was.
+        measured (`bool`): whether there are held-out rows.
+    """
+    will_decode = measured and args.eval_prompts > 0
+    reason = None
+    if getattr(target.model, "_is_stateful", False):
         reason = "it keeps a recurrent state that cannot be rolled back to the accepted tokens"
-    # accelerate's FSDP2 has not placed the drafter yet
-    elif will_decode and not trainer.is_fsdp_enabled:
-        reason = _why_decoding_fails(trainer)
+    elif will_decode:
+        reason = _why_decoding_fails(target, drafter, args.device)
     if reason is None:
         return
-    found = f"{name} cannot be decoded with a drafter here: {reason}"
+    found = f"{type(target.model).__name__} cannot be decoded with a drafter here: {reason}"
     if will_decode:
         raise ValueError(
             f"{found}. The first evaluation would fail, after all steps up to it. Set eval_prompts:"
             " 0 to train a drafter all the same, unmeasured, for an engine that can serve it"
         )
-    if trainer.is_world_process_zero():
+    if args.process_index == 0:
         print(f"{found}. It is trained all the same, and cannot be measured here.")
 
 
-def _why_decoding_fails(trainer) -> str | None:
+def _why_decoding_fails(target: FrozenTarget, drafter, device: torch.device) -> str | None:
     """What a few tokens of real decoding raise, in words; `None` where they work."""
-    prompts = [prompt[:, -TRIAL_PROMPT:] for prompt in trainer.eval_prompts()[:1]]
-    device = trainer.args.device
-    # a whole copy of a sharded drafter draws random weights before it gets its own
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        drafter = trainer.whole_drafter().to(device)
-        pad = trainer.data_collator.pad_token_id
-        try:
-            decode(trainer.target.model, drafter, prompts, TRIAL_NEW_TOKENS, pad)
-        except torch.OutOfMemoryError:  # says nothing about the target
-            raise
-        except Exception as error:
-            return " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".")
+    # There are no rows yet. Special tokens lie at a vocabulary's ends, so these are words.
+    rows = embedding_rows(target.model)
+    prompt = torch.arange(TRIAL_PROMPT, device=device)[None] + rows // 4
+    was_on = drafter.device
+    try:
+        decode(target.model, drafter.to(device), [prompt], TRIAL_NEW_TOKENS, pad_token_id=0)
+    except torch.OutOfMemoryError:  # says nothing about the target
+        raise
+    except Exception as error:
+        return " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".")
+    finally:
+        drafter.to(was_on)
     return None
 
 

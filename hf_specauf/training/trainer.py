@@ -29,16 +29,16 @@ from transformers import (
     set_seed,
 )
 
+from ..data.conversation import stop_at_both_ends
 from ..data.rows import RowCollator, fill_up, pad_token_id, prepare_rows
 from ..drafters.transformers_internals import check_methods
 from ..layouts.adapters import AdapterBase
 from ..losses.blocks import EVALUATION_STEP
 from ..losses.branches import BranchBalance, branch_denominators, row_loss_terms
-from ..target import FrozenTarget
 from ..target_states.kept import KeptStates
 from . import preflight
 from .callbacks import InterruptCallback, TauProgressCallback
-from .checkpoints import DrafterCheckpoints, shard_again
+from .checkpoints import DrafterCheckpoints, shard_again, whole_copy
 from .config import AUFConfig
 from .diagnostics import (
     StepSums,
@@ -73,8 +73,9 @@ class AUFTrainer(DrafterCheckpoints, Publishing, Trainer):
 
     Args:
         model (`PreTrainedModel`): the drafter, fp32.
-        target_model (`PreTrainedModel` or `PeftModel`): the target; frozen, and moved to the
-            drafter's device only where it is neither quantised nor dispatched.
+        target_model (`PreTrainedModel`, `PeftModel` or `FrozenTarget`): the target; frozen, and
+            moved only where it is neither quantised nor dispatched. Its generation config gets the
+            end token of its chat template, where it names another.
         args (`AUFConfig`).
         train_dataset, eval_dataset (`Dataset`, *optional*): rows of `text`, `messages`,
             `conversations`, or token rows with `input_ids` and `supervised`.
@@ -110,7 +111,13 @@ class AUFTrainer(DrafterCheckpoints, Publishing, Trainer):
         self.drafter_config = config = model.config
         self.block_size = config.block_size
         self.loss_spec = args.loss_spec(config.block_size)
-        self.target = FrozenTarget(target_model, config)
+        # The copy of a sharded drafter draws random weights before it gets its own.
+        with torch.random.fork_rng(devices=[]):
+            drafter = whole_copy(model, config, None)
+        measured = eval_dataset is not None
+        self.target = preflight.ask_target(target_model, drafter, args, measured=measured)
+        stop_at_both_ends(self.target.model, self.tokenizer, config.chat_template_kwargs)
+        config.eos_token_id = self.target.model.generation_config.eos_token_id
         self.kept_states = kept = KeptStates.of(self.target, args)
         self.forward_blocks = BlockForward(self.target, config, args, kept)
         self.adapter_base, self.peft_config = adapter_base, peft_config
@@ -142,7 +149,7 @@ class AUFTrainer(DrafterCheckpoints, Publishing, Trainer):
         # None is popped with disable_tqdm, where there is no bar to replace
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(TauProgressCallback)
-        self._place_target(first_set(eval_dataset if train_dataset is None else train_dataset))
+        preflight.check_target(self, first_set(train_dataset or eval_dataset))
         self._step_sums = StepSums(args.device)
         self._log_sums = empty_counters(self.block_size, args.device)
         self._balance = BranchBalance(self.loss_spec, self._over_all_processes)
@@ -164,15 +171,6 @@ class AUFTrainer(DrafterCheckpoints, Publishing, Trainer):
             chat_template_kwargs=self.drafter_config.chat_template_kwargs,
             placeholders=self.target.placeholders,
         )
-
-    def _place_target(self, rows: Dataset) -> None:
-        """Move or shard the target, and check that it lends what the drafter is trained on."""
-        if self.args.shard_target:
-            self.target.shard(self.args.device)
-        elif not self.target.dispatched:
-            self.target.model.to(self.args.device)
-        preflight.check_target(self, rows)
-        preflight.check_decoding(self)
 
     def _keep_sharded_sums_in_fp32(self) -> None:
         # accelerate's own policy sums gradients in bf16, and casts what forward returns, which
@@ -356,12 +354,7 @@ class AUFTrainer(DrafterCheckpoints, Publishing, Trainer):
     # ---- evaluation
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """Trainer's own, for raw rows too.
-
-        Raises:
-            ValueError: accelerate's FSDP2 has not sharded the drafter yet, which it does together
-                with an optimizer.
-        """
+        """Trainer's own, for raw rows too. An error where `check_evaluation` raises one."""
         preflight.check_evaluation(self)
         if not isinstance(eval_dataset, str):  # the name of one of several sets
             eval_dataset = self._prepare(eval_dataset)
