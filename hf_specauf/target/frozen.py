@@ -1,109 +1,19 @@
-"""The frozen target: how it is loaded, the shape of a drafter that follows from it, and what it
-lends to a drafter (noise embeddings, tapped hidden states, head). Its weights are never changed."""
+"""What a frozen target lends to a drafter: noise embeddings, tapped hidden states, head. Its
+weights are never changed."""
 
 import inspect
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from .drafters import DRAFTERS
-from .drafters.candidates import apply_head, device_of, embed_noise
-from .drafters.configuration_dflash import DFlashConfig, check_target_layer_ids
-from .identity import (
-    Identity,
-    Origin,
-    cached_commit,
-    check_pair,
-    embedding_rows,
-    innermost,
-    note_origin,
-    refuse_activated_lora,
-)
-from .identity.multimodal import (
-    check_is_no_placeholder,
-    load_language_model,
-    load_tokenizer,
-    on_all_axes,
-    placeholder_tokens,
-)
-
-# ---- loading
-
-
-def load(
-    from_pretrained: Callable, key: str, name_or_path: str, revision: str | None = None, **kwargs
-) -> Any:
-    """What a `from_pretrained` gives.
-
-    Raises:
-        OSError: nothing loadable is there; names the `key` that asked for it.
-    """
-    try:
-        return from_pretrained(name_or_path, revision=revision, **kwargs)
-    except OSError as error:
-        at = f" at revision {revision}" if revision else ""
-        raise OSError(
-            f"{key}: {name_or_path!r}{at} cannot be loaded. It must be a folder with a config.json,"
-            " or a Hub id that you can reach (gated and private ones need `hf auth login`)."
-            f" {error}"
-        ) from error
-
-
-def check_revision(key: str, name_or_path: str, revision: str | None) -> None:
-    """Raise where a folder was given a revision, which transformers ignores without a word."""
-    if revision and Path(name_or_path).is_dir():
-        key = key.removeprefix("--")
-        raise ValueError(
-            f"{key}_revision is {revision!r}, and {key} {name_or_path!r} is a folder, which has no"
-            f" revisions: remove {key}_revision, or give the Hub id"
-        )
-
-
-def check_device(device: str) -> None:
-    """Raise for a device that torch does not know, or that is not here."""
-    try:
-        found = torch.device(device)
-    except RuntimeError:
-        found = None
-    if found is None or found.type == "meta":
-        raise ValueError(f"device is {device!r}, which no model runs on: give cuda or cpu")
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise ValueError(
-            f"device is {device!r}, and torch {torch.__version__} finds {torch.cuda.device_count()}"
-            " GPUs here: give cpu, or install a torch that was built for your GPU"
-        )
-
-
-def load_target(
-    name_or_path: str, revision: str | None = None, key: str = "target", **kwargs
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal LM in its stored dtype, unless told otherwise, and its tokenizer. Of a checkpoint
-    that also sees images, all is loaded, and the text is used.
-
-    Args:
-        name_or_path (`str`): Hub id or folder.
-        revision (`str`, *optional*): branch, tag or commit on the Hub.
-        key (`str`, *optional*, defaults to `"target"`): what errors call `name_or_path`.
-        kwargs: for the model's `from_pretrained`.
-
-    Raises:
-        OSError: nothing loadable is there.
-        ValueError: a folder was given a revision.
-    """
-    check_revision(key, name_or_path, revision)
-    trust = {"trust_remote_code": kwargs.get("trust_remote_code", False)}
-    tokenizer = load(load_tokenizer, key, name_or_path, revision, **trust)
-    kwargs = {"dtype": "auto"} | kwargs
-    model = load(load_language_model, key, name_or_path, revision, **kwargs)
-    note_origin(model, Origin(name_or_path, cached_commit(name_or_path, revision)))
-    return model.eval(), tokenizer
+from ..drafters.candidates import apply_head, device_of, embed_noise
+from ..drafters.configuration_dflash import DFlashConfig, check_target_layer_ids
+from ..identity import check_pair, innermost, refuse_activated_lora
+from ..identity.multimodal import on_all_axes, placeholder_tokens
 
 
 def decoder_layers(target: PreTrainedModel) -> nn.ModuleList:
@@ -120,131 +30,6 @@ def decoder_layers(target: PreTrainedModel) -> nn.ModuleList:
         " taps cannot be checked: load it with AutoModelForCausalLM.from_pretrained, or take"
         " another target"
     )
-
-
-# ---- a drafter's shape, derived from its target
-
-
-def default_target_layer_ids(num_target_layers: int, taps: int = 5) -> list[int]:
-    """Usual taps of a D-layer target: round(1 + i (D - 4) / (L - 1)), D // 2 for one (arXiv
-    2602.06036's code).
-
-    Raises:
-        ValueError: the target is so shallow that the rule repeats a layer.
-    """
-    depth = num_target_layers
-    if taps == 1:
-        ids = [depth // 2]
-    else:
-        ids = [round(1 + i * (depth - 4) / (taps - 1)) for i in range(taps)]
-    if ids != sorted(set(ids)):
-        raise ValueError(
-            f"a target with {depth} layers is too shallow for {taps} evenly spread taps ({ids}"
-            f" repeats a layer): give target_layer_ids yourself, sorted, each in 0..{depth - 2}"
-        )
-    return ids
-
-
-def default_mask_token_id(target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    """The tokenizer's mask token, else the first unused row of the target's embedding; never a
-    resized row.
-
-    Raises:
-        ValueError: there is neither.
-    """
-    if tokenizer.mask_token_id is not None:
-        return tokenizer.mask_token_id
-    # The ids may have holes, so that the tokenizer's length may be an id in use.
-    unused = max(tokenizer.get_vocab().values()) + 1
-    # A config may name placeholders of images that the tokenizer does not know.
-    while unused in placeholder_tokens(innermost(target).config):
-        unused += 1
-    if unused < embedding_rows(target):
-        return unused
-    raise ValueError(
-        "the tokenizer has no mask token and its ids use every row of the embedding: give"
-        " mask_token_id, a token that never occurs in your data (a reserved special token, for"
-        " instance)"
-    )
-
-
-def drafter_config(
-    target: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    *,
-    num_hidden_layers: int,
-    block_size: int,
-    mask_token_id: int,
-    target_layer_ids: list[int] | None = None,
-    intermediate_size: int | None = None,
-    target_revision: str | None = None,
-    chat_template_kwargs: dict | None = None,
-    kind: str = "dflash",
-    own_keys: dict | None = None,
-) -> DFlashConfig:
-    """A drafter config with the target's own widths, heads, rope base and special ids.
-
-    Args:
-        target (`PreTrainedModel`): the target.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): its tokenizer, whose hashes are noted.
-        num_hidden_layers, block_size, mask_token_id (`int`): as in [`DFlashConfig`].
-        target_layer_ids (`list[int]`, *optional*): taps; by default `default_target_layer_ids`.
-        intermediate_size (`int`, *optional*): defaults to the target's, or 4 H where it has none.
-        kind (`str`, *optional*, defaults to `dflash`): a drafter of the table `DRAFTERS`.
-        own_keys (`dict`, *optional*): values of that drafter's own keys, e.g. of Domino's causal
-            head; by default the published ones.
-
-    Raises:
-        ValueError: the mask token stands for an image, a video or a sound.
-    """
-    target = innermost(target)
-    check_is_no_placeholder(mask_token_id, target.config)
-    identity = Identity.of(target, tokenizer, revision=target_revision)
-    keys = identity.config_keys() | _widths(target.config.get_text_config(decoder=True))
-    if intermediate_size:
-        keys["intermediate_size"] = intermediate_size
-    if target_layer_ids is None:
-        target_layer_ids = default_target_layer_ids(identity.num_layers)
-    config, _ = DRAFTERS[kind]
-    return config(
-        **keys,
-        num_hidden_layers=num_hidden_layers,
-        block_size=block_size,
-        mask_token_id=mask_token_id,
-        target_layer_ids=target_layer_ids,
-        chat_template_kwargs=chat_template_kwargs,
-        bos_token_id=target.generation_config.bos_token_id,
-        eos_token_id=target.generation_config.eos_token_id,
-        pad_token_id=target.generation_config.pad_token_id,
-        **(own_keys or {}),
-    )
-
-
-def _widths(text: PreTrainedConfig) -> dict[str, Any]:
-    """What a drafter's layers take from the config of the target's text model.
-
-    Configs of other architectures lack some of these keys: GPT-2's has no `intermediate_size`,
-    `head_dim` or rope.
-    """
-    heads = text.num_attention_heads
-    rope = getattr(text, "rope_parameters", None) or {}
-    # Gemma-3 has one set per layer type. A drafter's layers all attend to everything.
-    rope = rope.get("full_attention", rope)
-    theta = float(rope.get("rope_theta") or 10_000.0)
-    return {
-        "intermediate_size": getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
-        "num_attention_heads": heads,
-        "num_key_value_heads": getattr(text, "num_key_value_heads", None) or heads,
-        "head_dim": getattr(text, "head_dim", None) or text.hidden_size // heads,
-        # By fan-in, because a fixed 0.02 starves attention in narrow drafters.
-        "initializer_range": text.hidden_size**-0.5,
-        "rms_norm_eps": getattr(text, "rms_norm_eps", None) or 1e-6,
-        "max_position_embeddings": text.max_position_embeddings,
-        "rope_parameters": {"rope_type": "default", "rope_theta": theta},
-    }
-
-
-# ---- what a drafter borrows
 
 
 class FrozenTarget:

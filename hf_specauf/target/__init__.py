@@ -1,0 +1,18 @@
+"""The frozen target: how it is loaded, the shape of a drafter that follows from it, and what it
+lends to a drafter."""
+
+from .frozen import FrozenTarget, decoder_layers
+from .loading import check_device, check_revision, load, load_target
+from .shape import default_mask_token_id, default_target_layer_ids, drafter_config
+
+__all__ = [
+    "FrozenTarget",
+    "check_device",
+    "check_revision",
+    "decoder_layers",
+    "default_mask_token_id",
+    "default_target_layer_ids",
+    "drafter_config",
+    "load",
+    "load_target",
+]
