@@ -107,9 +107,13 @@ def weights_checksum(target: PreTrainedModel) -> tuple[str, bool]:
         if tensor.is_meta or type(tensor.data) is not torch.Tensor:
             complete = False
             continue
-        words = torch.uint8 if tensor.element_size() == 1 else torch.int16
-        total = tensor.reshape(-1).view(words).sum(dtype=torch.int64).item()
-        digest.update(f"{name} {tensor.dtype} {total}".encode())
+        content = tensor.reshape(-1).view(torch.uint8)
+        if len(content) % 8 == 0:
+            if content.storage_offset() % 8:
+                content = content.clone()
+            content = content.view(torch.int64)  # eight bytes at a time are summed much faster
+        # A sum does not depend on the device or on threads, because these are whole numbers.
+        digest.update(f"{name} {tensor.dtype} {content.sum().item()}".encode())
     return digest.hexdigest()[:16], complete
 
 

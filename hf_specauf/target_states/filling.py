@@ -1,12 +1,12 @@
 """The pass over all rows before the first step: each row alone, the longest first."""
 
-import fcntl
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from ..losses.blocks import row_inputs
@@ -24,16 +24,16 @@ def alone_in(folder: Path, wanted: bool) -> Iterator[None]:
     if not wanted:
         yield
         return
-    with open(folder / "filling.lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"another run is filling {folder}: waiting until it is done")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:
-            # Some network disks cannot. Two runs then compute the same rows, and nothing breaks.
-            print(f"{folder} cannot be locked ({error}): do not let two runs fill it at once")
+    lock = FileLock(folder / "filling.lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        print(f"another run is filling {folder}: waiting until it is done", flush=True)
+        lock.acquire()
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def fill(target: FrozenTarget, store: StateStore, missing: list[Row], args: AUFConfig) -> None:

@@ -24,7 +24,7 @@ class KeptStates:
 
     def __init__(self, target: FrozenTarget, args: AUFConfig):
         self.target, self.args = target, args
-        self.folder = Path(args.target_states_cache)
+        self.folder = Path(args.target_states_cache).expanduser()
         self._settings = target.states_settings or settings_of(target)
         self._store: StateStore | None = None  # the states' dtype is known after a pass
         self._filled: list[Dataset] = []
