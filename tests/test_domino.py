@@ -17,7 +17,7 @@ from transformers.generation import LogitsProcessorList
 
 import hf_specauf
 from hf_specauf import DFlashConfig, DominoConfig, DominoDraftModel
-from hf_specauf.drafters.candidates import BlockCandidateGenerator, add_correction, apply_head
+from hf_specauf.drafters.candidates import BlockCandidateGenerator, add_correction
 from hf_specauf.losses.blocks import make_blocks
 from hf_specauf.losses.branches import branch_losses
 from hf_specauf.losses.objectives import OBJECTIVES, LossSpec, objectives_for
@@ -40,9 +40,9 @@ def named(head: dict) -> str:
 class Recording(BlockCandidateGenerator):
     """Keeps (tokens before, draft, logits of the draft) of every block."""
 
-    def _fill(self, input_ids, hidden_states):
+    def _fill(self, input_ids, hidden_states, base):
         self.scores = []
-        draft, logits = super()._fill(input_ids, hidden_states)
+        draft, logits = super()._fill(input_ids, hidden_states, base)
         self.drafter.seen.append((input_ids, draft, torch.stack(self.scores, dim=1)))
         return draft, logits
 
@@ -305,8 +305,8 @@ def sampling_drafter(shift_label: bool):
 class ClaimsTheBase(BlockCandidateGenerator):
     """Draws from the corrected logits, but says it drew from the base ones."""
 
-    def _fill(self, input_ids, hidden_states):
-        return super()._fill(input_ids, hidden_states)[0], apply_head(self.head, hidden_states)
+    def _fill(self, input_ids, hidden_states, base):
+        return super()._fill(input_ids, hidden_states, base)[0], base
 
 
 def test_a_draft_that_claims_the_base_distribution_is_detected():
