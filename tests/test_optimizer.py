@@ -7,7 +7,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file
 
-from hf_specauf.training.optimizer import MuonWithAdamW, orthogonalize
+from hf_specauf.training.optimizer import MuonWithAdamW, _iterate, _iterate_on_grams, orthogonalize
 from hf_specauf.training.trainer import AUFConfig, AUFTrainer
 
 
@@ -37,9 +37,22 @@ def test_matrices_are_orthogonalised_in_their_own_dtype_and_batched():
         assert torch.cosine_similarity(one.flatten(), (u @ v).flatten(), dim=0) > 0.97
 
 
-def test_a_step_is_torchs_muon_and_torchs_adamw_but_for_bf16():
+@pytest.mark.parametrize("dtype, near", [(torch.float64, 1e-9), (torch.float32, 1e-4)], ids=str)
+@pytest.mark.parametrize("rank", [4, 16], ids="rank {}".format)
+def test_iterating_on_gram_matrices_is_the_same_iteration(dtype, near, rank):
+    """Also where most singular values are 0, and rounding leaves their squares a little below."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(2, *shape, generator=generator) for shape in ((16, rank), (rank, 64)))
+    x = (left @ right).to(torch.float64)
+    x = x / x.norm(dim=(1, 2), keepdim=True)
+    exact = _iterate(x, 5)
+    assert (_iterate_on_grams(x.to(dtype), 5) - exact).norm() < near * exact.norm()
+
+
+@pytest.mark.parametrize("bf16, near", [(False, 0.02), (True, 1e-3)], ids=["fp32", "bf16"])
+def test_a_step_is_torchs_muon_which_iterates_in_bf16_and_torchs_adamw(bf16, near):
     drafter, other = make_drafter(make_target()), make_drafter(make_target())
-    ours = MuonWithAdamW(drafter, 0.02, 0.003, weight_decay=0.1)
+    ours = MuonWithAdamW(drafter, 0.02, 0.003, weight_decay=0.1, bf16=bf16)
     names = dict(other.named_parameters())
     theirs = [
         torch.optim.Muon([p for p in names.values() if p.dim() == 2], lr=0.02, weight_decay=0.1),
@@ -53,17 +66,22 @@ def test_a_step_is_torchs_muon_and_torchs_adamw_but_for_bf16():
         for optimizer in (ours, *theirs):
             optimizer.step()
     for name, parameter in drafter.named_parameters():
-        torch.testing.assert_close(parameter, names[name], rtol=0.02 if parameter.dim() == 2 else 1e-6, atol=2e-3)
+        torch.testing.assert_close(parameter, names[name], rtol=near if parameter.dim() == 2 else 1e-6, atol=near / 10)
 
 
-def build(tokenizer, tmp_path, folder: str, **more) -> AUFTrainer:
+def test_muon_multiplies_in_bf16_where_training_does(tokenizer, tmp_path):
+    for bf16 in (False, True):
+        assert build(tokenizer, tmp_path, "out", bf16=bf16).create_optimizer().bf16 is bf16
+
+
+def build(tokenizer, tmp_path, folder: str, bf16: bool = False, **more) -> AUFTrainer:
     target = make_target(dtype=torch.float32)
     texts = target.generate(random_prompts(8), max_new_tokens=24, do_sample=False, suppress_tokens=[95]).tolist()
     rows = Dataset.from_dict({"input_ids": texts, "supervised": [[0] * 12 + [1] * 24] * 8})
     args = AUFConfig(
         output_dir=str(tmp_path / folder), use_cpu=True, max_steps=4, save_steps=2, per_device_train_batch_size=4,
         anchors_per_row=8, muon_learning_rate=0.02, learning_rate=0.003, lr_scheduler_type="linear",
-        eval_prompts=0, disable_tqdm=True,
+        eval_prompts=0, disable_tqdm=True, bf16=bf16,
     )  # fmt: skip
     return AUFTrainer(make_drafter(target), target, args, train_dataset=rows, processing_class=tokenizer, **more)
 

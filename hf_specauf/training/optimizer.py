@@ -14,25 +14,52 @@ MOMENTUM = 0.95
 
 def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
     """Push all singular values of each matrix towards 1 by the quintic Newton-Schulz iteration of
-    Muon (Jordan 2024).
-
-    In the matrices' own dtype: torch's `optim.Muon` iterates in bf16, which is forty times slower
-    on processors without bf16 arithmetic.
+    Muon (Jordan 2024), in the matrices' own dtype.
 
     Args:
         matrices (`torch.Tensor` of shape `(M, rows, columns)`).
     """
-    a, b, c = NEWTON_SCHULZ
     # x @ x.mT is smaller where rows are the shorter side
     wide = matrices.shape[1] <= matrices.shape[2]
     x = matrices if wide else matrices.mT
     # the iteration needs singular values of at most 1, and none exceeds this norm
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    rows, columns = x.shape[1:]
+    # Where a matrix is nearly square the small products are as dear as the wide ones. In bf16 they
+    # would lose the small singular values, because a gram matrix holds their squares.
+    if columns >= 2 * rows and x.dtype != torch.bfloat16:
+        x = _iterate_on_grams(x, steps)
+    else:
+        x = _iterate(x, steps)
+    return x if wide else x.mT
+
+
+def _iterate(x: torch.Tensor, steps: int) -> torch.Tensor:
+    """The iteration as it is defined. (M, rows, columns) -> (M, rows, columns)"""
+    a, b, c = NEWTON_SCHULZ
     for _ in range(steps):
         gram = x @ x.mT
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, polynomial, x, beta=a)
-    return x if wide else x.mT
+    return x
+
+
+def _iterate_on_grams(x: torch.Tensor, steps: int) -> torch.Tensor:
+    """[`_iterate`] by products of (rows, rows) alone, but for the first and the last.
+
+    Each step multiplies x from the left by p = a + b g + c g^2 of its gram matrix g = x x^T. So the
+    next gram matrix is p g p, and x is needed again only for the product of all p.
+    """
+    a, b, c = NEWTON_SCHULZ
+    gram = x @ x.mT
+    product = None
+    for step in range(steps):
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        polynomial.diagonal(dim1=1, dim2=2).add_(a)
+        product = polynomial if product is None else polynomial @ product
+        if step < steps - 1:
+            gram = polynomial @ gram @ polynomial
+    return product @ x
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
@@ -47,6 +74,9 @@ class MuonWithAdamW(torch.optim.Optimizer):
         learning_rate (`float`): of Muon, for matrices that are no embedding.
         adam_learning_rate (`float`): of AdamW, for the rest.
         weight_decay (`float`, *optional*, defaults to 0): decoupled, of both.
+        bf16 (`bool`, *optional*, defaults to `False`): orthogonalise in bf16, as torch's
+            `optim.Muon` does. It is for devices that multiply faster in bf16, where training runs
+            under autocast too. A processor without bf16 arithmetic is forty times slower in it.
     """
 
     def __init__(
@@ -55,6 +85,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         learning_rate: float,
         adam_learning_rate: float,
         weight_decay: float = 0.0,
+        bf16: bool = False,
     ):
         matrices, others = [], []
         for name, parameter in model.named_parameters():
@@ -69,6 +100,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
             {"params": others, "lr": adam_learning_rate},
         ]
         super().__init__(groups, {"weight_decay": weight_decay})
+        self.bf16 = bf16
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -85,6 +117,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
             by_shape[parameter.shape].append(parameter)
         for (rows, columns), parameters in by_shape.items():
             directions = torch.stack([self._nesterov(parameter) for parameter in parameters])
+            if self.bf16:
+                directions = directions.bfloat16()
             # an orthogonal update of a tall matrix spreads over more outputs, so each moves less
             scale = max(1, rows / columns) ** 0.5
             for parameter, update in zip(parameters, orthogonalize(directions), strict=True):

@@ -205,8 +205,8 @@ class AUFTrainer(DrafterCheckpoints, Publishing, Trainer):
         muon, adam = self.args.muon_learning_rate, self.args.learning_rate
         if muon is None or self.optimizer is not None:
             return super().create_optimizer(model)
-        decay = self.args.weight_decay
-        self.optimizer = MuonWithAdamW(model or self.model, muon, adam, weight_decay=decay)
+        options = {"weight_decay": self.args.weight_decay, "bf16": self.args.bf16}
+        self.optimizer = MuonWithAdamW(model or self.model, muon, adam, **options)
         return self.optimizer
 
     # ---- one optimizer step, from the outside in
