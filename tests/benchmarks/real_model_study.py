@@ -119,7 +119,8 @@ def training_words(leg: Leg, seed: int, bench: Bench) -> list[str]:
         config=leg.recipe, target=args.target, target_dtype=args.dtype, dataset_name=bench.training_file(leg.data),
         max_train_rows=args.rows, eval_rows=HELD_OUT_ROWS, objective=leg.objective,
         block_size=leg.block_size, seed=seed, max_steps=steps, eval_steps=every, save_steps=every, eval_prompts=0,
-        use_cpu=on_cpu, bf16=args.bf16, disable_tqdm=True, report_to="none", resume_from_checkpoint=True, **SMALL_STEPS,
+        use_cpu=on_cpu, bf16=args.bf16, disable_tqdm=True, report_to="none", resume_from_checkpoint=True,
+        **SMALL_STEPS,
     )  # fmt: skip
     words = []
     for key, value in keys.items():
