@@ -88,7 +88,7 @@ def test_own_answers_are_those_of_the_same_questions(ran):
     folder, _ = ran
     record = json.loads((folder / "results" / "domino-b-auf-own-seed0.json").read_text())
     assert record["settings"]["data"] == "own" and record["training"]["rows"] == 24
-    asked, own = (folder / "work" / "data" / name for name in ("questions-27.jsonl", "own-24.jsonl"))
+    asked, own = (folder / "work" / "data" / name for name in ("questions-27.jsonl", "own-24-float32.jsonl"))
     assert len(asked.read_text().splitlines()) == len(own.read_text().splitlines()) == 27
     settings = json.loads(own.with_suffix(".settings.json").read_text())
     assert settings["temperature"] == 0.5 and settings["max_new_tokens"] == 16

@@ -180,7 +180,7 @@ class Bench:
         if data == "sharegpt":
             return self.files["sharegpt"]
         args = self.args
-        out = args.work / "data" / f"own-{args.rows}.jsonl"
+        out = args.work / "data" / f"own-{args.rows}-{args.dtype}.jsonl"
         words = dict(
             target=args.target, dataset_name=self.files["questions"], out=out, temperature=TEMPERATURE,
             max_new_tokens=args.answer_tokens, device=args.device, continuous_batching=args.device != "cpu",

@@ -327,13 +327,16 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
     add("--answer_tokens", type=int, default=ANSWER_TOKENS, help="most tokens of the target's own answers")
     add("--override", nargs="+", default=[], metavar="KEY=VALUE", help="further keys for the training")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--dtype", default="bfloat16", help="of the target")
-    add("--bf16", type=json.loads, help="autocast, true or false; by default where the device has such arithmetic")
+    add("--dtype", help="of the target; by default bfloat16 where the device has such arithmetic, else float32")
+    add("--bf16", type=json.loads, help="autocast in training, true or false; by default likewise")
     for name in ("target", "sharegpt", "humaneval", "mt_bench"):
         add(f"--{name}", type=Path, help="a folder or file to use instead of fetching it")
     args = parser.parse_args(argv)
+    # A CPU without it emulates it, many times as slowly as fp32.
+    has_bf16 = args.device != "cpu" or torch.cpu._is_avx512_bf16_supported()
+    args.dtype = args.dtype or ("bfloat16" if has_bf16 else "float32")
     if args.bf16 is None:
-        args.bf16 = args.device != "cpu" or torch.cpu._is_avx512_bf16_supported()
+        args.bf16 = has_bf16
     # training runs in the checkout's root
     args.work = args.work.resolve()
     if args.quick:
