@@ -44,9 +44,9 @@ def ran(sources, tmp_path_factory):
     patch = pytest.MonkeyPatch()
     patch.setattr(data, "HELD_OUT_QUESTIONS", 2)
     patch.setattr(data, "HELD_OUT_ROWS", 3)
-    patch.setattr(study, "python", lambda *words: warm_python().run(*words)[0])
-    words = ["--legs", "dflash-auf", "domino-b-auf-own", "--seeds", "0", "--steps", "4", "--rows", "24"]
-    words += ["--new_tokens", "12", "--decoded", "1", "--answer_tokens", "16", "--dtype", "float32", "--bf16", "false"]
+    patch.setattr(study, "python", lambda *words, log: warm_python().run(*words)[0])
+    words = ["--legs", "dflash-auf", "domino-b-auf-own", "--seeds", "0", "--steps", "2", "--rows", "24"]
+    words += ["--new_tokens", "8", "--decoded", "1", "--answer_tokens", "16", "--dtype", "float32", "--bf16", "false"]
     words += ["--device", "cpu", "--work", str(folder / "work"), "--results", str(folder / "results")]
     words += [*sources, "--override", *TINY]
     study.main(words)
@@ -63,13 +63,13 @@ def test_a_leg_leaves_a_record_of_everything(ran):
         "tau.png",
     }
     record = json.loads((results / "dflash-auf-seed0.json").read_text())
-    assert record["settings"]["objective"] == "auf" and record["settings"]["steps"] == 4
+    assert record["settings"]["objective"] == "auf" and record["settings"]["steps"] == 2
     assert "hf_specauf.train --config" in record["command"] and str(folder) not in json.dumps(record)
     training = record["training"]
-    # four steps of two rows, of which each has four anchors or more
-    assert training["rows"] == 24 and training["anchors_per_step"] == 8 and training["anchors"] == 32
+    # two steps of two rows, of which each has four anchors or more
+    assert training["rows"] == 24 and training["anchors_per_step"] == 8 and training["anchors"] == 16
     assert training["tokens"] > training["supervised_tokens"] > 0 and training["seconds"] > 0
-    assert [point["step"] for point in record["curve"]] == [1, 2, 3, 4]
+    assert [point["step"] for point in record["curve"]] == [1, 2]
     assert all(point["teacher_forced_tau"] >= 1 and 0 <= point["common_accuracy"] <= 1 for point in record["curve"])
     for title, count in (("HumanEval", 2), ("MT-Bench", 2), ("ShareGPT", 2)):
         found = record["replayed"][title]
@@ -88,7 +88,7 @@ def test_own_answers_are_those_of_the_same_questions(ran):
     folder, _ = ran
     record = json.loads((folder / "results" / "domino-b-auf-own-seed0.json").read_text())
     assert record["settings"]["data"] == "own" and record["training"]["rows"] == 24
-    asked, own = (folder / "work" / "data" / name for name in ("questions-27.jsonl", "own-24.jsonl"))
+    asked, own = (folder / "work" / "data" / name for name in ("questions-27.jsonl", "own-24-float32.jsonl"))
     assert len(asked.read_text().splitlines()) == len(own.read_text().splitlines()) == 27
     settings = json.loads(own.with_suffix(".settings.json").read_text())
     assert settings["temperature"] == 0.5 and settings["max_new_tokens"] == 16
@@ -103,8 +103,8 @@ def test_finished_legs_are_skipped_and_those_of_other_settings_refused(ran, caps
     study.main(words)
     printed = capsys.readouterr().out
     assert "dflash-auf-seed0: finished before" in printed
-    with pytest.raises(SystemExit, match="holds a leg of other settings \\(steps 4 there, 5 here\\)"):
-        study.main(["5" if word == "4" else word for word in words])
+    with pytest.raises(SystemExit, match="holds a leg of other settings \\(steps 2 there, 5 here\\)"):
+        study.main([*words, "--steps", "5"])
     # the report alone, beside the paper's figures
     study.main(["--report", "--results", str(folder / "results")])
     printed = capsys.readouterr().out

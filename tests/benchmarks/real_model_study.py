@@ -47,6 +47,8 @@ from hf_specauf.target import FrozenTarget
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results" / "real_model_study"
 POINTS = 8  # such measurements of a run
+# Less of a row than the recipes take, so that a step takes a second or two on two cores. --override changes it.
+SMALL_STEPS = {"max_length": 320, "per_device_train_batch_size": 4, "anchors_per_row": 64}
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,7 @@ def training_words(leg: Leg, seed: int, bench: Bench) -> list[str]:
         max_train_rows=args.rows, eval_rows=HELD_OUT_ROWS, objective=leg.objective,
         block_size=leg.block_size, seed=seed, max_steps=steps, eval_steps=every, save_steps=every, eval_prompts=0,
         use_cpu=on_cpu, bf16=args.bf16, disable_tqdm=True, report_to="none", resume_from_checkpoint=True,
+        **SMALL_STEPS,
     )  # fmt: skip
     words = []
     for key, value in keys.items():
@@ -128,9 +131,10 @@ def training_words(leg: Leg, seed: int, bench: Bench) -> list[str]:
     return words
 
 
-def python(*words: str) -> int:
-    """Run an interpreter in the checkout -> its exit status."""
-    return subprocess.run([sys.executable, *words], cwd=ROOT).returncode
+def python(*words: str, log: Path) -> int:
+    """Run an interpreter in the checkout, with what it says added to a file -> its exit status."""
+    with open(log, "a") as file:
+        return subprocess.run([sys.executable, *words], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT).returncode
 
 
 def starts_of(out: Path) -> Path:
@@ -152,8 +156,13 @@ def train(words: list[str], out: Path) -> dict:
     # The provenance counts the seconds of the last start alone.
     with open(starts_of(out), "a") as file:
         file.write(f"{date.today()}\n")
-    if python("-m", "hf_specauf.train", *words) != 0 or not record.is_file():
-        raise SystemExit(f"training in {out} is not finished; the same command goes on from its last checkpoint")
+    # Not on the screen, because training shows the first row, and people once typed it.
+    log = out.with_name(f"{out.name}.log")
+    print(f"training; it writes to {log}", flush=True)
+    if python("-m", "hf_specauf.train", *words, log=log) != 0 or not record.is_file():
+        raise SystemExit(
+            f"training is not finished: see the end of {log}. The same command goes on from the last checkpoint"
+        )
     return read_record(record)
 
 
@@ -305,7 +314,7 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--legs", nargs="+", choices=LEGS, default=list(LEGS), metavar="LEG", help=", ".join(LEGS))
     add("--seeds", type=int, nargs="+", default=[0, 1])
-    add("--steps", type=int, default=400, help="optimizer steps of a leg")
+    add("--steps", type=int, default=600, help="optimizer steps of a leg")
     add("--rows", type=int, default=1536, help="conversations to train on")
     add("--work", type=Path, default=Path("out/real_model_study"), help="folder for data, drafters, checkpoints")
     add("--results", type=Path, default=RESULTS, help="folder for the legs' JSON files")
@@ -318,13 +327,16 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
     add("--answer_tokens", type=int, default=ANSWER_TOKENS, help="most tokens of the target's own answers")
     add("--override", nargs="+", default=[], metavar="KEY=VALUE", help="further keys for the training")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--dtype", default="bfloat16", help="of the target")
-    add("--bf16", type=json.loads, help="autocast, true or false; by default where the device has such arithmetic")
+    add("--dtype", help="of the target; by default bfloat16 where the device has such arithmetic, else float32")
+    add("--bf16", type=json.loads, help="autocast in training, true or false; by default likewise")
     for name in ("target", "sharegpt", "humaneval", "mt_bench"):
         add(f"--{name}", type=Path, help="a folder or file to use instead of fetching it")
     args = parser.parse_args(argv)
+    # A CPU without it emulates it, many times as slowly as fp32.
+    has_bf16 = args.device != "cpu" or torch.cpu._is_avx512_bf16_supported()
+    args.dtype = args.dtype or ("bfloat16" if has_bf16 else "float32")
     if args.bf16 is None:
-        args.bf16 = args.device != "cpu" or torch.cpu._is_avx512_bf16_supported()
+        args.bf16 = has_bf16
     # training runs in the checkout's root
     args.work = args.work.resolve()
     if args.quick:
