@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from conftest import MASK, PAD, make_drafter, make_target
+from conftest import BOS, EOS, GATED, MASK, PAD, make_drafter, make_target
 from datasets import Dataset, concatenate_datasets
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_specauf.data.rows import RowCollator, pack
 from hf_specauf.losses.blocks import row_inputs
@@ -93,6 +94,31 @@ def test_a_target_that_lets_packed_documents_see_each_other_is_refused(rows, pac
         AUFTrainer(
             make_drafter(target), target, args, concatenate_datasets([alone, packed]), processing_class=tokenizer
         )
+
+
+RECURRENT = {
+    "jamba": dict(
+        GATED, num_experts=2, attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, mamba_d_state=8,
+        use_mamba_kernels=False,
+    ),
+    "falcon_h1": dict(GATED, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("architecture", "dtype"),
+    [("jamba", torch.float32), ("jamba", torch.bfloat16), ("falcon_h1", torch.float32)],
+)
+def test_a_recurrent_target_whose_documents_soon_forget_each_other_is_refused(architecture, dtype, packed):
+    special = dict(pad_token_id=PAD, eos_token_id=EOS, bos_token_id=BOS)
+    target = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **RECURRENT[architecture], **special))
+    for parameter in target.parameters():
+        if parameter.dim() > 1:
+            parameter.data.mul_(4.0)  # text that is not one token for ever
+    frozen = FrozenTarget(target.to(dtype).eval(), make_drafter(target).config)
+    ids, documents = (torch.tensor([packed[0][key]]) for key in ("input_ids", "document_ids"))
+    with pytest.raises(ValueError, match="so they see each other.*packing: false"):
+        check_packing(frozen, ids, documents)
 
 
 def test_documents_kept_apart_in_a_batch_of_one_row_alone_are_refused_where_training_runs_two(

@@ -199,6 +199,11 @@ def check_target(trainer, rows: Dataset) -> None:
     check_packing(target, batch["input_ids"].to(device), batch["document_ids"].to(device))
 
 
+# Of the hidden states' size, what rounding may change; in low precision 0.05.
+ROUNDING = {torch.float32: 0.005, torch.float64: 0.005}
+BEGINNING = 3  # tokens of a document
+
+
 def check_packing(
     target: FrozenTarget, input_ids: torch.Tensor, document_ids: torch.Tensor
 ) -> None:
@@ -212,18 +217,23 @@ def check_packing(
         ValueError: this target lets packed documents see each other.
     """
     together = target.context(input_ids, **row_inputs(document_ids))
-    differences = []
+    differences, beginnings = [], []
     for ids, documents, states in zip(input_ids, document_ids, together):
         inside = documents >= 0
         sizes = documents[inside].unique_consecutive(return_counts=True)[1].tolist()
         parts = [target.context(part[None]) for part in ids[inside].split(sizes)]
         apart = torch.cat(parts, dim=1)[0].float()  # (S, L * H)
-        distance = (states[inside].float() - apart).norm(dim=-1)
-        differences.append((distance / apart.norm(dim=-1)).mean())
+        distance = (states[inside].float() - apart).norm(dim=-1) / apart.norm(dim=-1)
+        differences.append(distance.mean())
+        # A leak changes every document but the first, and most of all where it begins: a recurrent
+        # target (Falcon-H1, Jamba) soon forgets the one before. Not so the few tokens that
+        # rounding sends to other experts, so we take the median.
+        beginnings += [part[:BEGINNING] for part in distance.split(sizes)[1:]]
+    if beginnings:
+        differences.append(torch.cat(beginnings).median())
     difference = torch.stack(differences).max().item()
-    # Rounding of bf16 stays below this. A leak changes every document but the first. Written
-    # with `not`, so that NaN is refused too.
-    if not difference < 0.05:
+    # Written with `not`, so that NaN is refused too.
+    if not difference < ROUNDING.get(together.dtype, 0.05):
         advice = "packing: false, or another target_attn_implementation"
         if len(input_ids) > 1:
             smaller = "per_device_train_batch_size: 1 (raising gradient_accumulation_steps)"
