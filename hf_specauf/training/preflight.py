@@ -202,7 +202,7 @@ def check_target(trainer, rows: Dataset) -> None:
 
 
 # Of the hidden states' size, what rounding may change; in low precision 0.05.
-ROUNDING = {torch.float32: 0.01, torch.float64: 0.01}
+ROUNDING = {torch.float32: 0.005, torch.float64: 0.005}
 BEGINNING = 3  # tokens of a document
 
 
