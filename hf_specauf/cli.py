@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from importlib import import_module
+from os import PathLike
 from typing import Any, NamedTuple
 
 # ---- the commands
@@ -268,9 +269,10 @@ def check_words(arguments: Any) -> None:
         texts = [key for key in fields(arguments) if key.type in (str, str | None)]
         given = {key.name: getattr(arguments, key.name) for key in texts}
     for key, value in given.items():
-        # Some of these take a mapping too, and one takes true for a checkpoint's name.
+        # From Python a path will do. Some of these take a mapping too, and one takes true for a
+        # checkpoint's name.
         is_newest = key == "resume_from_checkpoint" and value in (True, False)
-        if value is None or isinstance(value, dict) or is_newest:
+        if value is None or is_newest or isinstance(value, dict | PathLike):
             continue
         if not isinstance(value, str):
             raise ValueError(f"{key} is {value!r}, which is no text: put it between quotes")

@@ -78,6 +78,12 @@ def test_an_empty_name_is_refused_and_one_that_yaml_reads_as_a_number(cls, key):
             cls(**ARGUMENTS[cls] | {key: value})
 
 
+def test_a_path_will_do_for_a_name_and_a_list_will_not(tmp_path):
+    assert AUFConfig(**TRAINING | dict(output_dir=tmp_path)).output_dir == str(tmp_path)
+    with pytest.raises(ValueError, match=r"dataset_name is \['a.jsonl', 'b.jsonl'\], which is no text"):
+        DataArguments(dataset_name=["a.jsonl", "b.jsonl"])
+
+
 def test_whole_numbers_that_yaml_wrote_with_a_point_become_whole():
     data = DataArguments(dataset_name="no/data", eval_rows=8.0)
     assert data.eval_rows == 8 and isinstance(data.eval_rows, int)
