@@ -48,6 +48,12 @@ ARCHITECTURES = {
     "mixtral": MIXTURE,
     "gpt_oss": dict(sliding_window=16, **MIXTURE),
 }
+# Files of tests. Of two processes none waits long for the other at the end, where what is started last is short.
+LONGEST = (
+    "test_distributed", "test_hub", "test_generate", "test_regenerate", "test_trainer", "test_versions",
+    "test_domino", "test_domino_training", "test_train", "test_lora", "test_gpu_scripts", "test_evaluate",
+    "test_quickstart", "test_resume",
+)  # fmt: skip
 TEXT = """To be read by a tiny tokenizer: the quick brown fox jumps over the lazy dog, while 0123456789 sheep sleep.
 def answer(question):
     return {"role": "assistant", "content": question.upper()}
@@ -62,7 +68,9 @@ CHAT_TEMPLATE = (
 
 @pytest.hookimpl(tryfirst=True)  # before pytest selects by marker
 def pytest_collection_modifyitems(items):
-    """Put the marker `own` on all but the first of a test's parameters, where `own_parameters` asks for it."""
+    """Start the longest files first, and put the marker `own` on all but the first of a test's parameters, where
+    `own_parameters` asks for it."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
     seen = set()
     for item in items:
         if item.get_closest_marker("own_parameters"):

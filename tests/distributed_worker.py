@@ -17,7 +17,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
-from conftest import ROOT, load_rows_file
+from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from transformers.distributed import DistributedConfig
@@ -25,6 +25,7 @@ from transformers.distributed import DistributedConfig
 from hf_specauf import AUFConfig, AUFTrainer
 from hf_specauf.training import trainer as trainer_module
 
+ROOT = Path(__file__).parents[1]
 FIXED = dict(
     use_cpu=True, anchors_per_row=6, max_steps=4, learning_rate=0.05, optim="sgd", lr_scheduler_type="constant",
     logging_steps=1, eval_prompts=3, eval_new_tokens=12, disable_tqdm=True, save_only_model=True, save_steps=4,
@@ -97,7 +98,7 @@ def main(
     if sharded:
         more["distributed_config"] = DistributedConfig(fsdp_size=args.world_size)
     drafter = AutoModel.from_pretrained(folder / drafter, **more)
-    rows = load_rows_file(folder / "rows.jsonl")
+    rows = Dataset.from_list([json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()])
     trainer = AUFTrainer(
         model=drafter, target_model=target, args=args, train_dataset=rows, eval_dataset=rows.select(range(5)),
         processing_class=AutoTokenizer.from_pretrained(folder / "target"),
@@ -122,8 +123,10 @@ def main(
             record["dtypes"] = [str(policy.param_dtype), str(policy.reduce_dtype), str(policy.output_dtype)]
         (out / "logs.json").write_text(json.dumps(record))
     trainer.accelerator.wait_for_everyone()
-    time.sleep(0.5)  # torch deadlocks where gloo's thread lets go of the last collective while its group is destroyed
-    trainer.accelerator.end_training()  # takes the process group down in order
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # The process group is not destroyed: torch deadlocks where gloo's thread lets go of the last collective meanwhile.
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -645,13 +645,16 @@ class CutByTheTokenDrawn(BlockCandidateGenerator):
 
 
 def test_a_draft_cut_by_the_token_drawn_is_detected():
-    drafter = deepcopy(sampling_pair()[1])
+    target, untrained, prompt = sampling_pair()
+    set_seed(0)
+    texts = target.generate(prompt.expand(64, -1), do_sample=True, top_k=0, max_new_tokens=8)
+    # a drafter that is mostly accepted, so that what is cut away is missed
+    drafter = overfit(deepcopy(untrained), target, texts, prompt.shape[1], steps=60)
     drafter.get_candidate_generator = lambda target, config, **keys: CutByTheTokenDrawn(
         drafter, target, config, **keys
     )
-    p_value, accepted = sampled_p_value(drafter, 300, 1.0, 0)
-    assert p_value < 1e-6
-    assert 0 < accepted < 1
+    p_value, accepted = sampled_p_value(drafter, 500, 1.0, 0)
+    assert p_value < 1e-3 and accepted > 0.7
 
 
 def test_a_draft_not_drawn_from_the_distribution_it_claims_is_detected():

@@ -2,12 +2,13 @@
 
 import json
 import shutil
+from functools import partial
 
 import pytest
 
 from hf_specauf import quickstart
 from hf_specauf.demo import target as demo_target
-from hf_specauf.demo.rows import heldout_prompts
+from hf_specauf.demo.rows import heldout_prompts, heldout_rows, training_rows
 from hf_specauf.demo.target import TargetSettings, quickstart_target, standard_library
 
 TOY = TargetSettings(hidden_size=32, num_attention_heads=2, num_key_value_heads=1, head_dim=16, intermediate_size=64,
@@ -21,6 +22,9 @@ def cache(tmp_path_factory):
     # a small standard library: tokenizing all of it is half of the quickstart's set-up
     train, heldout = standard_library()
     patch.setattr(demo_target, "standard_library", lambda: (train[:24], heldout[:4]))
+    # and a few rows: a drafter of two steps sees eight
+    patch.setattr(quickstart, "training_rows", partial(training_rows, count=8))
+    patch.setattr(quickstart, "heldout_rows", partial(heldout_rows, count=4))
     yield quickstart_target(TOY)
     patch.undo()
 

@@ -6,6 +6,10 @@
 Importing torch, transformers, trl and peft takes longer than most of what the tests then do in a process. A forked
 process has these libraries, and nothing that another process did: no weights, no remote code, no environment variable.
 The server never imports this package, so a process may also be a stranger's, who does not have it.
+
+Servers differ in their environment variables, and the Hugging Face libraries read theirs while they are imported.
+torch and others that take longest read none of them. So the servers of one interpreter are forked themselves, from a
+root that has imported these.
 """
 
 import atexit
@@ -23,13 +27,31 @@ import threading
 import time
 import traceback
 import types
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PUBLIC = (
-    "torch.distributed.fsdp", "transformers.trainer", "transformers.models.qwen3.modeling_qwen3", "peft", "trl",
-    "datasets", "accelerate.commands.launch", "matplotlib.pyplot", "rich.progress", "bitsandbytes",
+# what the root imports, and what each server
+WITHOUT_VARIABLES = (
+    "torch.distributed.fsdp", "torch.distributed.tensor", "torch._inductor.compile_fx", "scipy.optimize", "pandas",
+    "pyarrow.dataset", "matplotlib.pyplot", "rich.progress",
 )  # fmt: skip
+PUBLIC = (
+    "transformers.trainer", "transformers.models.qwen3.modeling_qwen3", "peft", "trl", "datasets",
+    "accelerate.commands.launch", "bitsandbytes",
+)  # fmt: skip
+LONGEST_REQUEST = 2**17  # bytes
+
+
+@cache
+def root_of(python: str, variables: tuple[tuple[str, str], ...]) -> socket.socket:
+    """Start the root of an interpreter and of the variables that it reads as it starts -> who asks it for servers."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    words = [python, __file__, str(theirs.fileno())]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    subprocess.Popen(words, cwd=ROOT, env=environment | dict(variables), pass_fds=[theirs.fileno()])
+    theirs.close()
+    return ours
 
 
 class WarmPython:
@@ -42,21 +64,22 @@ class WarmPython:
     """
 
     def __init__(self, python: str = sys.executable, environment: dict[str, str] | None = None):
-        self.outputs = tempfile.TemporaryDirectory(prefix="warm-python-")
-        ours, theirs = socket.socketpair()
-        self.server = subprocess.Popen(
-            [python, __file__, str(theirs.fileno())], cwd=ROOT, env=environment, pass_fds=[theirs.fileno()]
-        )
+        self.python, self.outputs = python, tempfile.TemporaryDirectory(prefix="warm-python-")
+        environment = dict(os.environ if environment is None else environment)
+        read_at_start = tuple(sorted(item for item in environment.items() if item[0].startswith("PYTHON")))
+        self.socket, theirs = socket.socketpair()
+        request = json.dumps(environment).encode()
+        assert len(request) < LONGEST_REQUEST
+        socket.send_fds(root_of(python, read_at_start), [request], [theirs.fileno()])
         theirs.close()
-        self.stream = ours.makefile("rw")
-        ours.close()
+        self.stream = self.socket.makefile("rw")
 
     def ask(self, **request):
         """One question to the server -> its answer."""
         self.stream.write(json.dumps(request) + "\n")
         self.stream.flush()
         answer = self.stream.readline()
-        assert answer, f"the server of {self.server.args[0]} died"
+        assert answer, f"the server of {self.python} died"
         return json.loads(answer)
 
     def start(self, *words: str, **environment: str) -> "Process":
@@ -93,8 +116,10 @@ class WarmPython:
 
     def close(self) -> None:
         """End the server. It also ends by itself when this process does."""
+        self.socket.shutdown(socket.SHUT_WR)
+        self.stream.read()  # to its end, which is the server's
         self.stream.close()
-        self.server.wait()
+        self.socket.close()
         self.outputs.cleanup()
 
 
@@ -130,6 +155,29 @@ class Process:
     def communicate(self, timeout: float = 300) -> tuple[str, None]:
         self.wait(timeout)
         return self.printed(), None
+
+
+# ---- the root's side
+
+
+def give_birth(asked: socket.socket) -> tuple[dict[str, str], socket.socket]:
+    """Fork a server for every request. Returns in a server alone -> its variables, its connection to the test."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for a server
+    while True:
+        request, handles, *_ = socket.recv_fds(asked, LONGEST_REQUEST, 1)
+        if not request:
+            os._exit(0)  # whoever asked is gone
+        if os.fork() == 0:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            asked.close()
+            return json.loads(request), socket.socket(fileno=handles[0])
+        os.close(handles[0])
+
+
+def import_all(names: tuple[str, ...]) -> None:
+    for name in names:
+        importlib.import_module(name)
+    gc.freeze()  # so that the forked processes share what is imported here instead of copying it
 
 
 # ---- the server's side
@@ -199,10 +247,14 @@ def live(words: list[str], environment: dict[str, str], output: str) -> None:
 
 if __name__ == "__main__":
     os.chdir(ROOT)
-    for name in PUBLIC:
-        importlib.import_module(name)
-    gc.freeze()  # so that the forked processes share what is imported here instead of copying it
-    socket_of_test = socket.socket(fileno=int(sys.argv[1]))
+    import_all(WITHOUT_VARIABLES)
+    assert "huggingface_hub" not in sys.modules, "it has read the variables of the root"
+    variables, socket_of_test = give_birth(socket.socket(fileno=int(sys.argv[1])))
+    os.environ.clear()
+    os.environ.update(variables)
+    import_all(PUBLIC)
+    # a table that transformers builds when it first loads a model, in half a second
+    sys.modules["transformers.conversion_mapping"].get_checkpoint_conversion_mapping("qwen3")
     stream = socket_of_test.makefile("rw")
     process = serve(stream)
     os.close(socket_of_test.fileno())  # the server's own: a test must see it close when the server dies
