@@ -251,6 +251,23 @@ def test_thoughts_are_told_from_answers_and_no_answer_is_lost_where_the_template
     assert counts == {"answered": 2, "tokens": sum(sum(row["supervised"]) for row in rows)}
 
 
+@pytest.mark.parametrize("template", THINKING)
+def test_thoughts_and_calls_are_told_from_answers_where_a_tokenizer_has_several_templates(template):
+    special, key, form, call = THINKING[template]
+    tokenizer = model_tokenizer(template, special)
+    tokenizer.chat_template = {"default": tokenizer.chat_template, "tool_use": tokenizer.chat_template}
+    keys = dict(chat_template_kwargs=None, prompt_tokens=9, continuous_batching=False)
+    target = make_target(vocab_size=len(tokenizer), eos_token_id=tokenizer.convert_tokens_to_ids(special[1]))
+    writer = TargetWriter(target, tokenizer, Sampling(NEW, temperature=0), **keys)
+    for tools, said in ((None, form.format("Foxes.", "It jumps.")), (TOOLS, call)):
+        conversation = Conversation(0, {"messages": [FOX], "tools": tools})
+        assert conversation.next_question()
+        ids = tokenizer(said, add_special_tokens=False)["input_ids"]
+        answer = writer._answer(conversation, writer._prompt(conversation), ids).turn
+        assert (answer[key], answer["content"]) == (("Look.", "") if tools else ("Foxes.", "It jumps."))
+        assert answer.get("tool_calls") == ([CALL] if tools else None)
+
+
 def test_answers_that_the_template_keeps_stand_in_one_row(words, tmp_path):
     tokenizer = byte_level_tokenizer(CHAT_TEMPLATE)
     said = [turn("assistant", "It jumps."), turn("assistant", "They sleep.")]

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
 
 import torch
 from transformers import (
@@ -157,6 +158,20 @@ def until_end(ids: list[int], ends: set[int]) -> list[int]:
     return ids
 
 
+def reader_of(
+    tokenizer: PreTrainedTokenizerBase, has_tools: bool
+) -> PreTrainedTokenizerBase | None:
+    """A tokenizer that tells thoughts and tool calls from an answer, which trl can for many
+    templates; `None` for others."""
+    reader = copy(tokenizer)
+    try:
+        # trl knows no tokenizer with several templates by name. Serving takes one of them.
+        reader.chat_template = tokenizer.get_chat_template(tools=[] if has_tools else None)
+        return add_response_schema(reader)
+    except ValueError:
+        return None
+
+
 class TargetWriter:
     """Writes the next answer of conversations by the target itself.
 
@@ -189,12 +204,8 @@ class TargetWriter:
         if end is None:
             end = []
         self.ends = set(end) if isinstance(end, list) else {end}
-        try:
-            # trl knows for many templates how thoughts and tool calls are told from the answer.
-            add_response_schema(tokenizer)
-            self.is_structured = True
-        except ValueError:
-            self.is_structured = False
+        # By whether a conversation has tools, a tokenizer that reads what was written.
+        self.readers = {has_tools: reader_of(tokenizer, has_tools) for has_tools in (False, True)}
         self.generate, self.engine = generate_in_batches, "plain batches"
         if continuous_batching and self._can_batch_continuously():
             self.generate, self.engine = generate_continuously, "continuous batching"
@@ -253,10 +264,11 @@ class TargetWriter:
         """What was generated after a prompt, read as a turn."""
         ids = until_end(ids, self.ends)
         turn = {"content": self.tokenizer.decode(ids, skip_special_tokens=True)}
-        if self.is_structured and conversation.text is None:
+        reader = self.readers[conversation.tools is not None]
+        if reader is not None and conversation.text is None:
             # The template may have written the beginning of the answer (an open thought). Without
             # it in `prefix`, transformers parses nothing.
-            parsed = parse_response(self.tokenizer, ids, prefix=prompt, tools=conversation.tools)
+            parsed = parse_response(reader, ids, prefix=prompt, tools=conversation.tools)
             # Where no tool was given, JSON that looks like a call is an answer.
             if conversation.tools or not parsed.get("tool_calls"):
                 turn = parsed
