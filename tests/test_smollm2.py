@@ -108,7 +108,7 @@ def test_from_the_hub_it_comes_at_a_commit_and_without_other_formats(files, tmp_
     # in $HF_HOME, and no half of a download beside it
     assert [*(home / "hf_specauf").iterdir()] == [folder]
     assert json.loads((folder / "source.json").read_text())["commit"] == commit
-    assert not (folder / "onnx").exists()
+    assert {path.name for path in folder.iterdir()} == {*contents, "source.json"}
     assert all((folder / name).read_bytes() == contents[name] for name in ("model.safetensors", "tokenizer.json"))
     # the second call asks nobody
     assert smollm2() == folder

@@ -9,6 +9,7 @@ trained on one of them is not evaluated on the other.
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -64,6 +65,8 @@ def from_hub(folder: Path) -> dict:
         snapshot_download(HUB_ID, revision=commit, local_dir=folder, allow_patterns=list(HUB_FILES))
     except NO_HUB as error:
         raise NotFetched(" ".join(str(error).split())) from error
+    # the client's notes on a download that could go on
+    shutil.rmtree(folder / ".cache", ignore_errors=True)
     return {"source": "the Hub", "repository": HUB_ID, "commit": commit}
 
 
