@@ -215,7 +215,11 @@ def files(tmp_path_factory, tokenizer):
         [{"role": "user", "content": f"Question {i}?"}, {"role": "assistant", "content": text}]
         for i, text in enumerate(texts)
     ]
-    for name, column, rows in (("text", "text", texts), ("chat", "messages", chats), ("short", "text", ["a b"] * 30)):
+    for name, column, rows in (
+        ("text", "text", texts),
+        ("chat", "messages", chats),
+        ("short", "text", [f"{a} {b}" for a in "abc" for b in "klmnopqrst"]),
+    ):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps({column: row}) + "\n" for row in rows))
     (folder / "single.jsonl").write_text('{"text": "only one row"}\n')
     (folder / "broken.jsonl").write_text('{"text": "a row"}\n{"text": "a trunc')

@@ -189,8 +189,8 @@ def test_outputs_too_short_to_repeat_themselves_do_not_hide_one_that_does():
 
     rows = [decoded([5] * 40), decoded([5, 5]), decoded([])]
     assert [row["repetition"] for row in rows] == [pytest.approx(36 / 37), None, None]
-    assert totals(rows, 42, greedy=True)["repetition"] == pytest.approx(36 / 37)
-    assert totals(rows[1:], 2, greedy=True)["repetition"] is None
+    assert totals(rows, greedy=True)["repetition"] == pytest.approx(36 / 37)
+    assert totals(rows[1:], greedy=True)["repetition"] is None
 
 
 # ---- the command line

@@ -36,7 +36,8 @@ NUMBERS = {
     "RegenerateArguments": regenerate.NUMBERS,
     "EvaluateArguments": evaluate.NUMBERS,
 }
-NUMBER_TYPES = (int, float, int | None, float | None, list[int] | None)
+# A parser of these dataclasses takes the None away.
+NUMBER_TYPES = (int, float, int | None, float | None, list[int] | None, list[int])
 TEXT_TYPES = (str, str | None)
 SET_BY_LAUNCHERS = {"local_rank"}
 

@@ -244,7 +244,7 @@ def test_a_row_with_a_placeholder_is_left_out_and_counted(tokenizer, capsys):
     rows.append({"input_ids": [*range(20, 30), IMAGE, *range(30, 40)], "supervised": [1] * 21})
     kept = prepare_rows(
         Dataset.from_list(rows), tokenizer, max_length=32, block_size=4, mask_token_id=MASK,
-        placeholders={IMAGE: "image"},
+        vocab_size=len(tokenizer), placeholders={IMAGE: "image"},
     )  # fmt: skip
     assert len(kept) == 3
     printed = capsys.readouterr().out

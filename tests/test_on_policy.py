@@ -109,8 +109,8 @@ def test_raw_logits_have_the_same_best_token_and_the_loss_is_that_of_what_drafts
     drawn = []  # (hidden rows, tokens, logits) of each draft
     fill = BlockCandidateGenerator._fill
 
-    def keep(self, input_ids, hidden):
-        draft, logits = fill(self, input_ids, hidden)
+    def keep(self, input_ids, hidden, base):
+        draft, logits = fill(self, input_ids, hidden, base)
         drawn.append((hidden, draft, logits))
         return draft, logits
 

@@ -303,7 +303,8 @@ def test_an_answer_ends_where_the_chat_does_though_the_targets_own_end_is_anothe
 
 def test_training_and_evaluation_stop_where_the_chat_ends(talkative, command, tmp_path, capsys):
     said = "ends an answer with '<|end|>', and the target's generation_config.eos_token_id names '<|eos|>'"
-    rows = [{"messages": [FOX, turn("assistant", "It jumps.")]}] * 20
+    asked = [turn("user", f"What does fox {i} do?") for i in range(20)]
+    rows = [{"messages": [question, turn("assistant", "It jumps.")]} for question in asked]
     data = save_rows(tmp_path / "data.jsonl", rows)
     keys = dict(target=talkative, dataset_name=data, target_layer_ids="0", eval_new_tokens=40)
     train.main(command(**keys))

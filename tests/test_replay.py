@@ -80,21 +80,21 @@ def test_replay_ends_where_decoding_does(target, drafter, prompts, texts):
 
 def test_replay_caps_drafts_as_decoding_does(target, drafter, prompts):
     frozen = FrozenTarget(target, drafter.config)
-    for output, rounds in decoded(target, drafter, prompts[:2], None, max_draft_tokens=2):
-        found = replay(frozen, drafter, output, prompt_tokens=PROMPT, max_new_tokens=NEW, max_draft_tokens=2)
+    for output, rounds in decoded(target, drafter, prompts[:2], None, draft_length=2):
+        found = replay(frozen, drafter, output, prompt_tokens=PROMPT, max_new_tokens=NEW, draft_length=2)
         assert found == rounds and max(one.drafted for one in rounds) == 2
 
 
 def test_walk_by_hand():
     # ten new tokens, of which the first is the prefill's; drafts of at most three
-    assert walk([3, 0, 0, 0, 1, 9, 2, 9, 9], max_new_tokens=10, max_draft_tokens=3) == [
+    assert walk([3, 0, 0, 0, 1, 9, 2, 9, 9], max_new_tokens=10, draft_length=3) == [
         Round(4, 3, 3, 3), Round(2, 1, 2, 3), Round(3, 2, 2, 2)
     ]  # fmt: skip
     # the text ended by itself: its last token was drafted and accepted, so no bonus came after it
-    assert walk([0, 2, 1], max_new_tokens=10, max_draft_tokens=3) == [Round(1, 0, 1, 3), Round(2, 2, 2, 3)]
+    assert walk([0, 2, 1], max_new_tokens=10, draft_length=3) == [Round(1, 0, 1, 3), Round(2, 2, 2, 3)]
     # at the limit nothing can be drafted any more
-    assert walk([0], max_new_tokens=2, max_draft_tokens=3) == [Round(1, 0, 0, 0)]
-    assert walk([], max_new_tokens=1, max_draft_tokens=3) == []
+    assert walk([0], max_new_tokens=2, draft_length=3) == [Round(1, 0, 0, 0)]
+    assert walk([], max_new_tokens=1, draft_length=3) == []
 
 
 def test_a_text_past_the_limit_is_refused(target, texts):

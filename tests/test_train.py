@@ -1,6 +1,7 @@
 """`python -m hf_specauf.train` end to end: a saved target and a file of rows become a drafter folder."""
 
 import json
+import re
 import signal
 import time
 
@@ -117,7 +118,10 @@ def test_a_weighted_mixture_of_formats_packed_and_streamed(command, tmp_path, ca
     main(words)
     printed = capsys.readouterr().out
     assert f"mixture: 12 rows of {sources[0]['name']}, 4 rows of {sources[1]['name']}, 4 rows of" in printed
-    assert "20 rows of messages, alpaca, text -> 20 token rows" in printed and "packed them into" in printed
+    # Two formats hold the same conversations, so that what is held out of one may be in the other.
+    assert (
+        re.search("20 rows of messages, alpaca, text -> (19|20) token rows", printed) and "packed them into" in printed
+    )
     record = strict((tmp_path / "out" / "provenance.json").read_text())
     assert record["rows"] < 20 and record["recipe"]["dataset_name"] is None
     assert [source["weight"] for source in record["recipe"]["dataset_mixture"]] == [3, 1, 1]

@@ -616,12 +616,14 @@ def test_second_ctrl_c_stops_at_once(build, number):
         for one in (number, signal.SIGINT):
             os.kill(os.getpid(), one)
 
-    previous = signal.getsignal(signal.SIGINT)
+    # Where nohup started the tests, SIGHUP would be nobody's.
+    previous = signal.getsignal(signal.SIGINT), signal.signal(signal.SIGHUP, signal.SIG_DFL)
     try:
         with pytest.raises(KeyboardInterrupt):
             build(callbacks=[BeforeStep(3, twice)]).train()
     finally:
-        signal.signal(signal.SIGINT, previous)
+        signal.signal(signal.SIGINT, previous[0])
+        signal.signal(signal.SIGHUP, previous[1])
 
 
 def test_a_run_goes_on_without_its_terminal_where_nohup_asks_for_that_and_ends_in_order_where_not():

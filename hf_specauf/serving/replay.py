@@ -37,7 +37,7 @@ def replay(
     *,
     prompt_tokens: int,
     max_new_tokens: int,
-    max_draft_tokens: int | None = None,
+    draft_length: int | None = None,
 ) -> list[Round]:
     """The verification passes in which greedy decoding with a drafter would have written a text.
 
@@ -49,7 +49,7 @@ def replay(
         prompt_tokens (`int`): of the prompt.
         max_new_tokens (`int`): the length limit that the text was written under. Decoding drafts
             nothing past it.
-        max_draft_tokens (`int`, *optional*): as of [`attach`]; K - 1 by default.
+        draft_length (`int`, *optional*): as of [`attach`]; K - 1 by default.
 
     Raises:
         ValueError: the text is longer than the limit, or has no prompt.
@@ -62,8 +62,8 @@ def replay(
         )
     config = innermost(drafter).config
     most = config.block_size - 1
-    if max_draft_tokens is not None:
-        most = min(most, max_draft_tokens)
+    if draft_length is not None:
+        most = min(most, draft_length)
     accepted = accepted_at(target, drafter, output, first=prompt_tokens)
     return walk(accepted, max_new_tokens, most)
 
@@ -126,20 +126,20 @@ def accepted_at(target: FrozenTarget, drafter, output: torch.Tensor, *, first: i
     return accepted
 
 
-def walk(accepted: list[int], max_new_tokens: int, max_draft_tokens: int) -> list[Round]:
+def walk(accepted: list[int], max_new_tokens: int, draft_length: int) -> list[Round]:
     """Hop from anchor to anchor as decoding does.
 
     Args:
         accepted (`list[int]`): of the text's new tokens but the last, from [`accepted_at`].
         max_new_tokens (`int`): the length limit.
-        max_draft_tokens (`int`): most tokens drafted in a pass.
+        draft_length (`int`): most tokens drafted in a pass.
     """
     rounds = []
     at = 0  # The first anchor is the first new token, which the prefill pass gives.
     while at < len(accepted):
         left = len(accepted) - at  # tokens of the text after the anchor
         # The pass emits one token more than it accepts, and that one must fit too.
-        drafted = max(min(max_draft_tokens, max_new_tokens - at - 2), 0)
+        drafted = max(min(draft_length, max_new_tokens - at - 2), 0)
         right = min(accepted[at], drafted)
         # Where an accepted token is the text's last one, there is no bonus after it.
         emitted = min(right + 1, left)

@@ -26,12 +26,12 @@ from datetime import date
 from pathlib import Path
 
 import torch
-from hf_specauf.data.splits import load_data
 from real_model_data import ANSWER_TOKENS, HELD_OUT_ROWS, TEMPERATURE, Bench, pad_token
 from real_model_report import report
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from hf_specauf.data.rows import RowCollator, prepare_rows
+from hf_specauf.data.sources import load_data
 from hf_specauf.demo.smollm2 import HUB_ID
 from hf_specauf.identity import Identity
 from hf_specauf.losses.blocks import anchor_candidates
