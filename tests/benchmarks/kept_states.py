@@ -127,8 +127,9 @@ def main() -> None:
     raw = load_rows(args.data, None, "train", None)
     raw = raw.select(range(min(len(raw), 100 * args.rows)))
     rows = prepare_rows(
-        raw, tokenizer, max_length=args.length, block_size=args.block_size, mask_token_id=args.mask_token_id
-    )
+        raw, tokenizer, max_length=args.length, block_size=args.block_size, mask_token_id=args.mask_token_id,
+        vocab_size=target.config.vocab_size,
+    )  # fmt: skip
     rows = rows.filter(lambda row: row["length"] == args.length)
     rows = rows.select(range(args.rows * (args.steps + 1)))
     with tempfile.TemporaryDirectory() as folder:

@@ -173,7 +173,7 @@ def rows_of(words: list[str], bench: Bench) -> dict:
     raw, _ = load_data(data)
     rows = prepare_rows(
         raw, bench.tokenizer, max_length=args.max_length, block_size=draft.block_size,
-        mask_token_id=draft.mask_token_id, verbose=False,
+        mask_token_id=draft.mask_token_id, vocab_size=len(bench.tokenizer), verbose=False,
     )  # fmt: skip
     collate = RowCollator(pad_token(bench.tokenizer), draft.mask_token_id)
     anchors = supervised = 0
