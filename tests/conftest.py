@@ -218,7 +218,7 @@ def files(tmp_path_factory, tokenizer):
     for name, column, rows in (
         ("text", "text", texts),
         ("chat", "messages", chats),
-        ("short", "text", [f"{a} {b}" for a in "abc" for b in "klmnopqrst"]),
+        ("short", "text", [a + b for a in "abc" for b in "klmnopqrst"]),
     ):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps({column: row}) + "\n" for row in rows))
     (folder / "single.jsonl").write_text('{"text": "only one row"}\n')

@@ -257,7 +257,8 @@ def test_thoughts_and_calls_are_told_from_answers_where_a_tokenizer_has_several_
     tokenizer = model_tokenizer(template, special)
     tokenizer.chat_template = {"default": tokenizer.chat_template, "tool_use": tokenizer.chat_template}
     keys = dict(chat_template_kwargs=None, prompt_tokens=9, continuous_batching=False)
-    target = make_target(vocab_size=len(tokenizer), eos_token_id=tokenizer.convert_tokens_to_ids(special[1]))
+    shape = dict(vocab_size=len(tokenizer), max_position_embeddings=1024)  # Qwen3's prompt with tools is long
+    target = make_target(**shape, eos_token_id=tokenizer.convert_tokens_to_ids(special[1]))
     writer = TargetWriter(target, tokenizer, Sampling(NEW, temperature=0), **keys)
     for tools, said in ((None, form.format("Foxes.", "It jumps.")), (TOOLS, call)):
         conversation = Conversation(0, {"messages": [FOX], "tools": tools})
