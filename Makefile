@@ -3,6 +3,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 OLDEST := .venv-oldest/bin
+# Where this is set, each process would compile anew what `install` below leaves to Python.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: quickstart test test-newest test-oldest lint clean
 
