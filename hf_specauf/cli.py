@@ -1,20 +1,16 @@
-"""The command line: `specauf COMMAND`, how flags are spelt and what they may be, and how commands
-end on errors.
+"""The command line: `specauf COMMAND`, how flags are spelt, and how commands end on errors.
 
-Every command module takes these from here. This one loads a command's module only when that
+Every command module takes these three from here. This one loads a command's module only when that
 command is called, because most of them import the Trainer, datasets or matplotlib.
 """
 
-import math
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import import_module
-from os import PathLike
-from typing import Any, NamedTuple
 
 # ---- the commands
 
@@ -150,134 +146,6 @@ def parse_with_drafter(parser: ArgumentParser, words: list[str]) -> Namespace:
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return args
-
-
-# ---- what keys and flags may be
-
-# No number that a run takes is larger, and torch and numpy hold no larger one everywhere.
-LARGEST = 2**31 - 1
-
-
-class Numbers(NamedTuple):
-    """The numbers that a key may have. NaN and infinity are never among them.
-
-    Attributes:
-        least, most (`float`): they are among them, unless `inside` says that neither is.
-        inside (`bool`): only what lies between them.
-        whole (`bool`): only whole numbers.
-        hint (`str`): what to write instead, where that is no number.
-    """
-
-    least: float
-    most: float = LARGEST
-    inside: bool = False
-    whole: bool = False
-    hint: str = ""
-
-    def __contains__(self, value: Any) -> bool:
-        # A bool is an int to Python, and was meant for another key.
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            return False
-        # Only floats are not finite. A whole number may be too large to become one.
-        if isinstance(value, float) and not math.isfinite(value):
-            return False
-        if self.whole and value != int(value):
-            return False
-        if self.inside:
-            return self.least < value < self.most
-        return self.least <= value <= self.most
-
-    def __str__(self) -> str:
-        kind = "a whole number" if self.whole else "a finite number"
-        bounds = f"of at least {self.least:g} and at most {self.most:.10g}"
-        if self.inside:
-            bounds = f"above {self.least:g} and below {self.most:.10g}"
-        return f"{kind} {bounds}{self.hint}"
-
-
-ONE_OR_MORE = Numbers(1, whole=True)
-SEED = Numbers(0, 2**32 - 1, whole=True)  # numpy takes no other
-
-
-def check_keys(
-    arguments: Any,
-    numbers: dict[str, Numbers] | None = None,
-    choices: dict[str, Iterable[str]] | None = None,
-) -> None:
-    """Check what a command's keys or flags were given, before anything heavy is loaded.
-
-    Args:
-        arguments: a dataclass, or argparse's `Namespace`.
-        numbers (`dict[str, Numbers]`, *optional*): the keys that take a number.
-        choices (`dict[str, Iterable[str]]`, *optional*): those that take one of a few words. A key
-            that a dataclass has not is passed over.
-
-    Raises:
-        ValueError: the key, its value, and what it may be.
-    """
-    check_numbers(arguments, numbers or {})
-    check_words(arguments)
-    if choices:
-        check_choices(arguments, choices)
-
-
-def check_numbers(arguments: Any, allowed: dict[str, Numbers]) -> None:
-    """Check every key that takes a number, or a list of them; what is left out keeps its default.
-
-    Raises:
-        ValueError: the key, its value, and the numbers it may have.
-    """
-    for key, numbers in allowed.items():
-        value = getattr(arguments, key, None)
-        for number in value if isinstance(value, list) else [value]:
-            # Trainer reads numbers from text too.
-            if isinstance(number, str):
-                try:
-                    number = float(number)
-                except ValueError:
-                    pass
-            if number is not None and number not in numbers:
-                raise ValueError(f"{key} is {value!r}; it must be {numbers}")
-        # YAML reads 8.0 so, and nothing can be counted up to it.
-        if numbers.whole and isinstance(value, float):
-            setattr(arguments, key, int(value))
-
-
-def check_choices(arguments: Any, allowed: dict[str, Iterable[str]]) -> None:
-    """Check every key that takes one of a few words; what a recipe leaves out keeps its default.
-
-    Raises:
-        ValueError: another word; names the allowed ones.
-    """
-    for key in fields(arguments):
-        value = getattr(arguments, key.name)
-        if key.name in allowed and value not in (key.default, *allowed[key.name]):
-            words = ", ".join(allowed[key.name])
-            raise ValueError(f"{key.name} is {value!r}; it must be one of {words}")
-
-
-def check_words(arguments: Any) -> None:
-    """Check every key that takes a name or another text.
-
-    Raises:
-        ValueError: it is empty, as where a shell's variable is not set, or it is no text: YAML
-            reads the commit 1234567 as a number.
-    """
-    if isinstance(arguments, Namespace):
-        given = {key: value for key, value in vars(arguments).items() if isinstance(value, str)}
-    else:
-        texts = [key for key in fields(arguments) if key.type in (str, str | None)]
-        given = {key.name: getattr(arguments, key.name) for key in texts}
-    for key, value in given.items():
-        # From Python a path will do. Some of these take a mapping too, and one takes true for a
-        # checkpoint's name.
-        is_newest = key == "resume_from_checkpoint" and value in (True, False)
-        if value is None or is_newest or isinstance(value, dict | PathLike):
-            continue
-        if not isinstance(value, str):
-            raise ValueError(f"{key} is {value!r}, which is no text: put it between quotes")
-        if not value.strip():
-            raise ValueError(f"{key} is empty: give it a value, or leave it out")
 
 
 # ---- how commands end on errors

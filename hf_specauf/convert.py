@@ -7,7 +7,8 @@ specauf convert --drafter z-lab/Qwen3-8B-DFlash-b16 --out DIR
 import argparse
 from pathlib import Path
 
-from .cli import check_keys, errors_in_one_line, under_new_spelling
+from .cli import errors_in_one_line, under_new_spelling
+from .keys import check_keys
 from .layouts import LAYOUTS, Layout
 from .layouts.load import load_drafter
 

@@ -11,9 +11,10 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import TrlParser
 
-from .cli import ONE_OR_MORE, Numbers, OneSpelling, check_keys, errors_in_one_line
+from .cli import OneSpelling, errors_in_one_line
 from .data.conversation import stop_at_both_ends
 from .identity import Identity
+from .keys import ONE_OR_MORE, Numbers, check_keys
 from .layouts.folders import fetch
 from .layouts.load import load_drafter, torch_dtype
 from .recipe import CHOICES, TargetArguments

@@ -9,7 +9,8 @@ import argparse
 
 from transformers.utils import logging as transformers_logging
 
-from .cli import check_keys, errors_in_one_line, parse_with_drafter, under_new_spelling
+from .cli import errors_in_one_line, parse_with_drafter, under_new_spelling
+from .keys import check_keys
 from .publishing.hub import check, pull, push, say_where_code_stops
 
 

@@ -7,7 +7,8 @@ specauf card validate FILE ...
 import argparse
 from pathlib import Path
 
-from .cli import check_keys, errors_in_one_line, parse_with_drafter, under_new_spelling
+from .cli import errors_in_one_line, parse_with_drafter, under_new_spelling
+from .keys import check_keys
 from .publishing.card import render
 from .publishing.validate import validate
 

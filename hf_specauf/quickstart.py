@@ -15,9 +15,10 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModel, AutoModelForCausalLM
 
-from .cli import ONE_OR_MORE, SEED, Numbers, check_keys, errors_in_one_line
+from .cli import errors_in_one_line
 from .demo.rows import heldout_prompts, heldout_rows, training_rows
 from .demo.target import TargetSettings, quickstart_target
+from .keys import ONE_OR_MORE, SEED, Numbers, check_keys
 from .recipe import parse
 from .records import write_record
 from .serving.acceptance import TAU_DEFINITION

@@ -16,10 +16,11 @@ from transformers import BitsAndBytesConfig
 from transformers.utils import is_bitsandbytes_available
 from trl import TrlParser
 
-from .cli import ONE_OR_MORE, Numbers, OneSpelling, check_keys
+from .cli import OneSpelling
 from .data.config import DataArguments
 from .drafters import DRAFTERS
 from .drafters.configuration_dflash import DFlashConfig
+from .keys import ONE_OR_MORE, Numbers, check_keys
 from .target import check_revision
 from .training.config import AUFConfig
 
@@ -355,6 +356,7 @@ class RecipeParser(OneSpelling, TrlParser):
     """trl's parser of a recipe and of flags. It reads 0.1.0's keys too, and names the new ones."""
 
     def parse_args_and_config(self, args: list[str], **options):
+        """trl's own, once the keys have the names of today."""
         words = list(args)
         for i, word in enumerate(words):
             flag, equals, value = word.partition("=")

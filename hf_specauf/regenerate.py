@@ -11,9 +11,7 @@ import hashlib
 import json
 import shlex
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
-from itertools import count
 from pathlib import Path
 
 import torch
@@ -22,13 +20,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers.trainer_utils import set_seed
 from trl import TrlParser
 
-from .cli import ONE_OR_MORE, SEED, Numbers, OneSpelling, check_keys, errors_in_one_line
+from .cli import OneSpelling, errors_in_one_line
 from .data.answers import TargetWriter
 from .data.chunks import ChunkFiles, chunk_seed, number_of_process
 from .data.conversation import (
-    Answer,
-    Conversation,
     Sampling,
+    Writer,
+    answer_rows,
     end_for_a_server,
     stop_at_both_ends,
 )
@@ -36,11 +34,11 @@ from .data.on_policy import written_by
 from .data.server import ServerWriter, check_endpoint
 from .data.sources import load_rows, rows_hash
 from .identity import Identity
+from .keys import ONE_OR_MORE, SEED, Numbers, check_keys
 from .recipe import CHOICES, DataArguments, TargetArguments, json_mapping
 from .target import check_device, check_revision, load_target
 from .training.callbacks import Interruption
 
-Writer = Callable[[list[Conversation], int], list[Answer]]
 # Flags that take a number.
 NUMBERS = {
     "max_rows": Numbers(1, whole=True, hint=", or left out"),
@@ -276,26 +274,6 @@ def answer_chunks(
             progress.update(bar, advance=size, rate=f"{rate:.2f} rows/s")
             if told.noted and done < len(missing):
                 raise KeyboardInterrupt(f"{len(missing) - done} chunks of this process are left")
-
-
-def answer_rows(rows: list[dict], first: int, write: Writer, seed: int) -> list[dict]:
-    """Let the target answer every question of some rows, turn by turn -> finished rows, in order.
-
-    Args:
-        first (`int`): the number of the first row in its dataset.
-    """
-    conversations = [Conversation(first + i, row) for i, row in enumerate(rows)]
-    # All first questions are answered together, then all second ones, and so on.
-    for turn in count():
-        waiting = [conversation for conversation in conversations if conversation.next_question()]
-        if not waiting:
-            break
-        for conversation, answer in zip(waiting, write(waiting, seed + turn)):
-            conversation.take(answer)
-    finished = []
-    for conversation in conversations:
-        finished += conversation.finished()
-    return finished
 
 
 class RegenerateParser(OneSpelling, TrlParser):

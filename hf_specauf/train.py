@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from rich.console import Console
 from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from .cli import errors_in_one_line
@@ -25,19 +24,19 @@ from .data.rows import prepare_rows, show_row
 from .data.sources import load_data
 from .drafters.configuration_dflash import DFlashConfig
 from .identity import Identity
-from .identity.multimodal import auto_class, placeholder_tokens
+from .identity.multimodal import auto_class
 from .layouts.adapters import AdapterBase, borrow
 from .layouts.load import load_drafter
 from .recipe import DrafterArguments, TargetArguments, parse
 from .records import NOT_PUBLIC, environment, write_record
 from .regenerate import on_policy_words
-from .serving.compare import compare, evaluation_record, plot_alpha, show
 from .target import FrozenTarget, default_mask_token_id, drafter_config, load_target
 from .training.checkpoints import resume_folder, save_final
 from .training.config import AUFConfig
+from .training.evaluation import evaluate_last_step, measure_decoding
 from .training.preflight import ask_target, check_start
 from .training.trainer import AUFTrainer
-from .training.waiting import first_process_first, wait_for_everyone
+from .training.waiting import first_process_first
 
 
 def train(
@@ -65,15 +64,7 @@ def train(
     drafter, base = start_drafter(draft, target, tokenizer, identity, args.seed)
     frozen = ask_first(draft, base, target, tokenizer, drafter, args, heldout is not None)
     with first_process_first():  # it writes the cache of `datasets`, which the others read
-        rows, heldout = token_rows(
-            train_rows,
-            heldout,
-            tokenizer,
-            drafter.config,
-            data,
-            args,
-            placeholder_tokens(target.config),
-        )
+        rows, heldout = token_rows(train_rows, heldout, tokenizer, frozen, drafter, data, args)
     drafter.set_attn_implementation(draft.draft_attn_implementation)
     trainer = AUFTrainer(
         model=drafter,
@@ -104,7 +95,7 @@ def train(
         if heldout is not None and evaluate_last_step(trainer):
             write_provenance(trainer, record())
         if compare_decoding and heldout is not None and args.eval_prompts:
-            measure_decoding(trainer, data)
+            measure_decoding(trainer, prompts=data.eval_dataset_name or data.source_names)
     if args.push_to_hub:
         trainer.push_to_hub()
     return trainer
@@ -216,13 +207,13 @@ def token_rows(
     train: list[Dataset],
     heldout: list[Dataset] | None,
     tokenizer: PreTrainedTokenizerBase,
-    config: DFlashConfig,
+    target: FrozenTarget,
+    drafter: PreTrainedModel,
     data: DataArguments,
     args: AUFConfig,
-    placeholders: dict[int, str],
 ) -> tuple[Dataset, Dataset | None]:
-    """Raw rows of `load_data` -> (training, held-out) token rows for a drafter of this config and a
-    target with these placeholders."""
+    """Raw rows of `load_data` -> (training, held-out) token rows for a drafter."""
+    config = drafter.config
     for source, rows in zip(data.sources(), train):
         check_settings(source["name"], rows, tokenizer, config.chat_template_kwargs)
     # Held-out rows that were taken from the sources are checked with them.
@@ -234,7 +225,7 @@ def token_rows(
         "mask_token_id": config.mask_token_id,
         "vocab_size": config.vocab_size,
         "chat_template_kwargs": config.chat_template_kwargs,
-        "placeholders": placeholders,
+        "placeholders": target.placeholders,
         "num_proc": data.dataset_num_proc,
     }
     verbose = args.process_index == 0
@@ -340,16 +331,6 @@ def provenance(
     }
 
 
-def evaluate_last_step(trainer: AUFTrainer) -> bool:
-    """Evaluate the finished drafter -> whether that was needed. Trainer has done it already where
-    `eval_steps` divides the last step."""
-    state = trainer.state
-    if state.global_step in [entry["step"] for entry in state.log_history if "eval_loss" in entry]:
-        return False
-    trainer.evaluate()
-    return True
-
-
 def write_provenance(trainer: AUFTrainer, record: dict[str, Any]) -> None:
     """`provenance.json`, from the first process."""
     if trainer.is_world_process_zero():
@@ -368,36 +349,6 @@ def naming_what_is_saved(trainer: AUFTrainer) -> Iterator[None]:
             f" it with python -m hf_specauf.evaluate --drafter {out}"
         )
         raise
-
-
-def measure_decoding(trainer: AUFTrainer, data: DataArguments) -> None:
-    """Compare plain and assisted decoding of the saved drafter on held-out prompts -> `eval.json`
-    and `alpha.png`."""
-    args, out = trainer.args, Path(trainer.args.output_dir)
-    target = trainer.target.model
-    # Read back from the folder, so that what is measured is what others will load.
-    drafter = AutoModel.from_pretrained(out, dtype="auto").to(args.device)
-    results = compare(
-        target,
-        drafter,
-        trainer.eval_prompts(),
-        args.eval_new_tokens,
-        pad_token_id=trainer.data_collator.pad_token_id,
-        show_progress=trainer.is_world_process_zero() and not args.disable_tqdm,
-    )
-    if trainer.is_world_process_zero():
-        record = evaluation_record(
-            results,
-            target,
-            prompts=data.eval_dataset_name or data.source_names,
-            temperature=0.0,
-            max_new_tokens=args.eval_new_tokens,
-            chat_template_kwargs=drafter.config.chat_template_kwargs,
-        )
-        write_record(out / "eval.json", record)
-        plot_alpha({args.objective: results["acceptance"]["alpha"]}, out / "alpha.png")
-        show(results, Console())
-    wait_for_everyone()
 
 
 @errors_in_one_line()

@@ -17,7 +17,8 @@ from transformers.generation import LogitsProcessorList
 
 import hf_specauf
 from hf_specauf import DFlashConfig, DominoConfig, DominoDraftModel
-from hf_specauf.drafters.candidates import BlockCandidateGenerator, add_correction
+from hf_specauf.drafters.candidates import BlockCandidateGenerator
+from hf_specauf.drafters.target_parts import add_correction
 from hf_specauf.losses.blocks import make_blocks
 from hf_specauf.losses.branches import branch_losses
 from hf_specauf.losses.objectives import OBJECTIVES, LossSpec, objectives_for

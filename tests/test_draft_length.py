@@ -177,3 +177,11 @@ def test_overconfidence_is_unlearned():
 def test_a_drafter_without_slots_is_refused():
     with pytest.raises(ValueError, match="longest draft is 0"):
         DraftLength(0)
+
+
+@pytest.mark.parametrize(
+    "costs", [Costs(frozen=True), Costs({0: 1.0}, frozen=True), Costs({3: 1.0}, 0.1, frozen=True)]
+)
+def test_frozen_costs_by_which_nothing_would_ever_be_drafted_are_refused(costs):
+    with pytest.raises(ValueError, match=r"need passes\[0\] .* and drafting"):
+        DraftLength(LONGEST, costs)

@@ -17,9 +17,9 @@ from transformers.cache_utils import DFlashCache
 from transformers.models.muse_glimmer_assistant.configuration_muse_glimmer_assistant import MuseGlimmerAssistantConfig
 from transformers.models.muse_glimmer_assistant.modeling_muse_glimmer_assistant import MuseGlimmerAssistantModel
 
-from hf_specauf.drafters.candidates import embed_noise
 from hf_specauf.drafters.configuration_dflash import REQUIRED_KEYS, DFlashConfig
 from hf_specauf.drafters.modeling_dflash import DFlashDraftModel
+from hf_specauf.drafters.target_parts import embed_noise
 from hf_specauf.losses.blocks import make_blocks
 from hf_specauf.serving.decoding import attach
 from hf_specauf.target import FrozenTarget
@@ -436,7 +436,8 @@ def test_a_process_without_the_package_generates_the_same_with_the_saved_files(s
 def test_saved_python_files_import_only_torch_transformers_and_each_other(saved):
     files = {path.stem: path for path in (saved.folder / "drafter").glob("*.py")}
     assert set(files) == {
-        "candidates", "configuration_dflash", "draft_length", "modeling_dflash", "transformers_internals"
+        "candidates", "configuration_dflash", "draft_length", "modeling_dflash", "target_parts",
+        "transformers_internals",
     }  # fmt: skip
     allowed = {"torch", "transformers"} | set(sys.stdlib_module_names)
     for name, path in files.items():

@@ -8,11 +8,11 @@ from dataclasses import fields
 import pytest
 
 from hf_specauf import convert, evaluate, hub, model_card, quickstart, recipe, regenerate
-from hf_specauf.cli import Numbers, check_keys
 from hf_specauf.data import config as data_config
 from hf_specauf.data.config import DataArguments
 from hf_specauf.demo import show
 from hf_specauf.evaluate import EvaluateArguments
+from hf_specauf.keys import Numbers, check_keys
 from hf_specauf.recipe import CHOICES, TargetArguments, drafter_arguments
 from hf_specauf.regenerate import RegenerateArguments
 from hf_specauf.training import config as training_config

@@ -9,6 +9,7 @@ PACKAGE = ROOT / "hf_specauf"
 # From the ground up. A module may import from its own floor and from those below.
 FLOORS = [
     "drafters",  # travels to the Hub alone
+    "keys",
     "cli",  # loads the commands by name, and they take from it how they end
     "records",
     "identity",

@@ -37,7 +37,7 @@ pytestmark = pytest.mark.internals
 PUBLISHED = {
     ".gitattributes", "README.md", "alpha.png", "candidates.py", "config.json", "configuration_dflash.py",
     "draft_length.py", "eval.json", "model.safetensors", "modeling_dflash.py", "provenance.json",
-    "transformers_internals.py",
+    "target_parts.py", "transformers_internals.py",
 }  # fmt: skip
 DOMINO_PUBLISHED = PUBLISHED | {
     "configuration_domino.py", "modeling_domino.py", "overrides.py", "custom_generate/generate.py"

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 from transformers.models.muse_glimmer.modeling_muse_glimmer import MuseGlimmerTextNormedEmbedding
 
-from hf_specauf.drafters.candidates import embed_noise
+from hf_specauf.drafters.target_parts import embed_noise
 from hf_specauf.identity import Identity, check_pair, embedding_rows
 from hf_specauf.serving.decoding import attach
 from hf_specauf.target import (

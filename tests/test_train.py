@@ -149,8 +149,11 @@ def test_whatever_measurement_fails_the_drafter_and_its_record_are_saved_first(
     def fail(*args, **kwargs):
         raise ValueError(f"{which} failed")
 
-    places = {"the last evaluation": "AUFTrainer.evaluate", "decoding": "compare", "the plot": "plot_alpha"}
-    monkeypatch.setattr(f"hf_specauf.train.{places[which]}", fail)
+    places = {
+        "the last evaluation": "trainer.AUFTrainer.evaluate", "decoding": "evaluation.compare",
+        "the plot": "evaluation.plot_alpha",
+    }  # fmt: skip
+    monkeypatch.setattr(f"hf_specauf.training.{places[which]}", fail)
     with pytest.raises(SystemExit, match=f"{which} failed"):
         main(command())
     out = tmp_path / "out"

@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass, field
 from typing import TypedDict
 
-from ..cli import Numbers, check_keys
+from ..keys import Numbers, check_keys
 
 
 class Source(TypedDict):

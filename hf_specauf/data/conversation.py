@@ -2,7 +2,9 @@
 and the rows that come of it."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import count
 
 from transformers import (
     AutoConfig,
@@ -326,3 +328,27 @@ def end_for_a_server(
     if end is None:
         return None
     return end, tokenizer.convert_ids_to_tokens(end)
+
+
+# What answers the next question of some conversations, given a seed.
+Writer = Callable[[list[Conversation], int], list[Answer]]
+
+
+def answer_rows(rows: list[dict], first: int, write: Writer, seed: int) -> list[dict]:
+    """Let the target answer every question of some rows, turn by turn -> finished rows, in order.
+
+    Args:
+        first (`int`): the number of the first row in its dataset.
+    """
+    conversations = [Conversation(first + i, row) for i, row in enumerate(rows)]
+    # All first questions are answered together, then all second ones, and so on.
+    for turn in count():
+        waiting = [conversation for conversation in conversations if conversation.next_question()]
+        if not waiting:
+            break
+        for conversation, answer in zip(waiting, write(waiting, seed + turn)):
+            conversation.take(answer)
+    finished = []
+    for conversation in conversations:
+        finished += conversation.finished()
+    return finished

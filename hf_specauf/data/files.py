@@ -116,6 +116,7 @@ def how_to_recode(name: str) -> str:
 
 
 def encoding_fault(line: bytes) -> str | None:
+    """Why a line is not UTF-8, or `None`."""
     try:
         line.decode("utf-8")
     except UnicodeDecodeError as error:

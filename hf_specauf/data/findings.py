@@ -137,6 +137,41 @@ def token_digest(ids: list[int]) -> int:
     return int.from_bytes(digest, "little", signed=True)
 
 
+def _measured(
+    rows: Dataset,
+    mask_token_id: int,
+    vocab_size: int,
+    placeholders: dict[int, str],
+    num_proc: int | None,
+) -> dict[str, np.ndarray]:
+    """What is to be known of each encoded row, as columns, beside those that it came with."""
+
+    def measure(batch: dict, made_by: dict) -> dict:
+        # `made_by` only tells the cache which code this is.
+        every = batch["input_ids"]
+        return {
+            "run": [longest_run(flags) for flags in batch["supervised"]],
+            "tokens": [len(ids) for ids in every],
+            "has_mask": [mask_token_id in ids for ids in every],
+            "is_foreign": [any(not 0 <= token < vocab_size for token in ids) for ids in every],
+            "digest": [token_digest(ids) for ids in every],
+            "placeholder": [
+                next((placeholders[token] for token in ids if token in placeholders), "")
+                for ids in every
+            ],
+        }
+
+    measured = rows.map(
+        measure,
+        batched=True,
+        remove_columns=["input_ids", "supervised"],
+        fn_kwargs={"made_by": made_by()},
+        num_proc=num_proc,
+        desc="Checking rows",
+    )
+    return measured.with_format("numpy")[:]
+
+
 @dataclass(frozen=True)
 class Findings:
     """What decides about token rows. Each array has an entry for every one of them.
@@ -191,31 +226,7 @@ class Findings:
             placeholders (`dict[int, str]`): tokens that stand for what is no text, and for what.
         """
 
-        def measure(batch: dict, made_by: dict) -> dict:
-            # `made_by` only tells the cache which code this is.
-            return {
-                "run": [longest_run(flags) for flags in batch["supervised"]],
-                "tokens": [len(ids) for ids in batch["input_ids"]],
-                "has_mask": [mask_token_id in ids for ids in batch["input_ids"]],
-                "is_foreign": [
-                    any(not 0 <= token < vocab_size for token in ids) for ids in batch["input_ids"]
-                ],
-                "digest": [token_digest(ids) for ids in batch["input_ids"]],
-                "placeholder": [
-                    next((placeholders[token] for token in ids if token in placeholders), "")
-                    for ids in batch["input_ids"]
-                ],
-            }
-
-        measured = rows.map(
-            measure,
-            batched=True,
-            remove_columns=["input_ids", "supervised"],
-            fn_kwargs={"made_by": made_by()},
-            num_proc=num_proc,
-            desc="Checking rows",
-        )
-        columns = measured.with_format("numpy")[:]
+        columns = _measured(rows, mask_token_id, vocab_size, placeholders, num_proc)
         reason = columns.pop("reason").astype(object)
         # Token rows may be another tokenizer's. A tokenizer may have more tokens than its target:
         # a [PAD] that somebody added, for instance.

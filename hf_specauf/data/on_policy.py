@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from ..drafters.candidates import device_of
+from ..drafters.target_parts import device_of
 from ..identity import Identity, tokenizer_hashes
 from ..losses.blocks import row_inputs
 from ..target import FrozenTarget

@@ -1,6 +1,7 @@
 """Token rows: raw rows become them, short ones share one, and several become a batch."""
 
 import hashlib
+from functools import partial
 from itertools import groupby
 
 import numpy as np
@@ -41,6 +42,45 @@ def encode_rows(
     )
 
 
+def encode_sources(
+    sources: list[Dataset],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    chat_template_kwargs: dict | None,
+    num_proc: int | None,
+    mask_token_id: int,
+    vocab_size: int,
+    placeholders: dict[int, str],
+) -> tuple[Dataset, Findings]:
+    """Token rows of all sources, one source after the other, and what was found in each.
+
+    Text is cut into rows of `max_length` tokens, every token supervised. Conversations are rendered
+    by the target's own template and cut at `max_length`; only what the assistant wrote is
+    supervised. Before each answer stand the ids that serving gives to the target. A conversation
+    becomes several rows where one cannot hold all answers so.
+
+    Of no use are rows without an assistant turn, refused by the template, with a prompt as long as
+    the row, with fewer than two supervised tokens in a row, and with the mask token, a placeholder
+    or a token that the target does not have.
+    """
+    encoded = [
+        encode_rows(source, tokenizer, max_length, chat_template_kwargs, num_proc)
+        for source in sources
+    ]
+    rows = concatenate_datasets(encoded)
+    sizes = [len(part) for part in encoded]
+    found = Findings.of(
+        rows,
+        sizes,
+        mask_token_id=mask_token_id,
+        vocab_size=vocab_size,
+        num_proc=num_proc,
+        placeholders=placeholders,
+    )
+    return rows, found
+
+
 def prepare_rows(
     datasets: Dataset | list[Dataset],
     tokenizer: PreTrainedTokenizerBase,
@@ -57,69 +97,58 @@ def prepare_rows(
     verbose: bool = True,
 ) -> Dataset:
     """Token rows ready for training: `input_ids`, `supervised`, `length`, `row` (a number anchors
-    are drawn from), and `document_ids` where rows are packed.
-
-    Text is cut into rows of `max_length` tokens, every token supervised. Conversations are rendered
-    by the target's own template and cut at `max_length`; only what the assistant wrote is
-    supervised. Rows of no use (no assistant turn, refused by the template, a prompt as long as the
-    row, fewer than two supervised tokens in a row, the mask token or a placeholder in it, a token
-    that the target does not have) are left out and counted by reason, with the first row of each.
-
-    Before each answer stand the ids that serving gives to the target. A conversation becomes
-    several rows where one cannot hold all answers so.
+    are drawn from), and `document_ids` where rows are packed. Rows of no use are left out and
+    counted by reason; [`encode_sources`] says which.
 
     Args:
         datasets (`Dataset` or `list[Dataset]`): one source or several, each in a format of its own.
         vocab_size (`int`): rows of the target's embedding.
-        placeholders (`dict[int, str]`, *optional*): of a target that also sees images, see
-            `placeholder_tokens`.
-        num_proc (`int`, *optional*): processes that tokenize; the result is cached by `datasets`
-            either way.
-        packing (`bool`, *optional*, defaults to `False`): put several short rows into one of up to
-            `max_length`.
-        heldout (`list[Dataset]`, *optional*): raw rows that are held out. Token rows that are the
-            same as one of theirs are left out here, so that what is measured was never trained on,
-            and all runs are measured on the same rows.
+        placeholders (`dict[int, str]`, *optional*): of a target that also sees images.
+        num_proc (`int`, *optional*): processes that tokenize; `datasets` caches the result.
+        packing (`bool`, *optional*): put several short rows into one of up to `max_length`.
+        heldout (`list[Dataset]`, *optional*): raw rows whose token rows are not trained on.
         verbose (`bool`, *optional*, defaults to `True`): print what was recognised and left out.
 
     Raises:
-        ValueError: unknown columns; no supervised token anywhere; most rows of a source are refused
-            by the template, or hold tokens that the target does not have, or the mask token; hardly
-            a row with a whole block; most rows are held out.
+        ValueError: unknown columns; no supervised token anywhere; most rows of a source are of no
+            use, or held out; hardly a row with a whole block.
     """
     if isinstance(datasets, Dataset):
         datasets = [datasets]
-
-    def encode(sources: list[Dataset]) -> tuple[Dataset, Findings]:
-        encoded = [
-            encode_rows(source, tokenizer, max_length, chat_template_kwargs, num_proc)
-            for source in sources
-        ]
-        rows = concatenate_datasets(encoded)
-        found = Findings.of(
-            rows,
-            [len(part) for part in encoded],
-            mask_token_id=mask_token_id,
-            vocab_size=vocab_size,
-            num_proc=num_proc,
-            placeholders=placeholders or {},
-        )
-        return rows, found
-
+    encode = partial(
+        encode_sources,
+        tokenizer=tokenizer,
+        max_length=max_length,
+        chat_template_kwargs=chat_template_kwargs,
+        num_proc=num_proc,
+        mask_token_id=mask_token_id,
+        vocab_size=vocab_size,
+        placeholders=placeholders or {},
+    )
     rows, found = encode(datasets)
     if heldout is not None:
         # `datasets` keeps these token rows, so preparing them does not make them again.
         _, held_out = encode(heldout)
         found.leave_out(held_out.digest[held_out.keep])
-    sizes = [len(dataset) for dataset in datasets]
-    refuse_unusable(found, sizes, max_length, block_size, mask_token_id)
+    refuse_unusable(found, [len(one) for one in datasets], max_length, block_size, mask_token_id)
     if verbose:
-        # Each format once, in the order of the sources.
-        kinds = dict.fromkeys(row_format(dataset.column_names) for dataset in datasets)
-        print_findings(found, sum(sizes), ", ".join(kinds), max_length)
+        show_findings(found, datasets, max_length)
     keep = np.flatnonzero(found.keep)
     rows = rows.select(keep).select_columns(["input_ids", "supervised"])
-    lengths = found.tokens[keep].tolist()
+    return finish(rows, found.tokens[keep].tolist(), max_length, packing=packing, verbose=verbose)
+
+
+def show_findings(found: Findings, datasets: list[Dataset], max_length: int) -> None:
+    """Print what was recognised and left out."""
+    # Each format once, in the order of the sources.
+    kinds = dict.fromkeys(row_format(dataset.column_names) for dataset in datasets)
+    print_findings(found, sum(map(len, datasets)), ", ".join(kinds), max_length)
+
+
+def finish(
+    rows: Dataset, lengths: list[int], max_length: int, *, packing: bool, verbose: bool
+) -> Dataset:
+    """Pack token rows, if asked to, and give them their lengths and numbers."""
     if packing:
         rows, lengths = pack(rows, max_length)
         if verbose:

@@ -17,7 +17,8 @@ from rich.table import Table
 from rich.text import Text
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..cli import Numbers, check_keys, errors_in_one_line, under_new_spelling
+from ..cli import errors_in_one_line, under_new_spelling
+from ..keys import Numbers, check_keys
 from ..layouts.load import load_drafter
 from ..serving.acceptance import number
 from ..serving.compare import decoding_config, first_difference, prompt_row, timed, totals

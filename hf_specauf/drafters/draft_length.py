@@ -194,13 +194,20 @@ class DraftLength:
         costs (`Costs`, *optional*): from an earlier run, frozen or not.
 
     Raises:
-        ValueError: `longest` is less than 1.
+        ValueError: `longest` is less than 1; frozen costs lack a plain pass or drafting.
     """
 
     def __init__(self, longest: int, costs: Costs | None = None):
         if longest < 1:
             raise ValueError(f"the longest draft is {longest}; it must be 1 or more (K - 1)")
         self.costs = costs if costs is not None else Costs()
+        if self.costs.frozen and (0 not in self.costs.passes or self.costs.drafting is None):
+            # They would never be measured, and no round would be drafted.
+            raise ValueError(
+                f"the costs are frozen and hold passes of {sorted(self.costs.passes)} drafted"
+                f" tokens and drafting {self.costs.drafting}: they need passes[0] (a plain pass)"
+                " and drafting, in seconds. Let a run measure them first, or set frozen to False"
+            )
         self.survival = Survival(longest)
         kept = [length for length in LENGTHS if length <= longest]
         # The whole block is always a candidate.

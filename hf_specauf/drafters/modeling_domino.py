@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
-from .candidates import add_correction
 from .configuration_domino import DominoConfig
 from .modeling_dflash import DFlashDraftModel, DraftOutput
 from .overrides import generate_with_drafter
+from .target_parts import add_correction
 from .transformers_internals import Cache, DFlashCache, the_cache
 
 # A whole Python file, which `save_pretrained` writes to custom_generate/generate.py of a drafter's

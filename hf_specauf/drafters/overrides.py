@@ -19,8 +19,8 @@ from types import MethodType
 import torch
 from torch import nn
 
-from .candidates import device_of
 from .draft_length import Round
+from .target_parts import device_of
 from .transformers_internals import (
     OVERRIDDEN,
     EosTokenCriteria,

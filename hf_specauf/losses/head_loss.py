@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ..drafters.candidates import add_correction, apply_head
+from ..drafters.target_parts import add_correction, apply_head
 from .objectives import LossSpec, first_failure_support, loss_terms
 
 # A product with few rows takes as long as one with this many, because the head's weights are read

@@ -13,11 +13,11 @@ from huggingface_hub import ModelCard, ModelCardData
 from ..drafters import config_class
 from ..drafters.configuration_dflash import DFlashConfig
 from ..drafters.transformers_internals import TESTED
-from ..records import HUB_ID, public, read_record
+from ..records import public, read_record
 from .card_data import on_hub, training_names, with_data
 from .card_evaluation import eval_results, measured_words
 from .card_training import NOT_RECORDED, is_until_fail, training_words
-from .options import check_licence
+from .options import check_licence, check_repo_name
 
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
 
@@ -139,8 +139,7 @@ def render(
             repository; or a record is not whole.
     """
     folder = Path(folder)
-    if not HUB_ID.fullmatch(repo):
-        raise ValueError(f"repo is {repo!r}; it must be OWNER/NAME")
+    check_repo_name(repo)
     check_licence(licence)
     config = read_config(folder)
     provenance = read(folder, "provenance.json") or {}

@@ -15,8 +15,8 @@ from huggingface_hub.hf_api import RepoFile
 from ..cli import said_by_hub, words_for
 from ..drafters.transformers_internals import TESTED
 from ..layouts.adapters import BASE_FILE
-from ..records import HUB_ID, read_record
-from .options import PublishOptions
+from ..records import read_record
+from .options import PublishOptions, check_repo_name
 from .staging import PICKLES, stage
 
 # What an earlier version of a drafter may have left in its repository, in this form or the other
@@ -75,8 +75,7 @@ def push(
         huggingface_hub.errors.HfHubHTTPError: the Hub refused, and nothing was made.
     """
     options = PublishOptions(**keys)
-    if not HUB_ID.fullmatch(repo):
-        raise ValueError(f"repo is {repo!r}; it must be OWNER/NAME")
+    check_repo_name(repo)
     if revision and not TAG.fullmatch(revision):
         raise ValueError(f"--revision {revision!r} is no name that git takes: give one like main")
     if tag:
@@ -231,8 +230,7 @@ def pull(
         ValueError: the repository holds no drafter of this package, or `into` can be no folder.
             Nothing was fetched.
     """
-    if not HUB_ID.fullmatch(repo):
-        raise ValueError(f"repo is {repo!r}; it must be OWNER/NAME")
+    check_repo_name(repo)
     if not str(into) or Path(into).is_file():
         raise ValueError(f"--into {str(into)!r} is no folder: name one to fetch the drafter into")
     found = HfApi(token=token).model_info(repo, revision=revision)

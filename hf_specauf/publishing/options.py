@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
+from ..records import HUB_ID
+
 # the form of the Hub's names for licences
 LICENCE = re.compile(r"[a-z0-9][a-z0-9.-]*")
 
@@ -16,6 +18,12 @@ def check_licence(licence: str) -> None:
             f"--license {licence!r} is no name that the Hub has for a licence: give one like"
             " apache-2.0, mit, llama3.1 or other"
         )
+
+
+def check_repo_name(repo: str) -> None:
+    """Raise for a name that no repository of the Hub can have."""
+    if not HUB_ID.fullmatch(repo):
+        raise ValueError(f"repo is {repo!r}; it must be OWNER/NAME")
 
 
 @dataclass(frozen=True)

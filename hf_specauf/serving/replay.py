@@ -18,7 +18,7 @@ from functools import partial
 
 import torch
 
-from ..drafters.candidates import Round
+from ..drafters.draft_length import Round
 from ..identity import innermost
 from ..losses.blocks import make_blocks
 from ..losses.branches import branch_losses

@@ -10,8 +10,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from transformers import PreTrainedModel
 
-from ..drafters.candidates import apply_head, device_of, embed_noise
 from ..drafters.configuration_dflash import DFlashConfig, check_target_layer_ids
+from ..drafters.target_parts import apply_head, device_of, embed_noise
 from ..identity import check_pair, innermost, refuse_activated_lora
 from ..identity.multimodal import on_all_axes, placeholder_tokens
 

@@ -6,7 +6,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
-from ..cli import ONE_OR_MORE, SEED, Numbers, check_keys
+from ..keys import ONE_OR_MORE, SEED, Numbers, check_keys
 from ..losses.branches import check_domino_keys
 from ..losses.objectives import OBJECTIVES, LossSpec, check_normalisation, find_objective
 

@@ -1,18 +1,24 @@
-"""tau by real decoding of a few held-out prompts."""
+"""Real decoding of held-out prompts: tau while a drafter is trained, and the comparison with plain
+decoding when it is done."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
+from rich.console import Console
+from transformers import AutoModel
 
 from ..data.rows import prompt_length
 from ..drafters.draft_length import Round
+from ..records import write_record
 from ..serving.acceptance import summarize
-from ..serving.compare import decoding_config
+from ..serving.compare import compare, decoding_config, evaluation_record, plot_alpha, show
 from ..serving.decoding import attach
 from .config import AUFConfig
+from .waiting import wait_for_everyone
 
 
 def first_set(rows: Dataset | dict[str, Dataset]) -> Dataset:
@@ -67,3 +73,51 @@ def decoded_tau(
     if not args.shard_target:
         rounds = gather_object(rounds)
     return summarize(rounds, drafter.config.block_size).tau
+
+
+# ---- when training is done
+
+
+def evaluate_last_step(trainer) -> bool:
+    """Evaluate the finished drafter -> whether that was needed. Trainer has done it already where
+    `eval_steps` divides the last step."""
+    state = trainer.state
+    if state.global_step in [entry["step"] for entry in state.log_history if "eval_loss" in entry]:
+        return False
+    trainer.evaluate()
+    return True
+
+
+def measure_decoding(trainer, prompts: str) -> None:
+    """Compare plain and assisted decoding of the saved drafter on held-out prompts -> `eval.json`
+    and `alpha.png`. All processes call it.
+
+    Args:
+        trainer (`AUFTrainer`): its drafter is saved.
+        prompts (`str`): where the held-out rows come from, as the record names it.
+    """
+    args, out = trainer.args, Path(trainer.args.output_dir)
+    target = trainer.target.model
+    # Read back from the folder, so that what is measured is what others will load.
+    drafter = AutoModel.from_pretrained(out, dtype="auto").to(args.device)
+    results = compare(
+        target,
+        drafter,
+        trainer.eval_prompts(),
+        args.eval_new_tokens,
+        pad_token_id=trainer.data_collator.pad_token_id,
+        show_progress=trainer.is_world_process_zero() and not args.disable_tqdm,
+    )
+    if trainer.is_world_process_zero():
+        record = evaluation_record(
+            results,
+            target,
+            prompts=prompts,
+            temperature=0.0,
+            max_new_tokens=args.eval_new_tokens,
+            chat_template_kwargs=drafter.config.chat_template_kwargs,
+        )
+        write_record(out / "eval.json", record)
+        plot_alpha({args.objective: results["acceptance"]["alpha"]}, out / "alpha.png")
+        show(results, Console())
+    wait_for_everyone()

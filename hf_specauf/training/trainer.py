@@ -35,6 +35,7 @@ from ..drafters.transformers_internals import check_methods
 from ..layouts.adapters import AdapterBase
 from ..losses.blocks import EVALUATION_STEP
 from ..losses.branches import BranchBalance, branch_denominators, row_loss_terms
+from ..target import FrozenTarget
 from ..target_states.kept import KeptStates
 from . import preflight
 from .callbacks import InterruptCallback, TauProgressCallback
@@ -111,13 +112,7 @@ class AUFTrainer(DrafterCheckpoints, Publishing, Trainer):
         self.drafter_config = config = model.config
         self.block_size = config.block_size
         self.loss_spec = args.loss_spec(config.block_size)
-        # The copy of a sharded drafter draws random weights before it gets its own.
-        with torch.random.fork_rng(devices=[]):
-            drafter = whole_copy(model, config, None)
-        measured = eval_dataset is not None
-        self.target = preflight.ask_target(target_model, drafter, args, measured=measured)
-        stop_at_both_ends(self.target.model, self.tokenizer, config.chat_template_kwargs)
-        config.eos_token_id = self.target.model.generation_config.eos_token_id
+        self.target = self._asked(target_model, model, measured=eval_dataset is not None)
         self.kept_states = kept = KeptStates.of(self.target, args)
         self.forward_blocks = BlockForward(self.target, config, args, kept)
         self.adapter_base, self.peft_config = adapter_base, peft_config
@@ -154,6 +149,17 @@ class AUFTrainer(DrafterCheckpoints, Publishing, Trainer):
         self._log_sums = empty_counters(self.block_size, args.device)
         self._balance = BranchBalance(self.loss_spec, self._over_all_processes)
         self._micro_batches: list[dict] = []  # of the step under way, where the balance needs them
+
+    def _asked(self, target, drafter, measured: bool) -> FrozenTarget:
+        """The target, once it is known to serve this drafter, and both stop where a chat does."""
+        config = self.drafter_config
+        # The copy of a sharded drafter draws random weights before it gets its own.
+        with torch.random.fork_rng(devices=[]):
+            whole = whole_copy(drafter, config, None)
+        target = preflight.ask_target(target, whole, self.args, measured=measured)
+        stop_at_both_ends(target.model, self.tokenizer, config.chat_template_kwargs)
+        config.eos_token_id = target.model.generation_config.eos_token_id
+        return target
 
     def _prepare(self, rows):
         """Raw rows, or a dict of several sets, as token rows; token rows as they are."""

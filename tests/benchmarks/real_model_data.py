@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_specauf import regenerate
 from hf_specauf.data.answers import generate_in_batches, until_end
 from hf_specauf.data.conversation import stop_at_both_ends
+from hf_specauf.data.rows import pad_token_id
 from hf_specauf.data.sources import load_rows
 from hf_specauf.demo.smollm2 import NO_HUB, NotFetched, downloaded, smollm2
 from hf_specauf.identity import Identity
@@ -196,7 +197,7 @@ class Bench:
         path = self.args.work / "greedy" / f"{title}-{len(prompts)}-{new_tokens}-{self.args.dtype}-{mark}.json"
         if not path.is_file():
             print(f"the target answers {len(prompts)} prompts of {title} greedily, once", flush=True)
-            config = decoding_config(self.target, new_tokens, pad_token(self.tokenizer))
+            config = decoding_config(self.target, new_tokens, pad_token_id(self.tokenizer, len(self.tokenizer)))
             ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
             given = [prompt[0].tolist() for prompt in prompts]
             answers = generate_in_batches(self.target, given, config, seed=0)
@@ -207,7 +208,3 @@ class Bench:
         return [
             torch.cat([prompt, torch.tensor([ids], device=device)], dim=1) for prompt, ids in zip(prompts, answers)
         ]
-
-
-def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id

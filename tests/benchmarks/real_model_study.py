@@ -26,11 +26,11 @@ from datetime import date
 from pathlib import Path
 
 import torch
-from real_model_data import ANSWER_TOKENS, HELD_OUT_ROWS, TEMPERATURE, Bench, pad_token
+from real_model_data import ANSWER_TOKENS, HELD_OUT_ROWS, TEMPERATURE, Bench
 from real_model_report import report
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
-from hf_specauf.data.rows import RowCollator, prepare_rows
+from hf_specauf.data.rows import RowCollator, pad_token_id, prepare_rows
 from hf_specauf.data.sources import load_data
 from hf_specauf.demo.smollm2 import HUB_ID
 from hf_specauf.identity import Identity
@@ -175,7 +175,7 @@ def rows_of(words: list[str], bench: Bench) -> dict:
         raw, bench.tokenizer, max_length=args.max_length, block_size=draft.block_size,
         mask_token_id=draft.mask_token_id, vocab_size=len(bench.tokenizer), verbose=False,
     )  # fmt: skip
-    collate = RowCollator(pad_token(bench.tokenizer), draft.mask_token_id)
+    collate = RowCollator(pad_token_id(bench.tokenizer, len(bench.tokenizer)), draft.mask_token_id)
     anchors = supervised = 0
     for row in rows:
         batch = collate([row])
@@ -224,7 +224,7 @@ def check_replay(folder: Path, bench: Bench) -> dict:
     args = bench.args
     target = AutoModelForCausalLM.from_pretrained(args.target, dtype=torch.float32).to(args.device).eval()
     drafter = AutoModel.from_pretrained(folder, dtype=torch.float32).to(args.device)
-    config = decoding_config(bench.target, args.new_tokens, pad_token(bench.tokenizer))
+    config = decoding_config(bench.target, args.new_tokens, pad_token_id(bench.tokenizer, len(bench.tokenizer)))
     frozen = FrozenTarget(target, drafter.config)
     found = {"prompts": 0, "equal": 0, "rounds": 0}
     for prompts in bench.prompts.values():
@@ -247,7 +247,7 @@ def decoded(drafter: PreTrainedModel, bench: Bench) -> dict[str, dict]:
         for title, prompts in bench.prompts.items():
             results = compare(
                 bench.target, drafter, prompts[: args.decoded], args.new_tokens, temperature=temperature,
-                pad_token_id=pad_token(bench.tokenizer), show_progress=False,
+                pad_token_id=pad_token_id(bench.tokenizer, len(bench.tokenizer)), show_progress=False,
             )  # fmt: skip
             acceptance = {key: results["acceptance"][key] for key in ("tau", "alpha", "tokens", "passes")}
             of_sets[title] = acceptance | {key: results[key] for key in kept}
