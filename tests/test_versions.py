@@ -256,7 +256,7 @@ def test_hub_check_says_where_the_code_of_a_folder_stops_and_what_mends_it(pair,
     words = ["--target", "alice/target", "--allow_unmeasured"]
     printed = as_alice(hub, "-m", "hf_specauf.hub", "check", str(folder), *words)
     assert f"its own code (*.py) stops at transformers 5.23, and this package's goes to {TESTED[1]}" in printed
-    assert "pushing it again" in printed and "modeling_domino.py, overrides.py, transformers_internals.py" in printed
+    assert "pushing it again" in printed and "modeling_domino.py, overrides.py, target_parts.py" in printed
     assert "stops at" not in as_alice(hub, "-m", "hf_specauf.hub", "check", str(pair.folder / "domino"), *words)
 
 
