@@ -21,7 +21,7 @@ from transformers.trainer_utils import set_seed
 from trl import TrlParser
 
 from .cli import OneSpelling, errors_in_one_line
-from .data.answers import TargetWriter
+from .data.answers import ROWS_PER_BATCH, TargetWriter
 from .data.chunks import ChunkFiles, chunk_seed, number_of_process
 from .data.conversation import (
     Sampling,
@@ -48,6 +48,7 @@ NUMBERS = {
     "top_p": Numbers(0, 1, hint="; 1 is off"),
     "top_k": Numbers(0, whole=True, hint="; 0 is off"),
     "seed": SEED,
+    "rows_per_batch": ONE_OR_MORE,
     "rows_per_chunk": ONE_OR_MORE,
     "concurrency": ONE_OR_MORE,
 }
@@ -104,6 +105,10 @@ class RegenerateArguments:
     continuous_batching: bool = field(
         default=True,
         metadata={"help": "false: plain batches; on CPUs they are some three times as fast."},
+    )
+    rows_per_batch: int = field(
+        default=ROWS_PER_BATCH,
+        metadata={"help": "Rows of a plain batch; on CPUs 128 are twice as fast, if they fit."},
     )
     rows_per_chunk: int = field(
         default=256, metadata={"help": "Rows answered together; a kill loses at most these."}
@@ -220,6 +225,7 @@ def writer(args: RegenerateArguments) -> tuple[Writer, dict]:
         chat_template_kwargs=args.chat_template_kwargs,
         prompt_tokens=args.prompt_tokens,
         continuous_batching=args.continuous_batching,
+        rows_per_batch=args.rows_per_batch,
     )
     identity = Identity.of(target, tokenizer, name_or_path=args.target)
     found = {"engine": write.engine, "target": identity.record(), "target_dtype": str(target.dtype)}

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
+from functools import partial
 
 import torch
 from transformers import (
@@ -23,6 +24,7 @@ from .rows import pad_token_id
 PAGE = 64  # tokens of a page of the cache
 MOST_TOKENS_OF_A_PASS = 2048
 MOST_REQUESTS_OF_A_PASS = 1024
+ROWS_PER_BATCH = 32  # of plain batches
 # Another file, because answers of two engines are not mixed in one.
 WITHOUT_CONTINUOUS_BATCHING = (
     "What was answered is kept: start the same command again, or do without by"
@@ -126,7 +128,7 @@ def generate_in_batches(
     prompts: list[list[int]],
     config: GenerationConfig,
     seed: int,
-    batch: int = 32,
+    batch: int = ROWS_PER_BATCH,
 ) -> list[list[int]]:
     """Answers by plain `generate`, prompts of like length together, padded on the left."""
     answers: dict[int, list[int]] = {}
@@ -180,6 +182,7 @@ class TargetWriter:
         prompt_tokens (`int`): plain text is continued after so many tokens.
         continuous_batching (`bool`): use it where this target and device can do it. That is tried
             once, and said if it fails.
+        rows_per_batch (`int`): of plain batches.
 
     Attributes:
         engine (`str`): how answers are generated. It changes the words, so settings keep it.
@@ -194,6 +197,7 @@ class TargetWriter:
         chat_template_kwargs: dict | None,
         prompt_tokens: int,
         continuous_batching: bool,
+        rows_per_batch: int = ROWS_PER_BATCH,
     ):
         self.target = target
         self.tokenizer = tokenizer
@@ -206,7 +210,11 @@ class TargetWriter:
         self.ends = set(end) if isinstance(end, list) else {end}
         # By whether a conversation has tools, a tokenizer that reads what was written.
         self.readers = {has_tools: reader_of(tokenizer, has_tools) for has_tools in (False, True)}
-        self.generate, self.engine = generate_in_batches, "plain batches"
+        self.generate = partial(generate_in_batches, batch=rows_per_batch)
+        self.engine = "plain batches"
+        if rows_per_batch != ROWS_PER_BATCH:
+            # Samples depend on who shares a batch.
+            self.engine += f" of {rows_per_batch}"
         if continuous_batching and self._can_batch_continuously():
             self.generate, self.engine = generate_continuously, "continuous batching"
 

@@ -21,6 +21,7 @@ NOT_COMPARED = (
     "concurrency",
     "out",
     "continuous_batching",
+    "rows_per_batch",
     "target",
     "dataset_salvage",
 )
