@@ -279,11 +279,14 @@ def test_a_signal_to_one_of_two_processes_stops_both_after_the_same_step_with_a_
 
 # ---- waiting longer than a collective does
 
+# Seconds. Between the steps of two processes lies less than the first, also on a busy machine.
+DDP_TIMEOUT, LONGER = 4, 6
+
 
 @pytest.mark.own
 @pytest.mark.parametrize("rank", [0, 1])
 def test_others_wait_while_one_tokenizes_longer_than_ddp_timeout(folder, tmp_path, rank):
-    keys = dict(ddp_timeout=6, slow=[rank, 10], max_steps=1, eval_strategy="no")
+    keys = dict(ddp_timeout=DDP_TIMEOUT, slow=[rank, LONGER], max_steps=1, eval_strategy="no")
     record = launch(folder, tmp_path, 2, 2, **keys)
     assert [log["step"] for log in record["logs"] if "loss" in log] == [1]
 
@@ -296,11 +299,11 @@ AutoTokenizer.from_pretrained({folder!r}).push_to_hub("alice/target")
 
 
 # Trainer gives its ddp_timeout to torch only without use_cpu.
-TRAIN_WITH_TIMEOUT = """
+TRAIN_WITH_TIMEOUT = f"""
 import runpy, sys
 from datetime import timedelta
 import torch
-torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=6))
+torch.distributed.init_process_group("gloo", timeout=timedelta(seconds={DDP_TIMEOUT}))
 sys.argv = ["train", *sys.argv[1:]]
 runpy.run_module("hf_specauf.train", run_name="__main__", alter_sys=True)
 """
@@ -314,7 +317,7 @@ def test_others_wait_while_one_uploads_to_a_hub_slower_than_ddp_timeout(files, t
         # as the Trainer starts, and in each upload
         if not slow or "/commit/" in self.path:
             slow.append(self.path)
-            time.sleep(9)
+            time.sleep(LONGER)
         return Handler._handle(self)
 
     with LoopbackHub(tmp_path / "hub") as hub:
