@@ -1,6 +1,7 @@
 """Tiny real models for the tests: built here from real architectures, trained here, never downloaded."""
 
 import atexit
+import gc
 import json
 import os
 import shutil
@@ -78,6 +79,13 @@ def pytest_collection_modifyitems(items):
             if test in seen:
                 item.add_marker("own")
             seen.add(test)
+
+
+def pytest_collection_finish():
+    """Take what is imported out of the garbage collector's sight. Trainer collects in each training, and to look through
+    all of torch and transformers took a third of what a tiny one takes."""
+    gc.collect()
+    gc.freeze()
 
 
 def make_target(architecture: str = "qwen3", dtype: torch.dtype = torch.float64, seed: int = 0, **overrides):
