@@ -214,7 +214,7 @@ def files(tmp_path_factory, tokenizer):
     """A folder with a target, `text.jsonl` and `chat.jsonl`."""
     folder = tmp_path_factory.mktemp("files")
     ids = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None)
-    target = make_target(dtype=torch.float32, vocab_size=len(tokenizer), num_hidden_layers=8, **ids)
+    target = make_target(dtype=torch.float32, vocab_size=len(tokenizer), **ids)
     target.save_pretrained(folder / "target")
     tokenizer.save_pretrained(folder / "target")
     words = TEXT.split()

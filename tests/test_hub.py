@@ -701,7 +701,7 @@ def test_a_drafter_trained_further_in_full_names_what_it_started_from(published,
 
 
 def test_borrowed_drafter_is_published_small_and_rebuilt_from_the_target_alone(published, lora, run, hub, tmp_path):
-    out = lora("borrowed", init_from_target_layers="1 6", num_draft_layers=None)
+    out = lora("borrowed", init_from_target_layers="1 3", num_draft_layers=None)
     push = ["-m", "hf_specauf.hub", "push", "--drafter", str(out), "--target", "alice/target", "--repo"]
     code, printed = run(*push, "alice/borrowed", "--small")
     assert code == 0, printed
@@ -715,7 +715,7 @@ def test_borrowed_drafter_is_published_small_and_rebuilt_from_the_target_alone(p
     rebuilt = loads(run, PACKAGE + "from_target(target, 'alice/borrowed').double()")
     code, printed = run("-m", "hf_specauf.hub", "pull", "--repo", "alice/borrowed", "--into", str(tmp_path))
     assert code == 0, printed
-    assert "layers [1, 6] of the target" in render(tmp_path, "alice/borrowed").text
+    assert "layers [1, 3] of the target" in render(tmp_path, "alice/borrowed").text
     assert 'from_target(target, "alice/borrowed"' in render(tmp_path, "alice/borrowed").text
     code, printed = run(*push, "alice/borrowed-merged")
     assert code == 0, printed
