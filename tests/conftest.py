@@ -82,8 +82,8 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    """Take what is imported out of the garbage collector's sight. Trainer collects in each training, and to look through
-    all of torch and transformers took a third of what a tiny one takes."""
+    """Take what is imported out of the garbage collector's sight. Trainer collects in each training. To look through
+    all of torch and transformers takes as long as a tiny training itself."""
     gc.collect()
     gc.freeze()
 
