@@ -1,6 +1,7 @@
 """Tiny real models for the tests: built here from real architectures, trained here, never downloaded."""
 
 import atexit
+import gc
 import json
 import os
 import shutil
@@ -78,6 +79,13 @@ def pytest_collection_modifyitems(items):
             if test in seen:
                 item.add_marker("own")
             seen.add(test)
+
+
+def pytest_collection_finish():
+    """Take what is imported out of the garbage collector's sight. Trainer collects in each training. To look through
+    all of torch and transformers takes as long as a tiny training itself."""
+    gc.collect()
+    gc.freeze()
 
 
 def make_target(architecture: str = "qwen3", dtype: torch.dtype = torch.float64, seed: int = 0, **overrides):
@@ -206,7 +214,7 @@ def files(tmp_path_factory, tokenizer):
     """A folder with a target, `text.jsonl` and `chat.jsonl`."""
     folder = tmp_path_factory.mktemp("files")
     ids = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None)
-    target = make_target(dtype=torch.float32, vocab_size=len(tokenizer), num_hidden_layers=8, **ids)
+    target = make_target(dtype=torch.float32, vocab_size=len(tokenizer), **ids)
     target.save_pretrained(folder / "target")
     tokenizer.save_pretrained(folder / "target")
     words = TEXT.split()

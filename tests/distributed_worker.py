@@ -28,7 +28,7 @@ from hf_specauf.training import trainer as trainer_module
 ROOT = Path(__file__).parents[1]
 FIXED = dict(
     use_cpu=True, anchors_per_row=6, max_steps=4, learning_rate=0.05, optim="sgd", lr_scheduler_type="constant",
-    logging_steps=1, eval_prompts=3, eval_new_tokens=12, disable_tqdm=True, save_only_model=True, save_steps=4,
+    logging_steps=1, eval_prompts=3, eval_new_tokens=6, disable_tqdm=True, save_only_model=True, save_steps=4,
     eval_strategy="steps", eval_steps=4, ddp_timeout=120,
 )  # fmt: skip
 

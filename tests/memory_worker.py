@@ -17,10 +17,10 @@ def main(folder: str, out: str, spares: list[int]) -> None:
     torch.set_num_threads(1)
     target = make_target(dtype=torch.float32, intermediate_size=1000)
     drafter = make_drafter(target, block_size=32, layers=6)  # AdamW's moments alone exceed a megabyte
-    texts = random_prompts(8, 200).tolist()
-    rows = Dataset.from_dict({"input_ids": texts, "supervised": [[1] * 200] * 8})
+    texts = random_prompts(2, 200).tolist()
+    rows = Dataset.from_dict({"input_ids": texts, "supervised": [[1] * 200] * 2})
     args = AUFConfig(
-        output_dir=out, use_cpu=True, anchors_per_row=128, per_device_train_batch_size=8, disable_tqdm=True,
+        output_dir=out, use_cpu=True, anchors_per_row=64, per_device_train_batch_size=2, disable_tqdm=True,
         eval_prompts=0, max_steps=1,
     )  # fmt: skip
     assert MASK == drafter.config.mask_token_id

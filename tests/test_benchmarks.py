@@ -1,12 +1,10 @@
 """Benchmarks by name and questions by column: which prompts they give, and what `eval.json` says of them."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
-from conftest import ROOT, make_drafter
+from conftest import make_drafter
 from loopback_hub import LoopbackHub, Repository
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -187,14 +185,11 @@ def test_a_benchmark_from_the_hub_is_noted_with_the_commit_it_came_from(tmp_path
             "print(found.rows['question'][:])\n"
             "load_prompts('openai/gsm8k', 'main', 'test')\n"
         )
-        done = subprocess.run(
-            [sys.executable, "-c", code, commits[0]], cwd=ROOT, env=hub.environment(tmp_path / "home", "alice"),
-            capture_output=True, text=True,
-        )  # fmt: skip
-    newest, oldest, other, *said = done.stdout.splitlines()
+        _, printed = hub.run("-c", code, commits[0], home=tmp_path / "home", user="alice")
+    newest, oldest, other, said, *errors = printed.splitlines()
     for line, word, commit in ((newest, "new", commits[1]), (oldest, "old", commits[0])):
         assert line.startswith(f"['{word}?']") and f"'prompts_revision': '{commit}'" in line
         assert "'prompts': 'openai/gsm8k', 'prompts_config': 'main', 'prompts_split': 'test'" in line
     assert other == "['new?']"
-    assert said == ["openai/gsm8k holds the benchmark gsm8k: --prompts gsm8k asks its questions"]
-    assert "none of `messages`" in done.stderr and "--prompts_column COLUMN" in done.stderr
+    assert said == "openai/gsm8k holds the benchmark gsm8k: --prompts gsm8k asks its questions"
+    assert "none of `messages`" in errors[-1] and "--prompts_column COLUMN" in errors[-1]

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import MASK, VOCAB, make_domino, make_drafter, make_target, overfit, random_prompts
+from conftest import MASK, VOCAB, make_domino, make_drafter, make_target, overfit, random_prompts, warm_python
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, DynamicCache
 from transformers.cache_utils import DFlashCache
@@ -417,8 +417,8 @@ def test_a_process_without_the_package_generates_the_same_with_the_saved_files(s
     (tmp_path / "clean.py").write_text(CLEAN)
     arguments = [str(saved.folder / "target"), str(saved.folder / "drafter"), json.dumps(saved.prompt.tolist())]
     done = subprocess.run(
-        [sys.executable, "-I", "clean.py", *arguments], cwd=tmp_path, timeout=400, capture_output=True, text=True,
-        stdin=subprocess.DEVNULL, env=os.environ | {"HF_HOME": str(tmp_path / "hf")},
+        [warm_python().executable, "-I", "clean.py", *arguments], cwd=tmp_path, timeout=400, capture_output=True,
+        text=True, stdin=subprocess.DEVNULL, env=os.environ | {"HF_HOME": str(tmp_path / "hf")},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])

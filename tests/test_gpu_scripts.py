@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import ROOT, make_target
+from conftest import ROOT, make_target, warm_python
 
 FOLDER = ROOT / "tests" / "gpu"
 sys.path.insert(0, str(FOLDER))
@@ -44,7 +44,7 @@ def machine(files, tmp_path_factory):
     }  # fmt: skip
     (folder / "tiny.yaml").write_text(yaml.safe_dump(recipe))
     variables = {
-        "PYTHON": sys.executable, "KEEP": str(keep), "BUNDLE": str(folder / "nothing"),
+        "PYTHON": str(warm_python().executable), "KEEP": str(keep), "BUNDLE": str(folder / "nothing"),
         "CUDA_VISIBLE_DEVICES": "", "HF_DATASETS_CACHE": str(folder / "cache"), "SPECAUF_COMMIT": "none",
     }  # fmt: skip
     return folder, os.environ | variables

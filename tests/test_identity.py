@@ -33,7 +33,7 @@ WHOLE = Identity("own/model", "a" * 40, "f" * 16, "t" * 16, "c" * 16, 32, 4, 96)
 
 def test_every_record_of_a_run_holds_the_targets_identity_in_the_same_form(command, files, tmp_path):
     out, own = tmp_path / "out", tmp_path / "own.jsonl"
-    lora = dict(use_peft="true", init_from_target_layers="6", num_draft_layers=1)
+    lora = dict(use_peft="true", init_from_target_layers="2", num_draft_layers=1)
     train(command(output_dir=out, **lora))
     common = ["--target", str(files / "target"), "--max_new_tokens", "4", "--device", "cpu"]
     regenerate([*common, "--dataset_name", str(files / "chat.jsonl"), "--out", str(own), "--max_rows", "2"])

@@ -372,7 +372,7 @@ def test_adapters_for_two_targets_are_refused_on_one_drafter(base, tmp_path):
 
 def test_borrowed_layers_are_the_targets_and_only_the_rest_is_trained(command, files, tmp_path, capsys):
     keys = {key: value for key, value in BASE.items() if key != "num_draft_layers"}
-    main(command(base=keys, init_from_target_layers="1 6", save_steps=3, **LORA))
+    main(command(base=keys, init_from_target_layers="1 3", save_steps=3, **LORA))
     out, target = tmp_path / "out", AutoModelForCausalLM.from_pretrained(files / "target")
     tensors = load_file(out / "adapter/adapter_model.safetensors")
     assert all("lora_" in name or "norm" in name or name.endswith("fc.weight") for name in tensors)
@@ -388,24 +388,24 @@ def test_borrowed_layers_are_the_targets_and_only_the_rest_is_trained(command, f
     assert from_target(target, out / "adapter", dtype="bfloat16").dtype == torch.bfloat16
     # nothing may attach itself to the target, or load without it
     assert json.loads((out / "checkpoint-3/adapter_config.json").read_text())["base_model_name_or_path"] is None
-    with pytest.raises(ValueError, match=r"borrows layers \[1, 6\].*hf_specauf.from_target"):
+    with pytest.raises(ValueError, match=r"borrows layers \[1, 3\].*hf_specauf.from_target"):
         AutoModel.from_pretrained(out / "checkpoint-3")
     with pytest.raises(ValueError, match=r"load the target and call hf_specauf.from_target"):
         load_drafter(out / "checkpoint-3")
     with pytest.raises(ValueError, match="use from_target"):
         add_adapter(merged, out / "adapter")
     target.model.norm.weight.data[0] += 1
-    with pytest.raises(ValueError, match=r"layers \[1, 6\] are those .* borrows, but other weights of it differ from"):
+    with pytest.raises(ValueError, match=r"layers \[1, 3\] are those .* borrows, but other weights of it differ from"):
         from_target(target, out / "checkpoint-3")
-    target.get_submodule("model.layers.6.mlp.up_proj").weight.data[0, 0] += 1
-    with pytest.raises(ValueError, match=r"borrows layers \[1, 6\] of .*, and this target's layers are other weights"):
+    target.get_submodule("model.layers.3.mlp.up_proj").weight.data[0, 0] += 1
+    with pytest.raises(ValueError, match=r"borrows layers \[1, 3\] of .*, and this target's layers are other weights"):
         from_target(target, out / "checkpoint-3")
 
 
 def test_a_domino_drafter_on_borrowed_layers_is_rebuilt_with_the_head_it_was_trained_with(command, files, tmp_path):
     keys = {key: value for key, value in BASE.items() if key != "num_draft_layers"}
     keys |= dict(drafter_type="domino", objective="b_auf", gru_hidden_dim=12, emb_dim=8)
-    main(command(base=keys, init_from_target_layers="6", **LORA))
+    main(command(base=keys, init_from_target_layers="2", **LORA))
     merged = load_drafter(tmp_path / "out").state_dict()
     target = AutoModelForCausalLM.from_pretrained(files / "target")
     rebuilt = from_target(target, tmp_path / "out/adapter").state_dict()

@@ -1,15 +1,13 @@
 """Recipes: every shipped file parses, the command line wins, and nothing misspelt passes."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils.constants import FSDP_STATE_DICT_TYPE
+from conftest import warm_python
 
 from hf_specauf.drafters import modeling_dflash
 from hf_specauf.recipe import DrafterArguments, parse, under_new_names
@@ -279,14 +277,11 @@ def test_lora_keys_become_pefts_own_configuration():
 
 
 def test_help_explains_the_objective():
-    done = subprocess.run(
-        [sys.executable, "-m", "hf_specauf.train", "--help"],
-        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "Accept-Until-Fail" in done.stdout
+    code, printed = warm_python().run("-m", "hf_specauf.train", "--help", COLUMNS="200")
+    assert code == 0, printed
+    assert "Accept-Until-Fail" in printed
     says = r"--objective OBJECTIVE\s+Which valid slots the loss supports. uniform: all valid slots; decay:"
-    assert re.search(says, done.stdout)
+    assert re.search(says, printed)
 
 
 @pytest.mark.parametrize("path", LAUNCHES, ids=lambda path: path.name)

@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 import yaml
-from conftest import BASE, final, same, start
+from conftest import BASE, final, make_target, same, start
 from datasets import Dataset
 from test_trainer import recurrent_target
 from transformers import AutoModel
@@ -27,13 +27,23 @@ def strict(text: str):
     return json.loads(text, parse_constant=refuse)
 
 
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory, tokenizer):
+    """The folder of a target with so many layers that the usual taps fit."""
+    ids = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None)
+    folder = tmp_path_factory.mktemp("deep") / "target"
+    for part in (make_target(dtype=torch.float32, vocab_size=len(tokenizer), num_hidden_layers=8, **ids), tokenizer):
+        part.save_pretrained(folder)
+    return folder
+
+
 @pytest.mark.parametrize(
     "data, first_row",
     [("text", "⟦To be read by a tiny tokenizer:"), ("chat", "<|user|>Question 0?<|end|><|assistant|>⟦To be read")],
 )
-def test_command_leaves_a_drafter_and_its_provenance(command, data, first_row, tmp_path, capsys):
+def test_command_leaves_a_drafter_and_its_provenance(command, deep, data, first_row, tmp_path, capsys):
     undecided = {key: value for key, value in BASE.items() if key != "target_layer_ids"}
-    keys = dict(base=undecided, block_size=8, objective="auf_decay", save_steps=2)
+    keys = dict(base=undecided, target=deep, block_size=8, objective="auf_decay", save_steps=2)
     main(command(data, hub_token="hf_PLANTED", **keys))
     printed = capsys.readouterr().out
     assert "mask_token_id: 2 (derived from the target)" in printed
@@ -172,7 +182,7 @@ def test_what_would_fail_after_hours_of_tokenizing_is_told_before(command, token
     with pytest.raises(SystemExit, match="keeps a recurrent state .* Set eval_prompts: 0"):
         main(command(target=tmp_path / "recurrent"))
     with pytest.raises(SystemExit, match="lora_target_modules names 'nowhere'"):
-        main(command(use_peft="true", init_from_target_layers="6", lora_target_modules="nowhere"))
+        main(command(use_peft="true", init_from_target_layers="2", lora_target_modules="nowhere"))
     assert "token rows" not in capsys.readouterr().out
 
 
@@ -224,7 +234,7 @@ def test_accelerate_launch_runs_a_recipe(command, tmp_path):
     "overrides, message",
     [
         (dict(dataset_name="nowhere/rows.jsonl"), "'nowhere/rows.jsonl' looks like a local file, but there is none"),
-        (dict(target_layer_ids="0 7"), "leaves the allowed range 0..6 of a target with 8 layers"),
+        (dict(target_layer_ids="0 3"), "leaves the allowed range 0..2 of a target with 4 layers"),
         (dict(data="short"), "rows are too short: only 0 of 27 hold a whole block of 4"),
         (dict(resume_from_checkpoint="out/checkpoint-9"), "there is no folder 'out/checkpoint-9'"),
         (dict(gamma=7), "objective 'auf' has no decay and would ignore it"),

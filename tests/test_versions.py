@@ -318,7 +318,7 @@ def test_training_decoding_and_answers_use_nothing_deprecated(files, command, tm
     the imports themselves say is heard there."""
     out = tmp_path / "out"
     words = command(output_dir=out, activation_checkpointing="true", eval_strategy="steps", eval_steps=2)
-    lora = dict(use_peft="true", init_from_target_layers="6", num_draft_layers=1)
+    lora = dict(use_peft="true", init_from_target_layers="2", num_draft_layers=1)
     common = ["--target", str(files / "target"), "--max_new_tokens", "8", "--device", "cpu"]
     runs = {
         "train": words,

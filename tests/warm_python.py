@@ -9,7 +9,7 @@ The server never imports this package, so a process may also be a stranger's, wh
 
 Servers differ in their environment variables, and the Hugging Face libraries read theirs while they are imported.
 torch and others that take longest read none of them. So the servers of one interpreter are forked themselves, from a
-root that has imported these.
+root that has imported these. The root also stands behind an executable file, for what starts `python` by its path.
 """
 
 import atexit
@@ -18,6 +18,7 @@ import importlib
 import json
 import os
 import runpy
+import select
 import signal
 import socket
 import subprocess
@@ -43,15 +44,59 @@ PUBLIC = (
 LONGEST_REQUEST = 2**17  # bytes
 
 
+def paths_of(environment) -> list[str]:
+    return [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]
+
+
+PYTHONPATH = paths_of(os.environ)
+# The file behind which the root stands. It starts in a moment, without site-packages.
+EXECUTABLE = """#!{python} -IS
+import json, os, socket, sys
+given = dict(words=sys.argv[1:], environment=dict(os.environ), folder=os.getcwd())
+with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as root:
+    root.connect({address!r})
+    socket.send_fds(root, [json.dumps(given).encode()], [0, 1, 2])
+    code = int(root.recv(100))
+sys.exit(code) if code >= 0 else os.kill(os.getpid(), -code)
+"""
+
+
+class Root:
+    """What servers and processes of an interpreter are forked from.
+
+    Args:
+        python (`str`): the interpreter.
+        variables: those of the environment that it reads when it starts.
+    """
+
+    def __init__(self, python: str, variables: dict[str, str]):
+        self.folder = tempfile.TemporaryDirectory(prefix="root-python-")
+        self.address, self.executable = f"{self.folder.name}/asked", Path(self.folder.name, "python")
+        self.executable.write_text(EXECUTABLE.format(python=python, address=self.address))
+        self.executable.chmod(0o755)
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+        self.alive, theirs = socket.socketpair()  # closed when this process ends
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as asked, theirs:
+            asked.bind(self.address)
+            asked.listen(100)
+            handles = [asked.fileno(), theirs.fileno()]
+            words = [python, __file__, *map(str, handles), str(self.executable)]
+            subprocess.Popen(words, cwd=ROOT, env=environment | variables, pass_fds=handles)
+
+    def serve(self, environment: dict[str, str]) -> socket.socket:
+        """Fork a server with these variables -> the connection to it."""
+        ours, theirs = socket.socketpair()
+        with theirs, socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as root:
+            root.connect(self.address)
+            request = json.dumps(dict(environment=environment)).encode()
+            assert len(request) < LONGEST_REQUEST
+            socket.send_fds(root, [request], [theirs.fileno()])
+        return ours
+
+
 @cache
-def root_of(python: str, variables: tuple[tuple[str, str], ...]) -> socket.socket:
-    """Start the root of an interpreter and of the variables that it reads as it starts -> who asks it for servers."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    words = [python, __file__, str(theirs.fileno())]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    subprocess.Popen(words, cwd=ROOT, env=environment | dict(variables), pass_fds=[theirs.fileno()])
-    theirs.close()
-    return ours
+def root_of(python: str, variables: tuple[tuple[str, str], ...]) -> Root:
+    return Root(python, dict(variables))
 
 
 class WarmPython:
@@ -61,17 +106,18 @@ class WarmPython:
         python (`str`, *optional*): an interpreter, of this environment or another one.
         environment (`dict`, *optional*): its environment variables. What libraries read while they are imported
             (HF_HOME, HF_ENDPOINT, HF_DATASETS_CACHE) must stand here.
+
+    Attributes:
+        executable (`Path`): a file that does what the interpreter's own does, and starts at once.
     """
 
     def __init__(self, python: str = sys.executable, environment: dict[str, str] | None = None):
-        self.python, self.outputs = python, tempfile.TemporaryDirectory(prefix="warm-python-")
         environment = dict(os.environ if environment is None else environment)
         read_at_start = tuple(sorted(item for item in environment.items() if item[0].startswith("PYTHON")))
-        self.socket, theirs = socket.socketpair()
-        request = json.dumps(environment).encode()
-        assert len(request) < LONGEST_REQUEST
-        socket.send_fds(root_of(python, read_at_start), [request], [theirs.fileno()])
-        theirs.close()
+        root = root_of(python, read_at_start)
+        self.python, self.executable = python, root.executable
+        self.outputs = tempfile.TemporaryDirectory(prefix="warm-python-")
+        self.socket = root.serve(environment)
         self.stream = self.socket.makefile("rw")
 
     def ask(self, **request):
@@ -160,24 +206,50 @@ class Process:
 # ---- the root's side
 
 
-def give_birth(asked: socket.socket) -> tuple[dict[str, str], socket.socket]:
-    """Fork a server for every request. Returns in a server alone -> its variables, its connection to the test."""
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for a server
-    while True:
-        request, handles, *_ = socket.recv_fds(asked, LONGEST_REQUEST, 1)
-        if not request:
-            os._exit(0)  # whoever asked is gone
-        if os.fork() == 0:
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            asked.close()
-            return json.loads(request), socket.socket(fileno=handles[0])
-        os.close(handles[0])
-
-
 def import_all(names: tuple[str, ...]) -> None:
     for name in names:
         importlib.import_module(name)
     gc.freeze()  # so that the forked processes share what is imported here instead of copying it
+
+
+def wait_for_requests(asked: socket.socket, alive: socket.socket) -> socket.socket:
+    """Fork for every request. Returns in the forked process alone -> the connection to who asked."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for it
+    while True:
+        ready, *_ = select.select([asked, alive], [], [])
+        if alive in ready:
+            os._exit(0)  # the tests are over
+        connection, _ = asked.accept()
+        if os.fork() == 0:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            asked.close()
+            alive.close()
+            return connection
+        connection.close()
+
+
+def run_for(executable: socket.socket, handles: list[int], folder: str) -> None:
+    """Fork once more, and tell the executable file's process the exit code. Returns in the fork alone, which has the
+    input, the outputs and the folder of that process."""
+    child = os.fork()
+    if child == 0:
+        executable.close()
+        for number, handle in enumerate(handles):
+            os.dup2(handle, number)
+            os.close(handle)
+        os.chdir(folder)
+        return
+    for handle in handles:
+        os.close(handle)
+    while True:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            executable.send(str(os.waitstatus_to_exitcode(status)).encode())
+            os._exit(0)
+        if select.select([executable], [], [], 0.01)[0]:  # it was killed
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            os._exit(0)
 
 
 # ---- the server's side
@@ -199,24 +271,31 @@ def serve(stream) -> tuple[list[str], dict[str, str], str]:
     os._exit(0)  # whoever asked is gone
 
 
-def become(words: list[str], environment: dict[str, str], output: str) -> None:
-    """Do in this process what a fresh interpreter would do with these words."""
-    os.environ.update(environment)
+def print_into(output: str) -> None:
+    """Let this process write into files of a folder."""
     for number, path in enumerate((os.devnull, f"{output}/stdout", f"{output}/stderr")):
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
         os.dup2(handle, number)
         os.close(handle)
+
+
+def become(words: list[str]) -> None:
+    """Do in this process what a fresh interpreter would do with these words."""
     sys.stdout.reconfigure(line_buffering=True)  # for who reads along
-    first, *rest = words
+    isolated = words[0] == "-I"
+    first, *rest = words[1:] if words[0] in ("-I", "-u") else words
+    beside = str(Path(first).parent.absolute()) if first not in ("-m", "-c") else os.getcwd()
+    own = [path for path in sys.path[1:] if path not in PYTHONPATH]
+    sys.path[:] = own if isolated else [beside, *paths_of(os.environ), *own]
     if first == "-m":
-        sys.argv, sys.path[0] = rest, os.getcwd()
+        sys.argv = rest
         runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
     elif first == "-c":
-        sys.argv, sys.path[0] = ["-c", *rest[1:]], os.getcwd()
+        sys.argv = ["-c", *rest[1:]]
         main = sys.modules["__main__"] = types.ModuleType("__main__")
         exec(compile(rest[0], "<string>", "exec"), vars(main))
     else:
-        sys.argv, sys.path[0] = words, str(Path(first).parent)
+        sys.argv = [first, *rest]
         runpy.run_path(first, run_name="__main__")
 
 
@@ -229,11 +308,11 @@ def finish(code: int) -> None:
     os._exit(code)
 
 
-def live(words: list[str], environment: dict[str, str], output: str) -> None:
+def live(words: list[str]) -> None:
     """A forked process, from its first line to its exit code."""
     code = 0
     try:
-        become(words, environment, output)
+        become(words)
     except SystemExit as stop:
         code = stop.code or 0
         if isinstance(code, str):
@@ -245,17 +324,37 @@ def live(words: list[str], environment: dict[str, str], output: str) -> None:
     finish(code)
 
 
-if __name__ == "__main__":
+def main(asked: int, alive: int, executable: str) -> None:
+    """The root, and in its forks a server or a process.
+
+    Args:
+        asked, alive: handles of sockets: where it is asked, and what the tests close when they are over.
+        executable: the file behind which it stands.
+    """
     os.chdir(ROOT)
+    sys.executable = executable  # also for those that start more
     import_all(WITHOUT_VARIABLES)
     assert "huggingface_hub" not in sys.modules, "it has read the variables of the root"
-    variables, socket_of_test = give_birth(socket.socket(fileno=int(sys.argv[1])))
+    connection = wait_for_requests(socket.socket(fileno=asked), socket.socket(fileno=alive))
+    request, handles, *_ = socket.recv_fds(connection, LONGEST_REQUEST, 3)
+    request = json.loads(request)
     os.environ.clear()
-    os.environ.update(variables)
+    os.environ.update(request["environment"])
+    if "words" in request:
+        run_for(connection, handles, request["folder"])
+        live(request["words"])
+    connection.close()
     import_all(PUBLIC)
     # a table that transformers builds when it first loads a model, in half a second
     sys.modules["transformers.conversion_mapping"].get_checkpoint_conversion_mapping("qwen3")
-    stream = socket_of_test.makefile("rw")
-    process = serve(stream)
-    os.close(socket_of_test.fileno())  # the server's own: a test must see it close when the server dies
-    live(*process)
+    test = socket.socket(fileno=handles[0])
+    stream = test.makefile("rw")
+    words, more, output = serve(stream)
+    os.close(test.fileno())  # the server's own: a test must see it close when the server dies
+    os.environ.update(more)
+    print_into(output)
+    live(words)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
