@@ -14,9 +14,9 @@ from collections.abc import Callable
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..drafters.candidates import BlockCandidateGenerator
 from ..drafters.configuration_dflash import check_dtype
 from ..drafters.draft_length import Costs, DraftLength, Round
+from ..drafters.drafts import BlockDrafts
 from ..drafters.overrides import DraftingOverrides
 from ..identity import as_called, check_pair, innermost, unwrapped
 from .acceptance import Acceptance, summarize
@@ -143,7 +143,7 @@ class Attachment:
         self.skip_round = skip_round
         self.generations: list[list[Round]] = []
         innermost(drafter).eval()
-        self._overrides = DraftingOverrides(self.target, drafter, self._candidate_generator)
+        self._overrides = DraftingOverrides(self.target, drafter, self._drafts)
 
     def __enter__(self) -> "Attachment":
         return self
@@ -169,37 +169,26 @@ class Attachment:
         """tau, alpha_k and histogram over all `generate` calls so far."""
         return summarize(self.rounds, innermost(self.drafter).config.block_size)
 
-    def _candidate_generator(
-        self, target, generation_config, logits_processor
-    ) -> BlockCandidateGenerator:
-        """What a `generate` call that begins takes its drafts from.
-
-        The drafter makes it, because one loaded from the Hub brings its own code.
-        """
+    def _drafts(self, target, generation_config, logits_processor) -> BlockDrafts:
+        """What a `generate` call that begins takes its drafts from."""
         rounds: list[Round] = []
         self.generations.append(rounds)
-        drafter, called = innermost(self.drafter), as_called(self.drafter)
-        # Code that older folders bring along knows neither of these arguments.
-        options = {}
-        if called is not drafter:
-            options["run"] = called
-        if self.policy is not None:
-            options["draft_length"] = self.policy
-        return drafter.get_candidate_generator(
+        return innermost(self.drafter).get_drafts(
             target,
             generation_config,
             logits_processor=logits_processor,
             max_draft_tokens=self.max_draft_tokens,
             skip_round=self.skip_round,
+            draft_length=self.policy,
             rounds=rounds,
-            **options,
+            run=as_called(self.drafter),
         )
 
 
 def _check(target, drafter, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedModel:
     """The drafter without its wrapper, or an error where it cannot serve the target."""
     base = innermost(drafter)
-    if not hasattr(base, "get_candidate_generator"):
+    if not hasattr(base, "get_drafts"):
         raise TypeError(
             f"{type(base).__name__} is not a block drafter; load one with AutoModel.from_pretrained"
             " (a z-lab folder without our model_type loads as a plain Qwen3Model with random"
@@ -210,4 +199,4 @@ def _check(target, drafter, tokenizer: PreTrainedTokenizerBase | None) -> PreTra
     return base
 
 
-__all__ = ["Attachment", "BlockCandidateGenerator", "attach", "generate"]
+__all__ = ["Attachment", "BlockDrafts", "attach", "generate"]
