@@ -6,6 +6,7 @@ Two methods of one target object are overridden, by a class of its own. Its own 
 changed, nothing that is saved, and not the user's generation config.
 """
 
+import copyreg
 import warnings
 from collections.abc import Callable
 
@@ -282,9 +283,10 @@ def drafting_class(own: type) -> type:
             )
 
         def __reduce_ex__(self, protocol):
-            # A copy of the target, or a pickled one, is a plain target.
-            make, args, *rest = super().__reduce_ex__(protocol)
-            return make, tuple(own if one is Drafting else one for one in args), *rest
+            # A copy of the target, or a pickled one, is a plain target. pickle lets the function
+            # that an object has by itself (`copyreg.__newobj__`) make no other class than its own.
+            _, _, *state = super().__reduce_ex__(protocol)
+            return copyreg._reconstructor, (own, object, None), *state
 
     for name in ("__name__", "__qualname__", "__module__", "__doc__"):
         setattr(Drafting, name, getattr(own, name))
