@@ -17,6 +17,7 @@ from collections.abc import Callable
 import torch
 
 from .draft_length import DraftLength, Round
+from .lookup import Continuation, Lookup, LookupChoice
 from .target_parts import apply_head, device_of, embed_noise
 from .transformers_internals import DynamicCache
 from .verification import Draft
@@ -93,6 +94,8 @@ class BlockDrafts:
             rounds so far; true leaves this round to the target alone.
         draft_length (`DraftLength`, *optional*): decides before each draft whether and how much of
             it to verify, within `max_draft_tokens`, and learns from each pass.
+        lookup (`LookupChoice`, *optional*): take what followed an earlier occurrence of the text's
+            last tokens for a draft, where that promises more.
         rounds (`list[Round]`, *optional*): where passes are recorded.
         run (`Callable`, *optional*): what is called in the drafter's place, e.g. its compiled form.
     """
@@ -106,6 +109,7 @@ class BlockDrafts:
         max_draft_tokens: int | None = None,
         skip_round: Callable[[list[Round]], bool] | None = None,
         draft_length: DraftLength | None = None,
+        lookup: LookupChoice | None = None,
         rounds: list[Round] | None = None,
         run: Callable | None = None,
     ):
@@ -129,6 +133,11 @@ class BlockDrafts:
         self.max_draft_tokens = min(caps)
         self.skip_round = skip_round
         self.draft_length = draft_length
+        self.lookup = lookup
+        self.text = Lookup()
+        # What was looked up for the pass under way, and whether that is its draft.
+        self.found: Continuation | None = None
+        self.looked_up = False
         self.do_sample = generation_config.do_sample
         # Built-in: an empty list counts as processors, and costs a loop over the slots.
         self.logits_processor = logits_processor or None
@@ -153,10 +162,13 @@ class BlockDrafts:
         taps: list[torch.Tensor],
         positions: torch.LongTensor | None,
         mask: torch.LongTensor | None,
+        tokens: list[int],
     ) -> None:
         """Take in the prompt, once the target has read it.
 
         Args:
+            tokens (`list[int]`): the prompt and the token after it; empty where nothing is looked
+                up.
             taps (`list[torch.Tensor]`): of each tapped layer, (1, S, H).
             positions (`torch.LongTensor` of shape `(1, S)` or `(axes, 1, S)`, *optional*): those
                 that the target was given.
@@ -176,6 +188,7 @@ class BlockDrafts:
         self.mask = None
         if mask is not None:
             self.mask = Extended(mask.to(self.device), ones)
+        self.text.extend(tokens)
         self.keep(taps)
 
     def keep(self, taps: list[torch.Tensor]) -> None:
@@ -193,16 +206,24 @@ class BlockDrafts:
             ids (`torch.LongTensor` of shape `(1, S)`): all tokens; the last is the anchor.
             room (`int`): tokens that a draft may have at most.
         """
-        draft = self._propose(ids, min(self.max_draft_tokens, room))
+        draft = self._propose(ids, room)
         self.pass_began = time.perf_counter()
         return draft
 
-    def _propose(self, ids, most: int) -> Draft | None:
-        self.drafting_seconds = self.confidences = None
+    def _propose(self, ids, room: int) -> Draft | None:
+        most = min(self.max_draft_tokens, room)
+        self.drafting_seconds = self.confidences = self.found = None
+        self.looked_up = False
         if most <= 0:
             return None
         if self.skip_round is not None and self.skip_round(self.rounds):
             return None
+        # A continuation costs no slots, so it may be longer than a block, unless the caller says.
+        capped = self.max_draft_tokens < self.block_size - 1
+        tokens = self._look_up(most if capped else room)
+        if tokens:
+            self.looked_up = True
+            return Draft(torch.tensor([tokens], device=ids.device))
         if self.draft_length is not None and not self.draft_length.wants_draft():
             return None
         began = time.perf_counter()
@@ -218,6 +239,15 @@ class BlockDrafts:
             draft = self._fill(ids, hidden_states[:, :drafted], base[:, :drafted])
         self.drafting_seconds = time.perf_counter() - began
         return draft
+
+    def _look_up(self, room: int) -> list[int]:
+        """The looked-up draft of this round, empty where the drafter promises more."""
+        if self.lookup is None:
+            return []
+        self.found = self.text.continuation(min(room, self.lookup.longest))
+        if self.found is None:
+            return []
+        return self.found.tokens[: self.lookup.length(self.found, self.draft_length)]
 
     def _run_drafter(self, ids: torch.LongTensor) -> torch.Tensor:  # (1, K, H)
         """Read the pending context into the drafter's cache, and fill the block at the anchor."""
@@ -298,18 +328,24 @@ class BlockDrafts:
             return torch.multinomial(scores.softmax(-1), 1)
         return scores.argmax(-1, keepdim=True)
 
-    def learn(self, emitted: int, accepted: int, draft: Draft | None) -> None:
+    def learn(self, tokens: list[int], accepted: int, draft: Draft | None) -> None:
         """Record a pass. Called after each verification.
 
         Args:
-            emitted (`int`): tokens that were committed. Where the text ended within a draft they
-                are no more than those accepted, and the last of them is a drafted one.
+            tokens (`list[int]`): those that were committed. Where the text ended within a draft
+                they are no more than those accepted, and the last of them is a drafted one.
             accepted (`int`): drafted tokens that the target agreed with, A.
             draft (`Draft`, *optional*): what was verified.
         """
+        emitted = len(tokens)
         drafted = 0 if draft is None else draft.length
-        round = Round(emitted, min(accepted, emitted), min(emitted, drafted), drafted)
+        round = Round(
+            emitted, min(accepted, emitted), min(emitted, drafted), drafted, self.looked_up
+        )
         self.rounds.append(round)
+        if self.lookup is not None:
+            self.lookup.learn(round, self.found, tokens)
+            self.text.extend(tokens)
         if self.draft_length is not None:
             self.draft_length.learn(
                 round,

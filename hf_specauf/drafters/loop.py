@@ -262,8 +262,10 @@ class Decoding:
         first = self.passes.kwargs
         positions, mask = first.get("position_ids"), first.get("attention_mask")
         logits = self.passes.prefill(ids, **self.asked)
-        self.drafts.begin(tap(), positions, mask)
-        self._commit(logits, self.verify(logits, None, ids))
+        verdict = self.verify(logits, None, ids)
+        tokens = ids[0].tolist() + verdict.tokens if self.drafts.lookup is not None else []
+        self.drafts.begin(tap(), positions, mask, tokens)
+        self._commit(logits, verdict)
 
     def _round(self, tap) -> None:
         """Draft, verify, commit."""
@@ -282,7 +284,7 @@ class Decoding:
         # The last committed token was not read yet, and what was rejected is to be forgotten.
         self.passes.cache.crop(count - drafted - 1)
         self.passes.commit(self.passes.outputs, count)
-        self.drafts.learn(count, verdict.accepted, draft)
+        self.drafts.learn(verdict.tokens[:count], verdict.accepted, draft)
         taps = tap()
         if not self.done:
             self.drafts.keep([one[:, :count] for one in taps])

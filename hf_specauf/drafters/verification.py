@@ -44,11 +44,21 @@ class Draft(NamedTuple):
     Attributes:
         tokens (`torch.LongTensor` of shape `(1, d)`).
         logits (`torch.Tensor` of shape `(1, d, V)`, *optional*): after causal head and processors,
-            in fp32. Greedy verification compares tokens, and needs none.
+            in fp32. Greedy verification compares tokens, and needs none. Looked-up tokens have
+            none: they were drawn from nothing.
     """
 
     tokens: torch.LongTensor
     logits: torch.Tensor | None = None
+
+    def probabilities(self, like: torch.Tensor) -> torch.Tensor:
+        """q of each slot, as wide as `like` (..., V) and on its device. -> (d, V)"""
+        if self.logits is not None:
+            return self.logits[0].to(like.device).softmax(-1)
+        # All the mass on the one token. It is then accepted with the chance p, and after a
+        # rejection a token is drawn from p without it.
+        q = torch.zeros(self.length, like.shape[-1], device=like.device)
+        return q.scatter_(1, self.tokens.to(like.device).T, 1.0)
 
     @property
     def length(self) -> int:
@@ -107,17 +117,19 @@ class Verifier:
 
     def one_by_one(self, logits, draft: Draft | None, ids) -> Verdict:
         """Row by row, each with the text that it would see, up to the first rejection."""
-        drafted = []
+        drafted, probabilities = [], None
         if draft is not None:
             drafted = draft.tokens[0].tolist()
+            if self.do_sample:
+                probabilities = draft.probabilities(logits)  # (d, V)
         start = ids.shape[1] - len(drafted)
         tokens, scores = [], []
         for j in range(len(drafted) + 1):
             row = self._processed(ids[:, : start + j], logits[:, j])  # (1, V)
             scores.append(row)
             q = None
-            if self.do_sample and j < len(drafted):
-                q = draft.logits[0, j].to(row.device).softmax(-1)  # (V,)
+            if probabilities is not None and j < len(drafted):
+                q = probabilities[j]  # (V,)
             tokens.append(self._choose(row[0], q, *drafted[j : j + 1]))
             if tokens[-1:] != drafted[j : j + 1]:
                 break
@@ -150,7 +162,7 @@ class Verifier:
         if draft is None:
             tokens = [int(torch.multinomial(p[0], 1))]
         else:
-            q = draft.logits[0].to(p.device).softmax(-1)  # (d, V)
+            q = draft.probabilities(p)  # (d, V)
             drafted = draft.tokens[0].to(p.device)  # (d,)
             column = drafted[:, None]
             accepted = torch.rand(column.shape, device=p.device) * q.gather(1, column)
