@@ -179,9 +179,8 @@ def compare(
         draft_length, lookup: as for `attach`.
 
     Returns:
-        dict with `acceptance` (tau, alpha, ...), `plain_tokens_per_second`, `tokens_per_second`,
-        `speedup`, `lossless` (counts of identical, near_tie and different outputs), `repetition`
-        and a list of `prompts`; with `lookup` also `prompt_lookup` and `drafter_and_lookup`.
+        dict with `acceptance` (tau, alpha, ...), rates, `speedup`, `lossless` (counts of identical,
+        near_tie and different outputs), `repetition` and a list of `prompts`.
     """
     target, model = unwrapped(target), innermost(target)
     greedy = temperature == 0
@@ -193,19 +192,16 @@ def compare(
         def decode(prompt: torch.Tensor, way: str) -> Decoded:
             return timed(target, prompt, config=config, seed=seed, **calls[way])
 
-        # All ways are warmed up, because the first calls of a process are slow.
         for way in calls:
-            decode(prompts[0], way)
-        for one in (attachment, both):
-            one.generations.clear()
+            decode(prompts[0], way)  # the first calls of a process are slow
+        attachment.generations.clear()
+        both.generations.clear()
         rows = {way: [] for way in calls if way != "plain"}
         shown = track(prompts, "decoding", disable=not show_progress, transient=True)
         for prompt, decoded in decoded_in_turn(shown, list(calls), decode):
             plain = decoded.pop("plain")
             for way, other in decoded.items():
-                difference = None
-                if greedy:
-                    difference = first_difference(model, plain.output, other.output)
+                difference = first_difference(model, plain.output, other.output) if greedy else None
                 # only the decoding with the drafter has rounds
                 rounds = attachment.generations[-1] if way == "drafter" else []
                 rows[way].append(prompt_row(prompt, plain, other, rounds, difference))
