@@ -151,6 +151,13 @@ class EvaluateArguments:
             " decides by what passes cost and drafts bring."
         },
     )
+    lookup: str | None = field(
+        default=None,
+        metadata={
+            "help": "auto, or a number of tokens: also decode by transformers' prompt lookup, and"
+            " by the drafter with such drafts beside its own."
+        },
+    )
     temperature: float = field(
         default=0.0, metadata={"help": "0 is greedy and checks equality; 1 samples."}
     )
@@ -171,6 +178,12 @@ class EvaluateArguments:
                     " to K - 1"
                 )
             self.draft_length = int(self.draft_length)
+        if self.lookup not in (None, AUTO):
+            if not self.lookup.isdecimal() or int(self.lookup) < 1:
+                raise ValueError(
+                    f"--lookup is {self.lookup!r}; it must be auto, or a number of tokens from 1 on"
+                )
+            self.lookup = int(self.lookup)
         check_device(self.device)
         check_revision("--target", self.target, self.target_revision)
         if Path(self.out).is_file():
@@ -261,6 +274,7 @@ def measure(
         temperature=args.temperature,
         pad_token_id=pad,
         draft_length=args.draft_length,
+        lookup=False if args.lookup is None else args.lookup,
     )
     return evaluation_record(
         results,
@@ -268,6 +282,7 @@ def measure(
         temperature=args.temperature,
         max_new_tokens=args.max_new_tokens,
         draft_length=args.draft_length,
+        lookup=args.lookup,
         chat_template_kwargs=template_kwargs,
         target_quantization=args.target_quantization,
         # of chats, the question is the prompt, whatever its length

@@ -11,6 +11,7 @@ from rich.console import Console
 from hf_specauf.demo.recording import Recording
 from hf_specauf.demo.show import PROMPTS, main, summary
 from hf_specauf.demo.stream import Answer, AnswerStreamer
+from hf_specauf.drafters.draft_length import Round
 
 NEW = 10
 
@@ -79,9 +80,9 @@ def row(plain: float, assisted: float, difference: dict | None) -> dict:
 )
 def test_summary_never_calls_slower_faster_nor_another_answer_identical(one, words):
     console = Console(width=140, file=io.StringIO())
-    console.print(summary([one], 1.5, torch.bfloat16))
-    shown = console.file.getvalue()
-    for word in words:
+    console.print(summary([one], [Round(2, 1, 3, 3), Round(4, 3, 5, 5, True), Round(1, 0, 0, 0)], torch.bfloat16))
+    shown = " ".join(console.file.getvalue().split())
+    for word in [*words, "drafter 1 of 3 tokens in 1 passes, lookup 3 of 5 tokens in 1 passes, of 3 passes"]:
         assert word in shown
     if one["difference"] is not None:
         assert "identical" not in shown.replace("no identical answer", "").replace("answers are identical", "")

@@ -17,8 +17,9 @@ from transformers.generation import LogitsProcessorList
 
 import hf_specauf
 from hf_specauf import DFlashConfig, DominoConfig, DominoDraftModel
-from hf_specauf.drafters.candidates import BlockCandidateGenerator
+from hf_specauf.drafters.drafts import BlockDrafts
 from hf_specauf.drafters.target_parts import add_correction
+from hf_specauf.drafters.verification import Draft
 from hf_specauf.losses.blocks import make_blocks
 from hf_specauf.losses.branches import branch_losses
 from hf_specauf.losses.objectives import OBJECTIVES, LossSpec, objectives_for
@@ -38,14 +39,14 @@ def named(head: dict) -> str:
 # ---- golden: training and decoding see the same
 
 
-class Recording(BlockCandidateGenerator):
+class Recording(BlockDrafts):
     """Keeps (tokens before, draft, logits of the draft) of every block."""
 
     def _fill(self, input_ids, hidden_states, base):
         self.scores = []
         draft, logits = super()._fill(input_ids, hidden_states, base)
         self.drafter.seen.append((input_ids, draft, torch.stack(self.scores, dim=1)))
-        return draft, logits
+        return Draft(draft, logits)
 
     def _draw(self, scores):
         self.scores.append(scores)
@@ -76,7 +77,7 @@ def test_logits_of_slot_by_slot_decoding_equal_teacher_forced_ones_on_the_same_t
     drafter = make_domino(target, K, dtype=torch.float64, **head)
     drafter.embed_proj[2].weight.data.mul_(30)  # corrections that decide
     drafter.seen = []
-    drafter.get_candidate_generator = lambda target, config, **keys: Recording(drafter, target, config, **keys)
+    drafter.get_drafts = lambda target, config, **keys: Recording(drafter, target, config, **keys)
     set_seed(0)
     with attach(target, drafter):
         options = dict(do_sample=True, top_k=0) if do_sample else dict(do_sample=False)
@@ -303,16 +304,16 @@ def sampling_drafter(shift_label: bool):
     return drafter
 
 
-class ClaimsTheBase(BlockCandidateGenerator):
+class ClaimsTheBase(BlockDrafts):
     """Draws from the corrected logits, but says it drew from the base ones."""
 
     def _fill(self, input_ids, hidden_states, base):
-        return super()._fill(input_ids, hidden_states, base)[0], base
+        return super()._fill(input_ids, hidden_states, base)._replace(logits=base)
 
 
 def test_a_draft_that_claims_the_base_distribution_is_detected():
     drafter = sampling_drafter(True)
-    drafter.get_candidate_generator = lambda target, config, **keys: ClaimsTheBase(drafter, target, config, **keys)
+    drafter.get_drafts = lambda target, config, **keys: ClaimsTheBase(drafter, target, config, **keys)
     p_value, accepted = sampled_p_value(drafter, 900, 1.0, 0)
     assert p_value < 1e-6
     assert 0 < accepted < 1

@@ -436,8 +436,8 @@ def test_a_process_without_the_package_generates_the_same_with_the_saved_files(s
 def test_saved_python_files_import_only_torch_transformers_and_each_other(saved):
     files = {path.stem: path for path in (saved.folder / "drafter").glob("*.py")}
     assert set(files) == {
-        "candidates", "configuration_dflash", "draft_length", "modeling_dflash", "target_parts",
-        "transformers_internals",
+        "configuration_dflash", "draft_length", "drafts", "lookup", "modeling_dflash", "target_parts",
+        "transformers_internals", "verification",
     }  # fmt: skip
     allowed = {"torch", "transformers"} | set(sys.stdlib_module_names)
     for name, path in files.items():

@@ -1,6 +1,7 @@
 """`evaluate`: plain against assisted decoding, what it measures and what it writes."""
 
 import copy
+import io
 import json
 import os
 import shlex
@@ -21,6 +22,7 @@ from conftest import (
     random_prompts,
     warm_python,
 )
+from rich.console import Console
 from safetensors.torch import save_file
 from test_convert import z_lab
 from transformers import AutoModelForCausalLM, GenerationConfig, set_seed
@@ -38,6 +40,7 @@ from hf_specauf.serving.compare import (
     near_tie_bound,
     prompt_row,
     repetition,
+    show,
     totals,
 )
 from hf_specauf.serving.decoding import attach
@@ -81,7 +84,22 @@ def test_compare_measures_what_attach_records(pair, cap):
         assert (row["prompt_tokens"], row["new_tokens"], row["difference"]) == (PROMPT, NEW, None)
         assert row["tau"] == pytest.approx((NEW - 1) / len(rounds))
     assert results["repetition"] == pytest.approx(sum(row["repetition"] for row in results["prompts"]) / 3)
-    assert "_get_candidate_generator" not in vars(pair.target)
+    assert not hasattr(type(pair.target), "_attached_drafters")
+
+
+def test_with_lookup_two_more_ways_are_measured_and_tau_stays_the_drafters_own(pair):
+    alone, results = run(pair), strict_json(run(pair, 64, lookup="auto"))
+    assert "prompt_lookup" not in alone and "drafter_and_lookup" not in alone
+    assert results["acceptance"] == strict_json(run(pair, 64))["acceptance"]
+    for way in ("prompt_lookup", "drafter_and_lookup"):
+        assert results[way]["lossless"] == {"identical": 3, "near_tie": 0, "different": 0}
+        assert results[way]["speedup"] == results[way]["tokens_per_second"] / results["plain_tokens_per_second"]
+    accepted = results["drafter_and_lookup"]["accepted"]
+    assert all(0 < accepted[source]["accepted"] <= accepted[source]["drafted"] for source in ("drafter", "lookup"))
+    console = Console(width=120, file=io.StringIO())
+    show(results, console)
+    assert "drafter and lookup" in console.file.getvalue()
+    assert not hasattr(type(pair.target), "_attached_drafters")
 
 
 @pytest.mark.parametrize(("new", "tau", "alpha"), [(1, None, [None] * 3), (2, 1.0, [None] * 3)])

@@ -35,12 +35,12 @@ from hf_specauf.train import main as train
 pytestmark = pytest.mark.internals
 
 PUBLISHED = {
-    ".gitattributes", "README.md", "alpha.png", "candidates.py", "config.json", "configuration_dflash.py",
-    "draft_length.py", "eval.json", "model.safetensors", "modeling_dflash.py", "provenance.json",
-    "target_parts.py", "transformers_internals.py",
+    ".gitattributes", "README.md", "alpha.png", "config.json", "configuration_dflash.py",
+    "draft_length.py", "drafts.py", "eval.json", "lookup.py", "model.safetensors", "modeling_dflash.py",
+    "provenance.json", "target_parts.py", "transformers_internals.py", "verification.py",
 }  # fmt: skip
 DOMINO_PUBLISHED = PUBLISHED | {
-    "configuration_domino.py", "modeling_domino.py", "overrides.py", "custom_generate/generate.py"
+    "configuration_domino.py", "loop.py", "modeling_domino.py", "overrides.py", "custom_generate/generate.py"
 }  # fmt: skip
 CUSTOM_GENERATE = """
 import json, sys, torch

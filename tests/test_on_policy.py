@@ -13,7 +13,8 @@ from trl import TrlParser
 
 from hf_specauf import generate, regenerate, train
 from hf_specauf.data.on_policy import on_policy_score
-from hf_specauf.drafters.candidates import BlockCandidateGenerator
+from hf_specauf.drafters.drafts import BlockDrafts
+from hf_specauf.drafters.verification import Draft
 from hf_specauf.losses.head_loss import head_loss
 from hf_specauf.losses.objectives import OBJECTIVES, LossSpec
 from hf_specauf.recipe import DataArguments, TargetArguments
@@ -107,14 +108,14 @@ def test_raw_logits_have_the_same_best_token_and_the_loss_is_that_of_what_drafts
     assert torch.equal(raw.argmax(-1), target(texts).logits.argmax(-1))
 
     drawn = []  # (hidden rows, tokens, logits) of each draft
-    fill = BlockCandidateGenerator._fill
+    fill = BlockDrafts._fill
 
     def keep(self, input_ids, hidden, base):
         draft, logits = fill(self, input_ids, hidden, base)
         drawn.append((hidden, draft, logits))
-        return draft, logits
+        return Draft(draft, logits)
 
-    monkeypatch.setattr(BlockCandidateGenerator, "_fill", keep)
+    monkeypatch.setattr(BlockDrafts, "_fill", keep)
     torch.manual_seed(0)
     generate(target, drafter, texts[:1], do_sample=True, top_k=0, max_new_tokens=12)
     hidden, draft, logits = drawn[0]

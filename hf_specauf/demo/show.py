@@ -1,9 +1,10 @@
 """The demo: a real chat model answers with and without a drafter, side by side.
 
 `specauf demo` fetches SmolLM2-135M-Instruct, loads the drafter that lies in `model_cards/`, and
-streams the answers to a few prompts. Tokens that the drafter proposed and the model accepted are
-green. A table follows: tokens/s of both, tau, and whether the answers are identical. `--chat` takes
-your own prompts.
+streams the answers to a few prompts. Tokens that were drafted and that the model accepted are
+green. Drafts come from the drafter, or are looked up in the text where its last tokens occurred
+before. A table follows: tokens/s of both, tokens a pass, and whether the answers are identical.
+`--chat` takes your own prompts.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from rich.text import Text
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..cli import errors_in_one_line, under_new_spelling
+from ..drafters.draft_length import Round
 from ..keys import Numbers, check_keys
 from ..layouts.load import load_drafter
 from ..serving.acceptance import number
@@ -84,7 +86,7 @@ def side_by_side(question: str, plain: Answer, drafted: Answer) -> Group:
 def answer_both(pair: Pair, question: str, console: Console, recording: Recording | None) -> dict:
     """Stream the plain answer, then the drafted one beside it. Returns a row as `compare`'s."""
     prompt = pair.prompt([{"role": "user", "content": question}])
-    plain, drafted = Answer("plain"), Answer("with the drafter")
+    plain, drafted = Answer("plain"), Answer("drafted")
     with Live(console=console, auto_refresh=False, vertical_overflow="visible") as live:
 
         def shown(force: bool = False) -> None:
@@ -116,11 +118,22 @@ def verdict(row: dict) -> str:
     return f"DIFFERENT {where}"
 
 
-def summary(rows: list[dict], tau: float | None, dtype: torch.dtype) -> Group:
+def by_source(rounds: list[Round]) -> str:
+    """How many tokens were drafted and accepted, by where drafts came from, in words."""
+    words = []
+    for source, looked_up in (("drafter", False), ("lookup", True)):
+        of_source = [one for one in rounds if one.drafted > 0 and one.looked_up == looked_up]
+        accepted = sum(one.accepted for one in of_source)
+        drafted = sum(one.drafted for one in of_source)
+        words.append(f"{source} {accepted} of {drafted} tokens in {len(of_source)} passes")
+    return f"Accepted: {', '.join(words)}, of {len(rounds)} passes."
+
+
+def summary(rows: list[dict], rounds: list[Round], dtype: torch.dtype) -> Group:
     """A line for each prompt, and what they say together."""
     table = Table(title=f"greedy, {str(dtype).removeprefix('torch.')}, batch size 1")
     table.add_column("prompt")
-    for column in ("plain tokens/s", "with the drafter", "speed-up", "tau", "answers"):
+    for column in ("plain tokens/s", "drafted", "speed-up", "tokens a pass", "answers"):
         table.add_column(column, justify="right")
     for at, row in enumerate(rows, start=1):
         plain_rate = row["plain_new_tokens"] / row["plain_seconds"]
@@ -135,7 +148,7 @@ def summary(rows: list[dict], tau: float | None, dtype: torch.dtype) -> Group:
         )
     whole = totals(rows, greedy=True)
     faster = "faster" if whole["speedup"] > 1 else "SLOWER than plain decoding"
-    words = [f"{faster}: {whole['speedup']:.2f}x; tau {number(tau)} tokens a pass of the target."]
+    words = [f"{faster}: {whole['speedup']:.2f}x. {by_source(rounds)}"]
     if whole["lossless"]["near_tie"]:
         words.append(
             "A near-tie is no identical answer: two of the model's logits are closer there than"
@@ -163,7 +176,7 @@ def chat(pair: Pair, console: Console) -> None:
             return
         messages.append({"role": "user", "content": question})
         prompt = pair.prompt(messages)
-        answer = Answer("with the drafter")
+        answer = Answer("drafted")
         with Live(console=console, auto_refresh=False, vertical_overflow="visible") as live:
 
             def shown(live=live, answer=answer) -> None:
@@ -185,15 +198,23 @@ def command_parser() -> argparse.ArgumentParser:
     add("--target", help="folder or Hub id (default: SmolLM2-135M-Instruct, fetched)")
     add(
         "--dtype",
-        default="bfloat16",
         choices=("bfloat16", "float32"),
-        help="bfloat16 is what the model is stored in, and faster where the processor knows it; in"
-        " float32 answers are identical to the last token",
+        help="default: bfloat16, in which the model is stored, where the processor knows it, else"
+        " float32; in float32 answers are identical to the last token",
     )
+    add("--no_lookup", action="store_true", help="let the drafter alone draft")
     add("--new_tokens", type=int, default=96, help="tokens of each answer at most (default 96)")
     add("--chat", action="store_true", help="answer what you type instead")
     add("--record", metavar="FILE.gif", help="also write what is shown as an animated GIF")
     return parser
+
+
+def fast_dtype() -> str:
+    """The dtype that this machine's processor decodes fastest in: a CPU without bf16 arithmetic
+    takes several times as long for it."""
+    if torch.cpu._is_avx512_bf16_supported():
+        return "bfloat16"
+    return "float32"
 
 
 @errors_in_one_line()
@@ -209,12 +230,18 @@ def main(argv: list[str] | None = None) -> None:
         )
     console = Console()
     path = args.target or str(smollm2())
-    target, tokenizer = load_target(path, dtype=getattr(torch, args.dtype))
+    target, tokenizer = load_target(path, dtype=getattr(torch, args.dtype or fast_dtype()))
     drafter = load_drafter(args.drafter or SHIPPED, dtype=target.dtype)
     config = decoding_config(target, args.new_tokens, tokenizer.pad_token_id)
     with (
         torch.no_grad(),
-        attach(target, drafter, tokenizer=tokenizer, draft_length=AUTO) as attachment,
+        attach(
+            target,
+            drafter,
+            tokenizer=tokenizer,
+            draft_length=AUTO,
+            lookup=not args.no_lookup,
+        ) as attachment,
     ):
         pair = Pair(target, tokenizer, attachment, config)
         if args.chat:
@@ -227,7 +254,7 @@ def main(argv: list[str] | None = None) -> None:
         pair.write(warm_up, drafter)
         attachment.generations.clear()
         rows = [answer_both(pair, question, console, recording) for question in PROMPTS]
-        table = summary(rows, attachment.acceptance().tau, target.dtype)
+        table = summary(rows, attachment.rounds, target.dtype)
     console.print(table)
     if recording is not None:
         recording.add(table, force=True)

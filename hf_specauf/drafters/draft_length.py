@@ -56,12 +56,14 @@ class Round(NamedTuple):
         tested (`int`): drafted slots whose verdict is known. Where an end of sequence or the length
             limit cuts the pass, the slots beyond it are not tested.
         drafted (`int`): drafted slots given to the target; 0 in a skipped round.
+        looked_up (`bool`): the draft was looked up in the text, and the drafter did not run.
     """
 
     emitted: int
     accepted: int
     tested: int
     drafted: int
+    looked_up: bool = False
 
 
 @dataclass
@@ -136,6 +138,15 @@ class Count:
         return (PRIOR_WEIGHT * prior + self.accepted) / (PRIOR_WEIGHT + self.tested)
 
 
+def products(chances: Sequence[float]) -> list[float]:
+    """S_1, S_2, ...: the running products of q_1, q_2, ..."""
+    survival, alive = [], 1.0
+    for chance in chances:
+        alive *= chance
+        survival.append(alive)
+    return survival
+
+
 class Survival:
     """The chance that each slot of a draft is reached and accepted, learned as text is decoded.
 
@@ -164,11 +175,7 @@ class Survival:
                 chances.append(slot.chance(prior))
         else:
             chances = [self._bin(confidence).chance(confidence) for confidence in confidences]
-        survival, alive = [], 1.0
-        for chance in chances:
-            alive *= chance
-            survival.append(alive)
-        return survival
+        return products(chances)
 
     def learn(self, accepted: int, tested: int, confidences: Sequence[float] | None) -> None:
         """Take in a verified draft: its first `accepted` slots were right, and a tested one after
@@ -237,9 +244,11 @@ class DraftLength:
         plain = self.costs.of_pass(0)
         return ALLOWED_LOSS * self.spent + ALLOWED_ROUNDS * plain - self.overspent
 
-    def price(self, length: int) -> float:
-        """Seconds that a drafted round loses where it brings its one own token alone."""
-        drafting = self.costs.drafting or 0.0
+    def price(self, length: int, drafting: float | None = None) -> float:
+        """Seconds that a drafted round loses where it brings its one own token alone. `drafting`:
+        seconds of the drafter, where not its own."""
+        if drafting is None:
+            drafting = self.costs.drafting or 0.0
         return drafting + self.costs.of_pass(length) - self.costs.of_pass(0)
 
     def looks_worthwhile(self) -> bool:
@@ -247,12 +256,33 @@ class DraftLength:
         if self.value is None:
             # Nothing was drafted yet: try.
             return True
+        return self.promised() > 1 - self.rate() * self.costs.of_pass(0)
+
+    def promised(self) -> float:
+        """What a drafted round brings beyond what its seconds are worth, by averages; in tokens."""
         rate, survival = self.rate(), self.survival.of()
         length = self.best_length(survival, rate)
         seconds = self.costs.of_pass(length) + (self.costs.drafting or 0.0)
-        promised = 1 + sum(survival[:length]) - rate * seconds
-        plain = 1 - rate * self.costs.of_pass(0)
-        return (promised + self.value) / 2 > plain
+        expected = 1 + sum(survival[:length]) - rate * seconds
+        if self.value is None:
+            return expected
+        return (expected + self.value) / 2
+
+    def lookup_length(self, survival: Sequence[float]) -> int:
+        """How much of a looked-up draft to verify instead of running the drafter; 0 for none of it.
+
+        Args:
+            survival (`Sequence[float]`): S_1, S_2, ... of its tokens.
+        """
+        if 0 not in self.costs.passes:
+            return 0
+        rate = self.rate()
+        lengths = [length for length in LENGTHS if length < len(survival)] + [len(survival)]
+        length = self.best_length(survival, rate, lengths, drafting=0.0)
+        worth = 1 + sum(survival[:length]) - rate * self.costs.of_pass(length)
+        if length > 0 and worth >= self.promised():
+            return length
+        return 0
 
     def rate(self) -> float:
         """rho, tokens a second; never below plain decoding's."""
@@ -261,19 +291,25 @@ class DraftLength:
             return plain
         return max(self.tokens / self.seconds, plain)
 
-    def best_length(self, survival: Sequence[float], rate: float) -> int:
+    def best_length(
+        self,
+        survival: Sequence[float],
+        rate: float,
+        lengths: Sequence[int] | None = None,
+        drafting: float | None = None,
+    ) -> int:
         """The d with the most tokens beyond what its seconds are worth.
 
         All candidates are compared, because c(d) may be a staircase, which has several maxima.
         Those that the account does not cover are left out.
         """
-        lengths, allowance = self.lengths, self.allowance()
+        lengths, allowance = lengths or self.lengths, self.allowance()
         if len(self.costs.passes) == 1:
             # Nothing is known of longer passes yet. A short one tells at little cost.
             lengths = [length for length in lengths if length <= FIRST_LENGTH]
         best, most = 0, -float("inf")
         for length in lengths:
-            if length > 0 and self.price(length) > allowance:
+            if length > 0 and self.price(length, drafting) > allowance:
                 continue
             worth = 1 + sum(survival[:length]) - rate * self.costs.of_pass(length)
             if worth > most:
@@ -313,10 +349,14 @@ class DraftLength:
                 drafting_seconds = self.costs.drafting or 0.0
         seconds = pass_seconds + (drafting_seconds or 0.0)
         self.spent += seconds
-        if drafting_seconds is None:
+        if round.looked_up:
+            # It says nothing of the drafter, but what it lost is lost.
+            self._count(round.emitted, seconds)
+        elif drafting_seconds is None:
             self._learn_plain()
         else:
             self.survival.learn(round.accepted, round.tested, confidences)
+            self._count(round.emitted, seconds)
             self._learn_drafted(round.emitted, seconds)
         self.tokens = RATE_DECAY * self.tokens + round.emitted
         self.seconds = RATE_DECAY * self.seconds + seconds
@@ -325,11 +365,14 @@ class DraftLength:
         if self.waiting > 0:
             self.waiting -= 1
 
-    def _learn_drafted(self, emitted: int, seconds: float) -> None:
+    def _count(self, emitted: int, seconds: float) -> None:
+        """Write a round that was not plain into the account."""
         plain = self.costs.of_pass(0)
         lost = seconds - emitted * plain
         self.overspent = max(self.overspent + lost, -SAVINGS * plain)
-        rate = self.rate()
+
+    def _learn_drafted(self, emitted: int, seconds: float) -> None:
+        plain, rate = self.costs.of_pass(0), self.rate()
         value = emitted - rate * seconds
         if self.value is None:
             self.value = value

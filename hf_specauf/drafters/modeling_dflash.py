@@ -10,8 +10,8 @@ from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.functional import rms_norm
 from transformers.modeling_outputs import BaseModelOutput
 
-from .candidates import BlockCandidateGenerator
 from .configuration_dflash import DFlashConfig, check_dtype
+from .drafts import BlockDrafts
 from .transformers_internals import (
     ALL_ATTENTION_FUNCTIONS,
     Cache,
@@ -310,11 +310,9 @@ class DFlashDraftModel(PreTrainedModel):
     def get_input_embeddings(self) -> None:
         """None, for accelerate's FSDP, which asks: the embedding is the target's."""
 
-    def get_candidate_generator(
-        self, target, generation_config, **kwargs
-    ) -> BlockCandidateGenerator:
-        """Our candidate generator for this drafter; see [`BlockCandidateGenerator`]."""
-        return BlockCandidateGenerator(self, target, generation_config, **kwargs)
+    def get_drafts(self, target, generation_config, **kwargs) -> BlockDrafts:
+        """What drafts for one `generate` call of a target; see [`BlockDrafts`]."""
+        return BlockDrafts(self, target, generation_config, **kwargs)
 
 
 __all__ = ["DFlashDraftModel"]

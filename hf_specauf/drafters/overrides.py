@@ -2,33 +2,21 @@
 
 Travels to the Hub with Domino drafters: imports only torch, transformers and its siblings.
 
-Three methods of one target object are overridden. No class is changed, nothing that is saved, and
-not the user's generation config:
-
-    `_validate_generation_mode`  refuses what would go wrong silently
-    `_get_stopping_criteria`     also stops inside an accepted draft
-    `_get_candidate_generator`   takes the drafts from our generator
-
-Of a target whose first weights are offloaded, `parameters` is a fourth.
+Two methods of one target object are overridden, by a class of its own. Its own class is not
+changed, nothing that is saved, and not the user's generation config.
 """
 
+import copyreg
 import warnings
 from collections.abc import Callable
-from types import MethodType
 
 import torch
-from torch import nn
 
-from .draft_length import Round
-from .target_parts import device_of
+from .loop import Decoding
+from .target_parts import decoder_layers
 from .transformers_internals import (
     OVERRIDDEN,
-    EosTokenCriteria,
     GenerationMode,
-    MaxLengthCriteria,
-    MaxTimeCriteria,
-    StoppingCriteria,
-    StoppingCriteriaList,
     cache_of,
     check_cache,
     check_cache_implementation,
@@ -65,6 +53,17 @@ def check_generation(target, generation_mode, generation_config) -> None:
             "output_hidden_states=True and a block drafter cannot go together: the target keeps"
             " only the tapped layers. Run one more forward pass on the finished text for its"
             " hidden states."
+        )
+    if generation_config.output_attentions:
+        raise ValueError(
+            "output_attentions=True and a block drafter cannot go together: attentions of drafted"
+            " tokens that were rejected would be among them. Run one more forward pass on the"
+            " finished text for its attentions."
+        )
+    if generation_config.assistant_ensemble_weight is not None:
+        raise ValueError(
+            "assistant_ensemble_weight mixes the drafter into the target's output, and a block"
+            " drafter leaves it the target's own: leave assistant_ensemble_weight out"
         )
     if generation_config.use_cache is False:
         raise ValueError(
@@ -176,96 +175,43 @@ def check_shape(target, config) -> None:
         )
 
 
-# ---- stopping
-
-
-class StopWhereToldTo(StoppingCriteria):
-    """Ask a call's stopping criteria of every token, as plain decoding does, and cut there.
-
-    transformers' assisted loop asks them once a pass. It would not see a stop string that ends
-    inside an accepted draft. The sequence is cut in place, because the loop takes no other answer
-    than whether to stop. A streamer and `scores` have the rest of that pass by then.
-
-    Args:
-        criteria (`StoppingCriteriaList`): of the call.
-        rounds (`Callable[[], list[Round]]`): gives the rounds of the call so far.
-    """
-
-    def __init__(self, criteria: StoppingCriteriaList, rounds: Callable[[], list[Round]]):
-        self.criteria = criteria
-        self.rounds = rounds
-        # Of the sequence when it was last asked.
-        self.length: int | None = None
-
-    def __call__(self, input_ids, scores, **kwargs) -> torch.Tensor:
-        size = input_ids.shape[1]
-        first = size
-        if self.length is not None:
-            first = min(self.length + 1, size)
-        for length in range(first, size + 1):
-            done = self.criteria(input_ids[:, :length], scores, **kwargs)
-            if bool(done.all()):
-                break
-        cut = size - length
-        if cut > 0:
-            # Only one row has several new tokens at once, so its first ones stay where they are.
-            input_ids.resize_(input_ids.shape[0], length)
-            self._cut_last_round(cut)
-        self.length = length
-        return done
-
-    def _cut_last_round(self, cut: int) -> None:
-        rounds = self.rounds()
-        if not rounds:
-            # Another assistant drafts, such as prompt lookup.
-            return
-        # The pass now ends in a drafted token that was itself accepted.
-        emitted = rounds[-1].emitted - cut
-        rounds[-1] = rounds[-1]._replace(emitted=emitted, accepted=emitted, tested=emitted)
-
-
-# What the assisted loop gets right by itself: it cuts a pass at the first two, and time is asked of
-# once a pass in any case.
-SERVED_BY_TRANSFORMERS = (MaxLengthCriteria, EosTokenCriteria, MaxTimeCriteria)
-
-
 # ---- the overrides
 
 
 class DraftingOverrides:
-    """Override internals of `generate` on one target object, until `undo()`.
+    """Decode with a drafter on one target object, until `undo()`.
 
-    Calls with `drafter` as `assistant_model` take their candidates from `make_generator`. All other
-    calls go on as before. One target may have several drafters.
+    `generate` finds its decoding method on the target's class. So while a drafter is attached the
+    target is of a class of its own, which differs from its own in two methods:
+
+        `_validate_generation_mode`  refuses what would go wrong silently
+        `_assisted_decoding`         decodes by our loop
+
+    Calls with `drafter` as `assistant_model` go there. All other calls go on as before. One target
+    may have several drafters.
 
     Args:
         target (`PreTrainedModel`): the target, no wrapper.
         drafter (`PreTrainedModel` or `PeftModel`): the very object given as `assistant_model`.
-        make_generator (`Callable`): (target, generation_config, logits_processor=...) -> candidate
-            generator.
+        make_drafts (`Callable`): (target, generation_config, logits_processor=...) ->
+            [`BlockDrafts`] of one call.
 
     Raises:
         RuntimeError: this version of transformers has no such methods, or other arguments.
+        ValueError: the target has no list of decoder layers.
     """
 
-    NAMES = ("_get_candidate_generator", "_validate_generation_mode", "_get_stopping_criteria")
-
-    def __init__(self, target, drafter, make_generator: Callable):
+    def __init__(self, target, drafter, make_drafts: Callable):
         check_methods(type(target), OVERRIDDEN)
-        # Another copy of this file (the package's, a Hub folder's) reads the last two by name.
+        decoder_layers(target)
         self.target = target
         self.drafter = drafter
-        self.make_generator = make_generator
-        # Of the call under way.
-        self.generator = None
-        # The list lies on the target, because copies of this file share nothing else. The methods
-        # of whoever came first serve all drafters.
-        self.attached = vars(target).setdefault("_drafting", [])
-        if not self.attached:
-            for name in self.NAMES:
-                vars(target)[name] = MethodType(getattr(self, name), target)
-            if target.device.type == "meta":
-                vars(target)["parameters"] = MethodType(self._parameters, target)
+        self.make_drafts = make_drafts
+        # The list lies on the class, because copies of this file (the package's, a Hub folder's)
+        # share nothing else. Each of its entries brings its own loop.
+        if not hasattr(type(target), "_attached_drafters"):
+            target.__class__ = drafting_class(type(target))
+        self.attached = type(target)._attached_drafters
         self.attached.append(self)
 
     def undo(self) -> None:
@@ -275,84 +221,84 @@ class DraftingOverrides:
             return
         self.attached.remove(self)
         if not self.attached:
-            for name in (*self.NAMES, "_drafting", "parameters"):
-                vars(self.target).pop(name, None)
+            self.target.__class__ = type(self.target).__base__
 
-    def _of(self, assistant_model) -> "DraftingOverrides | None":
-        """Whoever attached this drafter last; `None` for any other assistant."""
-        for one in reversed(self.attached):
-            if one.drafter is assistant_model:
-                return one
-        return None
+    def validate(self, generation_mode, generation_config) -> None:
+        """Raise where a call cannot be drafted for."""
+        check_generation(self.target, generation_mode, generation_config)
 
-    @staticmethod
-    def _parameters(target, recurse: bool = True):
-        """The target's parameters, after an empty one on the device where its inputs belong.
-
-        transformers' assisted loop moves candidates to the device of the first parameter, which is
-        `meta` where the embedding is offloaded.
-        """
-        device = device_of(target.get_input_embeddings())
-        yield nn.Parameter(torch.empty(0, dtype=target.config.dtype, device=device), False)
-        yield from type(target).parameters(target, recurse)
-
-    # Each of the following has the name of what it overrides, and calls that by the target's class.
-
-    def _validate_generation_mode(
-        self, target, generation_mode, generation_config, generation_mode_kwargs
-    ):
-        self.generator = None
-        if self._of(generation_mode_kwargs.get("assistant_model")) is not None:
-            check_generation(target, generation_mode, generation_config)
-            # Without it, because transformers asks an assistant for the target's vocabulary, and
-            # this target's may have been resized since the drafter was trained.
-            generation_mode_kwargs = dict(generation_mode_kwargs)
-            del generation_mode_kwargs["assistant_model"]
-        type(target)._validate_generation_mode(
-            target, generation_mode, generation_config, generation_mode_kwargs
-        )
-
-    def _get_stopping_criteria(self, target, generation_config, stopping_criteria, *args, **kwargs):
-        criteria = type(target)._get_stopping_criteria(
-            target, generation_config, stopping_criteria, *args, **kwargs
-        )
-        if all(isinstance(one, SERVED_BY_TRANSFORMERS) for one in criteria):
-            return criteria
-
-        def rounds() -> list[Round]:
-            # Asked late, because the generator is made after the criteria.
-            return [] if self.generator is None else self.generator.rounds
-
-        return StoppingCriteriaList([StopWhereToldTo(criteria, rounds)])
-
-    def _get_candidate_generator(
+    def decode(
         self,
-        target,
-        generation_config,
         input_ids,
-        inputs_tensor,
         logits_processor,
-        model_kwargs,
-        assistant_model=None,
-        **kwargs,
+        stopping_criteria,
+        generation_config,
+        synced_gpus=False,
+        streamer=None,
+        inputs_tensor=None,
+        assistant_tokenizer=None,
+        tokenizer=None,
+        **model_kwargs,
     ):
-        mine = self._of(assistant_model)
-        if mine is None:
-            return type(target)._get_candidate_generator(
-                target,
-                generation_config,
-                input_ids,
-                inputs_tensor,
-                logits_processor,
-                model_kwargs,
-                assistant_model=assistant_model,
-                **kwargs,
+        """What `_assisted_decoding` does, by our loop; the arguments are the same."""
+        check_inputs(self.target, input_ids, model_kwargs)
+        drafts = self.make_drafts(self.target, generation_config, logits_processor=logits_processor)
+        return Decoding(
+            self.target,
+            drafts,
+            input_ids,
+            logits_processor=logits_processor,
+            stopping_criteria=stopping_criteria,
+            generation_config=generation_config,
+            synced_gpus=synced_gpus,
+            streamer=streamer,
+            model_kwargs=model_kwargs,
+        ).run()
+
+
+def drafting_class(own: type) -> type:
+    """A target's class, with drafting. transformers takes it for the target's own, by its name."""
+
+    class Drafting(own):
+        _attached_drafters: list[DraftingOverrides] = []
+
+        def _validate_generation_mode(
+            self, generation_mode, generation_config, generation_mode_kwargs
+        ):
+            given = dict(generation_mode_kwargs)
+            drafter = attached(self, given.get("assistant_model"))
+            if drafter is not None:
+                drafter.validate(generation_mode, generation_config)
+                # Without it, because transformers asks an assistant for the target's vocabulary,
+                # and this target's may have been resized since the drafter was trained.
+                del given["assistant_model"]
+            super()._validate_generation_mode(generation_mode, generation_config, given)
+
+        def _assisted_decoding(self, *args, inputs_tensor=None, assistant_model=None, **kwargs):
+            drafter = attached(self, assistant_model)
+            if drafter is not None:
+                return drafter.decode(*args, **kwargs)
+            return super()._assisted_decoding(
+                *args, inputs_tensor=inputs_tensor, assistant_model=assistant_model, **kwargs
             )
-        check_inputs(target, input_ids, model_kwargs)
-        self.generator = mine.make_generator(
-            target, generation_config, logits_processor=logits_processor
-        )
-        return self.generator
+
+        def __reduce_ex__(self, protocol):
+            # A copy of the target, or a pickled one, is a plain target. pickle lets the function
+            # that an object has by itself (`copyreg.__newobj__`) make no other class than its own.
+            _, _, *state = super().__reduce_ex__(protocol)
+            return copyreg._reconstructor, (own, object, None), *state
+
+    for name in ("__name__", "__qualname__", "__module__", "__doc__"):
+        setattr(Drafting, name, getattr(own, name))
+    return Drafting
+
+
+def attached(target, assistant_model) -> DraftingOverrides | None:
+    """Whoever attached this drafter last; `None` for any other assistant."""
+    for one in reversed(type(target)._attached_drafters):
+        if one.drafter is assistant_model:
+            return one
+    return None
 
 
 def generate_with_drafter(target, drafter, *args, **kwargs):
@@ -370,7 +316,7 @@ def generate_with_drafter(target, drafter, *args, **kwargs):
         ValueError: the drafter was trained for a model of another shape.
     """
     check_shape(target, drafter.config)
-    overrides = DraftingOverrides(target, drafter, drafter.eval().get_candidate_generator)
+    overrides = DraftingOverrides(target, drafter, drafter.eval().get_drafts)
     try:
         return target.generate(*args, **kwargs, assistant_model=drafter)
     finally:

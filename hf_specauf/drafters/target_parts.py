@@ -1,12 +1,77 @@
-"""The target's embedding and head, as training and decoding use them alike.
+"""The target's embedding, head and tapped layers, as training and decoding use them alike.
 
 Travels to the Hub: imports torch alone.
 
-Letters: B rows, Q tokens, H hidden size, V vocabulary.
+Letters: B rows, C and Q tokens, H hidden size, V vocabulary.
 """
+
+import threading
 
 import torch
 from torch import nn
+
+
+def decoder_layers(target) -> nn.ModuleList:
+    """The list of a target's decoder layers. `target` (`PreTrainedModel`): no wrapper.
+
+    Raises:
+        ValueError: it has none of the length that its config names.
+    """
+    depth = target.config.get_text_config(decoder=True).num_hidden_layers
+    # Architectures give the list different names. Its length is what they have in common. Beside
+    # the decoder a vision tower may have a list as long.
+    for module in target.get_decoder().modules():
+        if isinstance(module, nn.ModuleList) and len(module) == depth:
+            return module
+    raise ValueError(
+        f"{type(target).__name__} has no list of {depth} decoder layers, as its config says, so"
+        " its layers cannot be tapped: load it with AutoModelForCausalLM.from_pretrained, or take"
+        " another target"
+    )
+
+
+class Taps:
+    """Keeps what some decoder layers put out, by hooks that last as long as a `with` block.
+
+    Only passes of the thread that made it are kept, so that several may decode with one target.
+    transformers' own way (`output_hidden_states`) leaves hooks on every layer for good, which slow
+    plain decoding down.
+
+    Args:
+        layers (`list[nn.Module]`): the tapped layers, in order.
+    """
+
+    def __init__(self, layers: list[nn.Module]):
+        self.layers = layers
+        self.kept: list[list[torch.Tensor]] = [[] for _ in layers]
+        self.thread = threading.get_ident()
+        self.handles = []
+
+    def __enter__(self) -> "Taps":
+        for layer, kept in zip(self.layers, self.kept):
+            self.handles.append(layer.register_forward_hook(self._keep_in(kept)))
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def _keep_in(self, kept: list[torch.Tensor]):
+        def keep(module, args, output):
+            if threading.get_ident() == self.thread:
+                # Some architectures' layers return a tuple, whose first entry is the hidden states.
+                kept.append(output[0] if isinstance(output, tuple) else output)
+
+        return keep
+
+    def take(self) -> list[torch.Tensor]:
+        """Of each layer what it put out since the last call, (B, C, H) each."""
+        taken = []
+        for kept in self.kept:
+            # several only where a long prompt is read in chunks
+            taken.append(kept[0] if len(kept) == 1 else torch.cat(kept, dim=1))
+            kept.clear()
+        return taken
 
 
 def device_of(module: nn.Module) -> torch.device:
@@ -34,14 +99,10 @@ def embed_noise(embedding: nn.Module, noise_ids: torch.Tensor) -> torch.Tensor:
         embedding (`nn.Module`): `target.get_input_embeddings()`.
         noise_ids (`torch.LongTensor` of shape `(B, Q)`): anchors and mask tokens.
     """
-    norm = getattr(embedding, "embed_norm", None)
-    if norm is None:
+    if getattr(embedding, "embed_norm", None) is None:
         return embedding(noise_ids)
-    embedding.embed_norm = nn.Identity()
-    try:
-        return embedding(noise_ids)
-    finally:
-        embedding.embed_norm = norm
+    # Not by taking the norm away for a moment: another thread may be decoding with this target.
+    return nn.Embedding.forward(embedding, noise_ids)
 
 
 def apply_head(head: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:

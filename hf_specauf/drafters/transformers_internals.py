@@ -19,6 +19,7 @@ import re
 import warnings
 from functools import cache as once
 
+import torch
 from transformers import __version__ as VERSION
 
 TESTED = ("5.23", "5.24")
@@ -49,13 +50,15 @@ try:
         StaticLayer,
     )
     from transformers.generation import GenerationMode
-    from transformers.generation.candidate_generator import CandidateGenerator
+    from transformers.generation.candidate_generator import (
+        _prepare_attention_mask,
+        _prepare_position_ids,
+        _prepare_token_type_ids,
+    )
     from transformers.generation.stopping_criteria import (
         EosTokenCriteria,
         MaxLengthCriteria,
         MaxTimeCriteria,
-        StoppingCriteria,
-        StoppingCriteriaList,
     )
     from transformers.generation.utils import ALL_CACHE_NAMES
     from transformers.modeling_layers import GradientCheckpointingLayer
@@ -79,17 +82,23 @@ except (ImportError, AttributeError) as error:
     # which version to install.
     raise version_error(f"it is without something that is used here ({error})") from error
 
-# What `overrides` replaces on a target or relies on there, and the arguments that it reads of each.
+# What `overrides` replaces on a target and `loop` calls there, and the arguments of each.
 OVERRIDDEN = {
-    "_get_candidate_generator": (
-        "generation_config",
+    "_assisted_decoding": (
         "input_ids",
         "logits_processor",
-        "model_kwargs",
+        "stopping_criteria",
+        "generation_config",
+        "synced_gpus",
+        "streamer",
+        "assistant_model",
     ),
     "_validate_generation_mode": ("generation_mode", "generation_config", "generation_mode_kwargs"),
-    "_get_stopping_criteria": ("generation_config", "stopping_criteria"),
-    "_assisted_decoding": ("assistant_model",),
+    "_prefill": ("input_ids", "generation_config", "model_kwargs"),
+    "_update_model_kwargs_for_generation": ("outputs", "model_kwargs", "num_new_tokens"),
+    "_has_unfinished_sequences": ("this_peer_finished", "synced_gpus", "device"),
+    "_valid_auto_compile_criteria": ("model_kwargs", "generation_config"),
+    "get_compiled_call": ("compile_config",),
 }
 
 
@@ -147,6 +156,29 @@ def cache_of(model_kwargs: dict) -> Cache:
             f"generate keeps its cache under none of the names known ({', '.join(ALL_CACHE_NAMES)})"
         )
     return model_kwargs[CACHE]
+
+
+def longer_kwargs(model_kwargs: dict, length: int) -> dict:
+    """The arguments of a target's forward for a text of `length` tokens, longer than they are."""
+    longer = _prepare_attention_mask(dict(model_kwargs), length, False)
+    longer = _prepare_position_ids(longer, length, False)
+    longer = _prepare_token_type_ids(longer, length)
+    # These it leaves as they are. Drafts are text, whose type is 0.
+    for name in ("mm_token_type_ids", "moe_mm_token_type_ids"):
+        types = longer.get(name)
+        if types is not None:
+            missing = length - types.shape[-1]
+            zeros = types.new_zeros((*types.shape[:-1], missing))
+            longer[name] = torch.cat([types, zeros], dim=-1)
+    return longer
+
+
+def decode_step_of(target, model_kwargs: dict, generation_config):
+    """What runs a target's passes after the prefill: its compiled forward where transformers would
+    compile plain decoding too (static caches on GPUs)."""
+    if STATIC_CACHES_CROP and target._valid_auto_compile_criteria(model_kwargs, generation_config):
+        return target.get_compiled_call(generation_config.compile_config)
+    return target.__call__
 
 
 def the_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
@@ -210,11 +242,10 @@ def check_cache_implementation(name: str | None) -> None:
 # fmt: off
 __all__ = [
     "ALL_ATTENTION_FUNCTIONS", "CACHE", "OVERRIDDEN", "STATIC_CACHES_CROP", "TESTED", "VERSION",
-    "Cache", "CandidateGenerator", "DFlashCache", "DynamicCache", "EosTokenCriteria",
-    "GenerationMode", "GradientCheckpointingLayer", "MaxLengthCriteria", "MaxTimeCriteria",
-    "PreTrainedModel", "Qwen3MLP", "Qwen3RotaryEmbedding", "StoppingCriteria",
-    "StoppingCriteriaList", "cache_of", "check_cache", "check_cache_implementation",
-    "check_methods", "eager_attention_forward", "rotate_half", "the_cache", "version_error",
-    "warn_if_newer_than_tested",
+    "Cache", "DFlashCache", "DynamicCache", "EosTokenCriteria", "GenerationMode",
+    "GradientCheckpointingLayer", "MaxLengthCriteria", "MaxTimeCriteria", "PreTrainedModel",
+    "Qwen3MLP", "Qwen3RotaryEmbedding", "cache_of", "check_cache", "check_cache_implementation",
+    "check_methods", "decode_step_of", "eager_attention_forward", "longer_kwargs", "rotate_half",
+    "the_cache", "version_error", "warn_if_newer_than_tested",
 ]
 # fmt: on

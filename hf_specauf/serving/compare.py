@@ -1,7 +1,10 @@
 """Plain and assisted decoding of the same prompts, compared: token by token, by tau, and by the
 clock."""
 
+import copy
 import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +19,12 @@ from ..drafters.draft_length import Round
 from ..identity import Identity, innermost, unwrapped
 from ..records import environment
 from .acceptance import TAU_DEFINITION, number
-from .decoding import attach
+from .decoding import Attachment, attach
 
+# of transformers' own prompt lookup, which needs no drafter: what a drafter has to beat
+PROMPT_LOOKUP = {"prompt_lookup_num_tokens": 10}
+# what `compare` measures beside plain decoding and the drafter, where it is asked to look up
+LOOKUP_WAYS = ("prompt_lookup", "drafter_and_lookup")
 # In fp32, a first difference is a tie of rounding if the target's two best logits are closer than
 # this.
 NEAR_TIE = 1e-3
@@ -125,8 +132,10 @@ def timed(
     config: GenerationConfig,
     seed: int,
     streamer: BaseStreamer | None = None,
+    **call,
 ) -> Decoded:
-    """Generate after a prompt (1, S), plainly where `assistant` is `None`."""
+    """Generate after a prompt (1, S), plainly where `assistant` is `None`. `call`: further
+    arguments of `generate`."""
     torch.manual_seed(seed)
     start = time.perf_counter()
     output = target.generate(
@@ -135,6 +144,7 @@ def timed(
         generation_config=config,
         assistant_model=assistant,
         streamer=streamer,
+        **call,
     )
     # the clock would else stop before the GPU does
     if output.is_cuda:
@@ -151,10 +161,14 @@ def compare(
     temperature: float = 0.0,
     pad_token_id: int = 0,
     draft_length: int | str | None = None,
+    lookup: int | str | bool = False,
     seed: int = 0,
     show_progress: bool = True,
 ) -> dict:
     """Decode every prompt plainly and with the drafter, in turn, and compare.
+
+    With `lookup` in two more ways: by transformers' own prompt lookup, and by the drafter and
+    lookup together. tau stays that of the drafter alone.
 
     Args:
         target, drafter: as for `attach`.
@@ -162,40 +176,83 @@ def compare(
         max_new_tokens (`int`): tokens generated for each.
         temperature (`float`, *optional*, defaults to 0): 0 is greedy, and outputs must be equal;
             above 0 they are samples, and equality is not asked for.
+        draft_length, lookup: as for `attach`.
 
     Returns:
-        dict with `acceptance` (tau, alpha, ...), `plain_tokens_per_second`, `tokens_per_second`,
-        `speedup`, `lossless` (counts of identical, near_tie and different outputs), `repetition`
-        and a list of `prompts`.
+        dict with `acceptance` (tau, alpha, ...), rates, `speedup`, `lossless` (counts of identical,
+        near_tie and different outputs), `repetition` and a list of `prompts`.
     """
     target, model = unwrapped(target), innermost(target)
     greedy = temperature == 0
     config = decoding_config(model, max_new_tokens, pad_token_id, temperature)
 
-    def decode(prompt: torch.Tensor, assistant) -> Decoded:
-        return timed(target, prompt, assistant, config, seed)
+    with ExitStack() as stack, torch.no_grad():
+        calls, attachment, both = attached_ways(stack, target, drafter, draft_length, lookup)
 
-    rows = []
-    with attach(target, drafter, draft_length=draft_length) as attachment, torch.no_grad():
-        # Both ways are warmed up, because the first calls of a process are slow.
-        decode(prompts[0], None)
-        decode(prompts[0], drafter)
+        def decode(prompt: torch.Tensor, way: str) -> Decoded:
+            return timed(target, prompt, config=config, seed=seed, **calls[way])
+
+        for way in calls:
+            decode(prompts[0], way)  # the first calls of a process are slow
         attachment.generations.clear()
+        both.generations.clear()
+        rows = {way: [] for way in calls if way != "plain"}
         shown = track(prompts, "decoding", disable=not show_progress, transient=True)
-        for turn, prompt in enumerate(shown):
-            # Each way goes first in turn, so that a machine that slows down favours neither.
-            if turn % 2:
-                plain, assisted = decode(prompt, None), decode(prompt, drafter)
-            else:
-                assisted, plain = decode(prompt, drafter), decode(prompt, None)
-            difference = None
-            if greedy:
-                difference = first_difference(model, plain.output, assisted.output)
-            # only the decoding with the drafter has rounds
-            rounds = attachment.generations[-1]
-            rows.append(prompt_row(prompt, plain, assisted, rounds, difference))
+        for prompt, decoded in decoded_in_turn(shown, list(calls), decode):
+            plain = decoded.pop("plain")
+            for way, other in decoded.items():
+                difference = first_difference(model, plain.output, other.output) if greedy else None
+                # only the decoding with the drafter has rounds
+                rounds = attachment.generations[-1] if way == "drafter" else []
+                rows[way].append(prompt_row(prompt, plain, other, rounds, difference))
         acceptance = attachment.acceptance()
-    return {"acceptance": acceptance.to_dict()} | totals(rows, greedy)
+    results = {"acceptance": acceptance.to_dict()} | totals(rows.pop("drafter"), greedy)
+    for way, of_way in rows.items():
+        whole = totals(of_way, greedy)
+        results[way] = {key: whole[key] for key in ("tokens_per_second", "speedup", "lossless")}
+    if "drafter_and_lookup" in results:
+        results["drafter_and_lookup"]["accepted"] = accepted_by_source(both.rounds)
+    return results
+
+
+def decoded_in_turn(
+    prompts: Iterable[torch.Tensor], ways: list[str], decode: Callable
+) -> Iterator[tuple[torch.Tensor, dict[str, Decoded]]]:
+    """Each prompt, and what every way made of it. Each way goes first in turn, so that a machine
+    that slows down favours none."""
+    for turn, prompt in enumerate(prompts):
+        first = turn % len(ways)
+        yield prompt, {way: decode(prompt, way) for way in ways[first:] + ways[:first]}
+
+
+def attached_ways(
+    stack: ExitStack, target, drafter, draft_length, lookup
+) -> tuple[dict[str, dict], Attachment, Attachment]:
+    """The ways that `compare` decodes in, each with the arguments of its calls, and the attachments
+    of the drafter alone and with lookup (the same one where nothing is looked up)."""
+    alone = stack.enter_context(attach(target, drafter, draft_length=draft_length))
+    calls = {"plain": {"assistant": None}, "drafter": {"assistant": drafter}}
+    if lookup is False:
+        return calls, alone, alone
+    # Another object with the same weights, because an attachment knows its drafter by the object.
+    twin = copy.copy(drafter)
+    both = stack.enter_context(attach(target, twin, draft_length=draft_length, lookup=lookup))
+    calls["prompt_lookup"] = {"assistant": None, **PROMPT_LOOKUP}
+    calls["drafter_and_lookup"] = {"assistant": twin}
+    return calls, alone, both
+
+
+def accepted_by_source(rounds: list[Round]) -> dict[str, dict[str, int]]:
+    """Rounds, drafted and accepted tokens, by where the drafts came from."""
+    found = {}
+    for source, looked_up in (("drafter", False), ("lookup", True)):
+        of_source = [r for r in rounds if r.drafted > 0 and r.looked_up == looked_up]
+        found[source] = {
+            "rounds": len(of_source),
+            "drafted": sum(r.drafted for r in of_source),
+            "accepted": sum(r.accepted for r in of_source),
+        }
+    return found
 
 
 def totals(rows: list[dict], greedy: bool) -> dict:
@@ -303,11 +360,20 @@ def plot_curves(
 def show(results: dict, console: Console) -> None:
     """A table of one comparison, and the verdict in words."""
     acceptance = results["acceptance"]
-    table = Table("", "plain", "with drafter")
+    others = [results[way] for way in LOOKUP_WAYS if way in results]
+    names = ("prompt lookup", "drafter and lookup")[: len(others)]
+    table = Table("", "plain", "with drafter", *names)
     table.add_row(
         "tokens/s",
         f"{results['plain_tokens_per_second']:.1f}",
         f"{results['tokens_per_second']:.1f}",
+        *(f"{other['tokens_per_second']:.1f}" for other in others),
+    )
+    table.add_row(
+        "speed-up",
+        "1.00x",
+        f"{results['speedup']:.2f}x",
+        *(f"{other['speedup']:.2f}x" for other in others),
     )
     table.add_row("tau", "1.00", number(acceptance["tau"]))
     table.add_row("alpha_1, 2, 3", "", "  ".join(map(number, acceptance["alpha"][:3])))

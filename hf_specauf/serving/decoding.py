@@ -14,9 +14,10 @@ from collections.abc import Callable
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..drafters.candidates import BlockCandidateGenerator
 from ..drafters.configuration_dflash import check_dtype
 from ..drafters.draft_length import Costs, DraftLength, Round
+from ..drafters.drafts import BlockDrafts
+from ..drafters.lookup import LookupChoice
 from ..drafters.overrides import DraftingOverrides
 from ..identity import as_called, check_pair, innermost, unwrapped
 from .acceptance import Acceptance, summarize
@@ -29,6 +30,7 @@ def generate(
     drafter: PreTrainedModel | PeftModel,
     *args,
     draft_length: int | str | None = None,
+    lookup: int | str | bool = False,
     **kwargs,
 ):
     """`target.generate(*args, **kwargs)`, faster, with a block drafter of any kind.
@@ -38,7 +40,7 @@ def generate(
     the tokenizer.
 
     Args:
-        target, drafter, draft_length: as for [`attach`].
+        target, drafter, draft_length, lookup: as for [`attach`].
         args, kwargs: as for `target.generate`.
 
     Returns:
@@ -47,7 +49,7 @@ def generate(
     Raises:
         TypeError, ValueError: as [`attach`], or the call is one that [`attach`] cannot serve.
     """
-    with attach(target, drafter, draft_length=draft_length):
+    with attach(target, drafter, draft_length=draft_length, lookup=lookup):
         # DDP and its like have no `generate` of their own.
         return unwrapped(target).generate(*args, **kwargs, assistant_model=drafter)
 
@@ -59,6 +61,7 @@ def attach(
     tokenizer: PreTrainedTokenizerBase | None = None,
     draft_length: int | str | None = None,
     costs: Costs | None = None,
+    lookup: int | str | bool = False,
     skip_round: Callable[[list[Round]], bool] | None = None,
 ) -> "Attachment":
     """Make `target.generate(**inputs, assistant_model=drafter)` work, and record what it accepts.
@@ -81,6 +84,9 @@ def attach(
             drafter brings, and drafts nothing where that is faster.
         costs (`Costs`, *optional*): for `"auto"`: `attachment.costs` of an earlier run. Frozen ones
             (`costs.frozen = True`) make its decisions those of no clock.
+        lookup (`int`, `str` or `bool`): `"auto"` verifies what followed an earlier occurrence of
+            the text's last tokens, where that promises more than the drafter. A number: so many
+            tokens of it. `False`: the drafter alone.
         skip_round (`Callable[[list[Round]], bool]`, *optional*): told the rounds so far before each
             draft; true leaves the round to the target alone.
 
@@ -91,8 +97,8 @@ def attach(
         TypeError: `drafter` is no block drafter, or the target no model of transformers.
         ValueError: the drafter does not fit the target (layers, hidden size, vocabulary, words) or
             is fp16, the target has virtual tokens, `draft_length` is neither `"auto"` nor in
-            1..K-1, or there are costs without `"auto"`. Another target's id or commit, or another
-            chat template, is a warning.
+            1..K-1, `lookup` is none of those named, or there are costs without `"auto"`. Another
+            target's id or commit, or another chat template, is a warning.
     """
     longest = _check(target, drafter, tokenizer).config.block_size - 1
     policy = None
@@ -103,7 +109,10 @@ def attach(
         raise ValueError(f'costs are for draft_length="{AUTO}": give both, or leave out costs')
     elif draft_length is not None:
         check_draft_length(draft_length, longest)
-    return Attachment(target, drafter, draft_length, policy, skip_round)
+    choice = None
+    if lookup is not False:
+        choice = LookupChoice(longest, check_lookup(lookup))
+    return Attachment(target, drafter, draft_length, policy, choice, skip_round)
 
 
 def check_draft_length(draft_length: int | str, longest: int) -> None:
@@ -116,6 +125,21 @@ def check_draft_length(draft_length: int | str, longest: int) -> None:
         raise ValueError(
             f'draft_length is {draft_length!r}; it must be in 1..{longest} (K - 1), or "{AUTO}"'
         )
+
+
+def check_lookup(lookup: int | str | bool) -> int | None:
+    """The looked-up tokens of a round, `None` for as many as promise something.
+
+    Raises:
+        ValueError: it is neither "auto" nor a number of 1 or more.
+    """
+    if lookup is True or lookup == AUTO:
+        return None
+    if type(lookup) is not int or lookup < 1:
+        raise ValueError(
+            f'lookup is {lookup!r}; it must be "{AUTO}", a number of tokens from 1 on, or False'
+        )
+    return lookup
 
 
 class Attachment:
@@ -131,6 +155,7 @@ class Attachment:
         drafter: PreTrainedModel | PeftModel,
         max_draft_tokens: int | None = None,
         policy: DraftLength | None = None,
+        lookup: LookupChoice | None = None,
         skip_round: Callable[[list[Round]], bool] | None = None,
     ):
         # A wrapper's `generate` calls the one of the model inside, so that one is overridden.
@@ -140,10 +165,11 @@ class Attachment:
         self.max_draft_tokens = max_draft_tokens
         # One for all calls, so that a second one starts with what the first has learned.
         self.policy = policy
+        self.lookup = lookup
         self.skip_round = skip_round
         self.generations: list[list[Round]] = []
         innermost(drafter).eval()
-        self._overrides = DraftingOverrides(self.target, drafter, self._candidate_generator)
+        self._overrides = DraftingOverrides(self.target, drafter, self._drafts)
 
     def __enter__(self) -> "Attachment":
         return self
@@ -169,37 +195,27 @@ class Attachment:
         """tau, alpha_k and histogram over all `generate` calls so far."""
         return summarize(self.rounds, innermost(self.drafter).config.block_size)
 
-    def _candidate_generator(
-        self, target, generation_config, logits_processor
-    ) -> BlockCandidateGenerator:
-        """What a `generate` call that begins takes its drafts from.
-
-        The drafter makes it, because one loaded from the Hub brings its own code.
-        """
+    def _drafts(self, target, generation_config, logits_processor) -> BlockDrafts:
+        """What a `generate` call that begins takes its drafts from."""
         rounds: list[Round] = []
         self.generations.append(rounds)
-        drafter, called = innermost(self.drafter), as_called(self.drafter)
-        # Code that older folders bring along knows neither of these arguments.
-        options = {}
-        if called is not drafter:
-            options["run"] = called
-        if self.policy is not None:
-            options["draft_length"] = self.policy
-        return drafter.get_candidate_generator(
+        return innermost(self.drafter).get_drafts(
             target,
             generation_config,
             logits_processor=logits_processor,
             max_draft_tokens=self.max_draft_tokens,
             skip_round=self.skip_round,
+            draft_length=self.policy,
+            lookup=self.lookup,
             rounds=rounds,
-            **options,
+            run=as_called(self.drafter),
         )
 
 
 def _check(target, drafter, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedModel:
     """The drafter without its wrapper, or an error where it cannot serve the target."""
     base = innermost(drafter)
-    if not hasattr(base, "get_candidate_generator"):
+    if not hasattr(base, "get_drafts"):
         raise TypeError(
             f"{type(base).__name__} is not a block drafter; load one with AutoModel.from_pretrained"
             " (a z-lab folder without our model_type loads as a plain Qwen3Model with random"
@@ -210,4 +226,4 @@ def _check(target, drafter, tokenizer: PreTrainedTokenizerBase | None) -> PreTra
     return base
 
 
-__all__ = ["Attachment", "BlockCandidateGenerator", "attach", "generate"]
+__all__ = ["Attachment", "BlockDrafts", "attach", "generate"]

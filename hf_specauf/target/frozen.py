@@ -10,26 +10,16 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from transformers import PreTrainedModel
 
+from ..drafters import target_parts
 from ..drafters.configuration_dflash import DFlashConfig, check_target_layer_ids
 from ..drafters.target_parts import apply_head, device_of, embed_noise
 from ..identity import check_pair, innermost, refuse_activated_lora
 from ..identity.multimodal import on_all_axes, placeholder_tokens
 
 
-def decoder_layers(target: PreTrainedModel) -> nn.ModuleList:
-    """The target's list of decoder layers."""
-    target = innermost(target)
-    depth = target.config.get_text_config(decoder=True).num_hidden_layers
-    # Architectures give the list different names. Its length is what they have in common. Beside
-    # the decoder a vision tower may have a list as long.
-    for module in target.get_decoder().modules():
-        if isinstance(module, nn.ModuleList) and len(module) == depth:
-            return module
-    raise ValueError(
-        f"{type(target).__name__} has no list of {depth} decoder layers, as its config says, so"
-        " taps cannot be checked: load it with AutoModelForCausalLM.from_pretrained, or take"
-        " another target"
-    )
+def decoder_layers(target: PreTrainedModel | PeftModel) -> nn.ModuleList:
+    """The list of a target's decoder layers, also of one in a wrapper."""
+    return target_parts.decoder_layers(innermost(target))
 
 
 class FrozenTarget:

@@ -45,23 +45,23 @@ PAPER = (
 
 def time_drafts(drafter) -> list[float]:
     """Seconds of every block that is drafted from here on."""
-    make, seconds = drafter.get_candidate_generator, []
+    make, seconds = drafter.get_drafts, []
 
     def make_timed(*args, **keys):
-        generator = make(*args, **keys)
-        propose = generator.get_candidates
+        drafts = make(*args, **keys)
+        propose = drafts.propose
 
-        def get_candidates(*args, **keys):
+        def timed(*args):
             start = time.perf_counter()
-            found = propose(*args, **keys)
-            if generator.draft is not None:
+            draft = propose(*args)
+            if draft is not None:
                 seconds.append(time.perf_counter() - start)
-            return found
+            return draft
 
-        generator.get_candidates = get_candidates
-        return generator
+        drafts.propose = timed
+        return drafts
 
-    drafter.get_candidate_generator = make_timed
+    drafter.get_drafts = make_timed
     return seconds
 
 
@@ -74,7 +74,7 @@ def measure(target_folder: Path, folder: Path, provenance: dict, prompts: int, n
     for temperature in (0.0, 1.0):
         seconds = time_drafts(drafter)
         results = compare(target, drafter, given, new_tokens, temperature=temperature, pad_token_id=1)
-        del drafter.get_candidate_generator
+        del drafter.get_drafts
         row[f"T={temperature:g}"] = {
             "tau": results["acceptance"]["tau"], "alpha": results["acceptance"]["alpha"],
             "tokens_per_second": results["tokens_per_second"],

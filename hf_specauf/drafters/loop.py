@@ -1,0 +1,319 @@
+"""The loop that decodes with drafts: a pass of the target verifies a draft, and commits what it
+accepts.
+
+Travels to the Hub with Domino drafters: imports only torch, transformers and its siblings.
+
+It stands in for `_assisted_decoding` of transformers (see `overrides.py`), which hands over what it
+has prepared: processors, criteria, streamer, config, cache. Beside the two models' passes it does a
+fifth of that loop's work. All state belongs to one call, so threads may decode with one target.
+
+Letters: S tokens of the text, d drafted tokens, V vocabulary.
+"""
+
+import time
+from contextlib import ExitStack
+
+import torch
+from transformers.generation import GenerateDecoderOnlyOutput, GenerationMixin
+
+from .drafts import BlockDrafts, Extended, counted, ones
+from .target_parts import Taps, decoder_layers, device_of
+from .transformers_internals import (
+    CACHE,
+    EosTokenCriteria,
+    MaxLengthCriteria,
+    MaxTimeCriteria,
+    cache_of,
+    decode_step_of,
+    longer_kwargs,
+)
+from .verification import Verifier
+
+# Arguments that our own passes know how to go on with. Others are left to the target's own methods.
+PLAIN_INPUTS = {CACHE, "attention_mask", "position_ids", "use_cache", "logits_to_keep"}
+
+
+class Ends:
+    """Where a text ends. Asked of every committed token, as plain decoding asks.
+
+    Length, end tokens and time are looked at here, without a look at the device. All other criteria
+    are called.
+
+    Args:
+        criteria (`StoppingCriteriaList`): of the call.
+        max_length (`int`): of the text, prompt included.
+    """
+
+    def __init__(self, criteria, max_length: int):
+        self.max_length = max_length
+        self.tokens: set[int] = set()
+        self.times, self.others = [], []
+        for one in criteria:
+            # Not `isinstance`, because a user's own kind may do more.
+            if type(one) is MaxLengthCriteria:
+                self.max_length = min(self.max_length, one.max_length)
+            elif type(one) is EosTokenCriteria:
+                self.tokens.update(one.eos_token_id.flatten().tolist())
+            elif type(one) is MaxTimeCriteria:
+                self.times.append(one)
+            else:
+                self.others.append(one)
+
+    def first(self, text: Extended, length: int, tokens: list[int], scores) -> tuple[int, bool]:
+        """How many of the new tokens belong to the text, and whether it ends with them.
+
+        Args:
+            text (`Extended`): ids, the new tokens among them.
+            length (`int`): of the text before them.
+            tokens (`list[int]`): the new ones.
+            scores (`Callable[[int], tuple | None]`): the scores of the call after so many of them.
+        """
+        for count, token in enumerate(tokens, start=1):
+            done = length + count >= self.max_length or token in self.tokens
+            for one in self.others:
+                done |= bool(torch.as_tensor(one(text.upto(length + count), scores(count))).all())
+            if done:
+                return count, True
+        now = time.time()
+        done = any(now - one.initial_timestamp > one.max_time for one in self.times)
+        return len(tokens), done
+
+
+class Passes:
+    """The target's passes of one call, by transformers' own preparation of each.
+
+    Args:
+        target (`PreTrainedModel`): the target.
+        generation_config (`GenerationConfig`): of the call.
+        model_kwargs (`dict`): of the prefill.
+    """
+
+    def __init__(self, target, generation_config, model_kwargs: dict):
+        self.target = target
+        self.config = generation_config
+        self.kwargs = model_kwargs
+        self.cache = cache_of(model_kwargs)
+        self.step = decode_step_of(target, model_kwargs, generation_config)
+
+    def prefill(self, ids: torch.LongTensor, **more) -> torch.Tensor:
+        """Read the prompt. (1, S) -> its last logits (1, 1, V)"""
+        outputs = self.target._prefill(ids, self.config, self.kwargs | more)
+        # Only now: before, sliding layers would keep the whole prompt.
+        self.cache.activate_past_recording()
+        if not getattr(self.cache, "is_croppable", True):
+            raise ValueError(
+                f"{type(self.target).__name__}'s cache cannot be cut back to the accepted tokens:"
+                " its output would be silently wrong. Generate without assistant_model."
+            )
+        self.commit(outputs, 1)
+        self.outputs = outputs
+        return outputs.logits[:, -1:]
+
+    def run(self, ids: torch.LongTensor, count: int, **more) -> torch.Tensor:
+        """Verify: read the last `count` tokens of a text. (1, S) -> (1, count, V)"""
+        kwargs = longer_kwargs(self.kwargs, ids.shape[1])
+        inputs = self.target.prepare_inputs_for_generation(
+            ids, next_sequence_length=count, is_first_iteration=False, **kwargs
+        )
+        if "logits_to_keep" in inputs:
+            inputs["logits_to_keep"] = count
+        # Not with the experts' kernels that plain decoding takes: those are for one token.
+        self.outputs = self.step(**(inputs | more))
+        return self.outputs.logits[:, -count:]
+
+    def commit(self, outputs, count: int) -> None:
+        """Go on behind so many new tokens."""
+        self.kwargs = self.target._update_model_kwargs_for_generation(
+            outputs, self.kwargs, num_new_tokens=count
+        )
+
+
+class LeanPasses(Passes):
+    """Passes of a target that prepares them in transformers' common way, from plain text and with a
+    cache that grows: a pass then takes ids, positions, mask and cache, all of them parts of what is
+    there already."""
+
+    @staticmethod
+    def serve(target, model_kwargs: dict) -> bool:
+        """Whether a call's passes may be made so."""
+        kind = type(target)
+        given = {key for key, value in model_kwargs.items() if value is not None}
+        return (
+            kind.prepare_inputs_for_generation is GenerationMixin.prepare_inputs_for_generation
+            and kind._update_model_kwargs_for_generation
+            is GenerationMixin._update_model_kwargs_for_generation
+            and not target.is_remote_code()
+            and not cache_of(model_kwargs).is_compileable
+            and given <= PLAIN_INPUTS
+        )
+
+    def commit(self, outputs, count: int) -> None:
+        if hasattr(self, "more"):
+            return
+        # The prompt is read: from here on these two go on by themselves.
+        self.more = {}
+        for name, goes_on in (("position_ids", counted), ("attention_mask", ones)):
+            start = self.kwargs.get(name)
+            if start is not None:
+                self.more[name] = Extended(start.to(outputs.logits.device), goes_on)
+
+    def run(self, ids: torch.LongTensor, count: int, **more) -> torch.Tensor:
+        inputs = {CACHE: self.cache, "use_cache": True}
+        for name, rows in self.more.items():
+            inputs[name] = rows.upto(ids.shape[1])
+        if "position_ids" in inputs:
+            inputs["position_ids"] = inputs["position_ids"][..., -count:]
+        self.outputs = self.target(input_ids=ids[:, -count:], **inputs, **more)
+        return self.outputs.logits
+
+
+class Decoding:
+    """One `generate` call with drafts.
+
+    Args:
+        target (`PreTrainedModel`): the target, no wrapper.
+        drafts (`BlockDrafts`): of this call.
+        input_ids (`torch.LongTensor` of shape `(1, S)`): the prompt.
+        logits_processor, stopping_criteria, generation_config, synced_gpus, streamer: as
+            transformers has prepared them.
+        model_kwargs (`dict`): of the target's passes.
+    """
+
+    def __init__(
+        self,
+        target,
+        drafts: BlockDrafts,
+        input_ids: torch.LongTensor,
+        *,
+        logits_processor,
+        stopping_criteria,
+        generation_config,
+        model_kwargs: dict,
+        synced_gpus: bool = False,
+        streamer=None,
+    ):
+        config = generation_config
+        self.target = target
+        self.drafts = drafts
+        self.prompt = input_ids
+        self.config = config
+        self.synced_gpus = synced_gpus
+        self.streamer = streamer
+        kind = LeanPasses if LeanPasses.serve(target, model_kwargs) else Passes
+        self.passes = kind(target, config, model_kwargs)
+        self.ends = Ends(stopping_criteria, config.max_length)
+        returns = config.return_dict_in_generate
+        # of each committed token, (1, V) in fp32; `None` where nobody asked
+        self.scores = [] if returns and config.output_scores else None
+        self.logits = [] if returns and config.output_logits else None
+        self.verify = Verifier(logits_processor, config.do_sample, self.scores is not None)
+        # The embedding's device, because `target.device` may be `meta` (offloaded weights).
+        ids = input_ids.to(device_of(target.get_input_embeddings()))
+        self.text = Extended(ids, lambda last, steps: steps * 0)
+        self.length = ids.shape[1]  # S, committed tokens
+        self.done = False
+
+    @torch.no_grad()
+    def run(self):
+        """Decode to the end.
+
+        Returns:
+            What `generate` returns: ids (1, S), or a `GenerateDecoderOnlyOutput`.
+        """
+        with ExitStack() as stack:
+            tap = self._tapping(stack)
+            self._prefill(tap)
+            while self.target._has_unfinished_sequences(
+                self.done, self.synced_gpus, device=self.text.rows.device
+            ):
+                if self.done:
+                    # Another process is not done, and its passes need all processes.
+                    self._idle()
+                else:
+                    self._round(tap)
+        if self.streamer is not None:
+            self.streamer.end()
+        sequences = self.text.upto(self.length).to(self.prompt.device, copy=True)
+        if not self.config.return_dict_in_generate:
+            return sequences
+        return GenerateDecoderOnlyOutput(
+            sequences=sequences,
+            scores=None if self.scores is None else tuple(self.scores),
+            logits=None if self.logits is None else tuple(self.logits),
+            **{CACHE: self.passes.cache},
+        )
+
+    def _tapping(self, stack: ExitStack):
+        """What gives the taps of the last pass, a list of (1, count, H)."""
+        ids = self.drafts.taps
+        self.asked = {}
+        compiled = getattr(self.target, "_compiled_call_impl", None) is not None
+        if compiled or self.passes.step != self.target.__call__:
+            # Compiled code does not see hooks that are new. Entry 0 is the embedding.
+            self.asked = {"output_hidden_states": [i + 1 for i in ids]}
+            return lambda: [self.passes.outputs.hidden_states[i + 1] for i in ids]
+        layers = decoder_layers(self.target)
+        taps = stack.enter_context(Taps([layers[i] for i in ids]))
+        return taps.take
+
+    def _prefill(self, tap) -> None:
+        """Read the prompt, and choose the token after it."""
+        ids = self.text.upto(self.length)
+        first = self.passes.kwargs
+        positions, mask = first.get("position_ids"), first.get("attention_mask")
+        logits = self.passes.prefill(ids, **self.asked)
+        verdict = self.verify(logits, None, ids)
+        tokens = ids[0].tolist() + verdict.tokens if self.drafts.lookup is not None else []
+        self.drafts.begin(tap(), positions, mask, tokens)
+        self._commit(logits, verdict)
+
+    def _round(self, tap) -> None:
+        """Draft, verify, commit."""
+        # A pass commits one token more than it accepts, and that one must fit too.
+        # Built-in: drafts past the length limit, and so past the end of a static cache.
+        room = self.ends.max_length - self.length - 1
+        draft = self.drafts.propose(self.text.upto(self.length), room)
+        drafted = 0
+        if draft is not None:
+            drafted = draft.length
+            self.text.upto(self.length + drafted)[:, self.length :] = draft.tokens
+        ids = self.text.upto(self.length + drafted)
+        logits = self.passes.run(ids, drafted + 1, **self.asked)  # (1, d + 1, V)
+        verdict = self.verify(logits, draft, ids)
+        count = self._commit(logits, verdict)
+        # The last committed token was not read yet, and what was rejected is to be forgotten.
+        self.passes.cache.crop(count - drafted - 1)
+        self.passes.commit(self.passes.outputs, count)
+        self.drafts.learn(verdict.tokens[:count], verdict.accepted, draft)
+        taps = tap()
+        if not self.done:
+            self.drafts.keep([one[:, :count] for one in taps])
+
+    def _commit(self, logits: torch.Tensor, verdict) -> int:
+        """Take tokens into the text, up to its end -> how many."""
+        tokens, start = verdict.tokens, self.length
+        # The drafted ones are there already.
+        self.text.upto(start + len(tokens))[:, -1] = tokens[-1]
+
+        def scores(count: int):
+            if self.scores is None:
+                return None
+            return (*self.scores, *verdict.scores[:count])
+
+        count, self.done = self.ends.first(self.text, start, tokens, scores)
+        self.length += count
+        if self.scores is not None:
+            self.scores += verdict.scores[:count]
+        if self.logits is not None:
+            self.logits += logits[0, :count].to(torch.float32, copy=True).split(1)
+        if self.streamer is not None:
+            self.streamer.put(torch.tensor([tokens[:count]]))
+        return count
+
+    def _idle(self) -> None:
+        """A pass whose result is not used."""
+        self.passes.run(self.text.upto(self.length), 1)
+        self.passes.cache.crop(-1)
+
+
+__all__ = ["Decoding"]

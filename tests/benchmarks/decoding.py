@@ -1,0 +1,257 @@
+"""Ways to decode with one drafter, side by side: plain, prompt lookup and the native generator of transformers, and
+this package's loop with its draft lengths and lookups.
+
+    python tests/benchmarks/decoding.py --target FOLDER --drafter FOLDER --prompts humaneval=FILE mt_bench=FILE ...
+
+Every prompt is decoded in every way, one after the other, and each way goes first in turn. So the ratios of one run
+are fair on a machine whose speed changes. A ratio is of tokens/s over all prompts; its interval is over 2,000
+bootstrap draws of the prompts. Without --target it makes the toy pair of the tests.
+"""
+
+import argparse
+import json
+import random
+import time
+from contextlib import ExitStack
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from real_model_data import WORDINGS
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from transformers import AutoModel
+
+from hf_specauf.data.conversation import stop_at_both_ends
+from hf_specauf.data.rows import pad_token_id
+from hf_specauf.data.sources import load_rows
+from hf_specauf.records import environment, write_record
+from hf_specauf.serving.benchmarks import Wording, encode_prompts
+from hf_specauf.serving.compare import count_verdicts, decoding_config, first_difference, repetition
+from hf_specauf.serving.decoding import Attachment, attach
+from hf_specauf.target import load_target
+
+DRAWS = 2000
+
+
+@dataclass
+class Way:
+    """A way to decode.
+
+    Attributes:
+        attached (`dict`, *optional*): arguments of `attach`; `None` for ways of transformers alone.
+        call (`dict`): further arguments of `generate`.
+        drafts (`bool`): whether the drafter is given.
+    """
+
+    attached: dict | None = None
+    call: dict = field(default_factory=dict)
+    drafts: bool = False
+
+
+WAYS = {
+    "plain": Way(),
+    "prompt lookup": Way(call=dict(prompt_lookup_num_tokens=10)),
+    "native": Way(call=dict(speculation_type="dflash"), drafts=True),
+    "ours": Way(attached={}, drafts=True),
+    "ours, auto": Way(attached=dict(draft_length="auto"), drafts=True),
+    "ours, lookup": Way(attached=dict(lookup="auto"), drafts=True),
+    "ours, auto and lookup": Way(attached=dict(draft_length="auto", lookup="auto"), drafts=True),
+}
+
+
+@dataclass
+class Runner:
+    """One way on one target, ready to be called."""
+
+    way: Way
+    target: torch.nn.Module
+    drafter: torch.nn.Module | None
+    attachment: Attachment | None
+
+    def __call__(self, prompt: torch.Tensor, config) -> tuple[torch.Tensor, float, int]:
+        """-> ids, seconds, passes of the target after the prefill"""
+        passes = []
+        handle = self.target.register_forward_hook(lambda *_: passes.append(1))
+        given = dict(self.way.call)
+        if self.way.drafts:
+            given["assistant_model"] = self.drafter
+        torch.manual_seed(0)
+        start = time.perf_counter()
+        ids = self.target.generate(
+            prompt, attention_mask=torch.ones_like(prompt), generation_config=deepcopy(config), **given
+        )
+        if ids.is_cuda:
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+        handle.remove()
+        return ids, seconds, len(passes) - 1
+
+
+def ratio(rows: list[dict], way: str) -> float:
+    """tokens/s of a way over plain's."""
+    rate = {}
+    for name in ("plain", way):
+        rate[name] = sum(row[name]["tokens"] for row in rows) / sum(row[name]["seconds"] for row in rows)
+    return rate[way] / rate["plain"]
+
+
+def interval(rows: list[dict], way: str) -> list[float]:
+    """95 % of `ratio`, over draws of the prompts."""
+    draw = random.Random(0)
+    found = sorted(ratio(draw.choices(rows, k=len(rows)), way) for _ in range(DRAWS))
+    return [found[int(0.025 * DRAWS)], found[int(0.975 * DRAWS) - 1]]
+
+
+def summary(rows: list[dict], ways: list[str], attachments: dict) -> dict:
+    """Of each way what a set of prompts gave."""
+    found = {}
+    for way in ways:
+        of_way = [row[way] for row in rows]
+        seconds, passes = sum(one["seconds"] for one in of_way), sum(one["passes"] for one in of_way)
+        tokens = sum(one["tokens"] for one in of_way)
+        found[way] = {
+            "tokens_per_second": tokens / seconds,
+            "over_plain": ratio(rows, way),
+            "interval": interval(rows, way),
+            # the prefill's token and its time are in neither
+            "tokens_per_pass": (tokens - len(rows)) / passes if passes else None,
+            "ms_per_pass": 1000 * seconds / passes if passes else None,
+            "outputs": count_verdicts(of_way),
+        }
+        if way in attachments:
+            found[way]["by_source"] = sources(attachments[way].rounds)
+            costs = attachments[way].costs
+            if costs is not None:
+                found[way]["costs_ms"] = {
+                    "passes": {d: 1000 * c for d, c in sorted(costs.passes.items())},
+                    "drafting": None if costs.drafting is None else 1000 * costs.drafting,
+                }
+    return found
+
+
+def sources(rounds: list) -> dict:
+    """Rounds, drafted and accepted tokens by where drafts came from."""
+    found = {}
+    for name in ("drafter", "lookup", "none"):
+        found[name] = {"rounds": 0, "drafted": 0, "accepted": 0}
+    for one in rounds:
+        name = "lookup" if one.looked_up else "drafter" if one.drafted else "none"
+        found[name]["rounds"] += 1
+        found[name]["drafted"] += one.drafted
+        found[name]["accepted"] += one.accepted
+    return found
+
+
+def measure(target, drafter, prompts: list[torch.Tensor], ways: list[str], new_tokens: int, pad: int, title: str):
+    """Every prompt in every way -> `summary`, and the share of repeated 4-grams in plain text."""
+    config = decoding_config(target, new_tokens, pad)
+    with ExitStack() as stack, torch.no_grad():
+        runners, attachments = {}, {}
+        for name in ways:
+            way = WAYS[name]
+            # A drafter of its own, because an attachment knows its drafter by the object.
+            own = deepcopy(drafter) if way.drafts else None
+            attachment = None
+            if way.attached is not None:
+                attachment = attachments[name] = stack.enter_context(attach(target, own, **way.attached))
+            runners[name] = Runner(way, target, own, attachment)
+        for runner in runners.values():
+            runner(prompts[0][:, -32:], decoding_config(target, 8, pad))
+        for attachment in attachments.values():
+            attachment.generations.clear()
+        rows, repeated = [], []
+        for turn, prompt in enumerate(track(prompts, title, transient=True)):
+            row, order = {}, ways[turn % len(ways) :] + ways[: turn % len(ways)]
+            outputs = {}
+            for name in order:
+                ids, seconds, passes = runners[name](prompt, config)
+                outputs[name] = ids
+                row[name] = {"tokens": ids.shape[1] - prompt.shape[1], "seconds": seconds, "passes": passes}
+            for name in ways:
+                row[name]["difference"] = first_difference(target, outputs["plain"], outputs[name])
+            repeated.append(repetition(outputs["plain"][0, prompt.shape[1] :].tolist()) or 0.0)
+            rows.append(row)
+        return summary(rows, ways, attachments) | {"repeated_4_grams": sum(repeated) / len(repeated)}
+
+
+def toy():
+    """The tests' toy pair: (target, drafter, prompts by title)."""
+    import sys
+
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    from conftest import make_drafter, make_target, overfit, random_prompts
+
+    target = make_target(dtype=torch.float32)
+    prompts = random_prompts(8, 12)
+    texts = target.generate(prompts[:4], do_sample=False, max_new_tokens=64)
+    drafter = overfit(make_drafter(target, block_size=4), target, texts, 12, steps=150)
+    return target, drafter.float(), {"toy": [prompt[None] for prompt in prompts]}
+
+
+def show(found: dict, console: Console) -> None:
+    for title, of_set in found.items():
+        table = Table("way", "tokens/s", "over plain", "95 %", "tokens a pass", "ms a pass", "outputs", title=title)
+        for way, row in of_set.items():
+            if not isinstance(row, dict):
+                continue
+            low, high = row["interval"]
+            table.add_row(
+                way, f"{row['tokens_per_second']:.1f}", f"{row['over_plain']:.2f}", f"{low:.2f} - {high:.2f}",
+                f"{row['tokens_per_pass']:.2f}", f"{row['ms_per_pass']:.1f}",
+                ", ".join(f"{count} {name}" for name, count in row["outputs"].items() if count),
+            )  # fmt: skip
+        console.print(table)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--target", type=Path)
+    add("--drafter", type=Path)
+    add("--prompts", nargs="+", default=[], metavar="NAME=FILE")
+    add("--count", type=int, default=12, help="prompts of each set")
+    add("--new_tokens", type=int, default=96)
+    add("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    add("--dtype", default="float32", help="of target and drafter")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--json", type=Path, help="file for the result")
+    args = parser.parse_args(argv)
+    if "plain" not in args.ways:
+        parser.error("--ways needs plain: all ratios are over it")
+    if (args.target is None) != (args.drafter is None):
+        parser.error("give --target and --drafter both, or neither for the toy")
+    pad = 1
+    if args.target is None:
+        target, drafter, sets = toy()
+    else:
+        target, tokenizer = load_target(str(args.target), dtype=args.dtype)
+        target = target.to(args.device)
+        stop_at_both_ends(target, tokenizer, None)
+        drafter = AutoModel.from_pretrained(args.drafter, dtype=target.dtype).to(args.device).eval()
+        pad, sets = pad_token_id(tokenizer, len(tokenizer)), {}
+        for pair in args.prompts:
+            name, _, path = pair.partition("=")
+            wording = WORDINGS.get(name) or Wording(("prompt",))
+            found = encode_prompts(load_rows(path), tokenizer, args.count, 128, None, wording)
+            sets[name] = [prompt.to(args.device) for prompt in found]
+    found = {}
+    for title, prompts in sets.items():
+        found[title] = measure(target, drafter, prompts, args.ways, args.new_tokens, pad, title)
+        show({title: found[title]}, Console())
+    if args.json:
+        settings = {key: str(value) for key, value in vars(args).items()}
+        record = {
+            "settings": settings,
+            "environment": environment(),
+            "threads": torch.get_num_threads(),
+            "sets": found,
+        }
+        write_record(args.json, record)
+        print(json.dumps({"written": str(args.json)}))
+
+
+if __name__ == "__main__":
+    main()

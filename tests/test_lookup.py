@@ -1,0 +1,195 @@
+"""Looked-up drafts: found with the same work however long the text is, lossless, taken where they promise more."""
+
+import random
+
+import pytest
+import torch
+from conftest import make_domino, make_drafter, make_target, random_prompts
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import chisquare
+from test_generate import GREEDY, PROMPT, Enough, K, pair, plain, sampled_p_value, sampling_pair
+from transformers.generation import LogitsProcessorList
+
+import hf_specauf
+from hf_specauf.drafters.draft_length import Costs, Round
+from hf_specauf.drafters.lookup import BINS, LONGEST, SHORTEST, Continuation, Lookup, LookupSurvival
+from hf_specauf.drafters.verification import Draft, Verifier
+from hf_specauf.serving.decoding import attach
+
+pytestmark = pytest.mark.internals
+
+
+def slow_continuation(text: list[int], most: int) -> Continuation | None:
+    """The same by a scan: the longest of the last n-grams that stands earlier, its latest place, its whole match."""
+    for n in range(min(LONGEST, len(text)), SHORTEST - 1, -1):
+        starts = [end for end in range(n, len(text)) if text[end - n : end] == text[-n:]]
+        if starts:
+            start, match = starts[-1], n
+            while match < min(BINS + SHORTEST, start) and text[start - 1 - match] == text[-1 - match]:
+                match += 1
+            told = list(text)
+            for _ in range(most):
+                told.append(told[start + len(told) - len(text)])
+            return Continuation(told[len(text) :], match)
+    return None
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.integers(0, 2), max_size=40), st.integers(1, 9), st.data())
+def test_what_is_found_is_what_a_scan_of_the_text_finds(text, most, data):
+    lookup, cut = Lookup(), data.draw(st.integers(0, len(text)))
+    lookup.extend(text[:cut])
+    lookup.extend(text[cut:])
+    assert lookup.continuation(most) == slow_continuation(text, most)
+
+
+def test_a_token_costs_the_same_work_at_the_end_of_a_long_text():
+    class Counted(dict):
+        touched = 0
+
+        def __setitem__(self, key, value):
+            Counted.touched += 1
+            super().__setitem__(key, value)
+
+        def get(self, key):
+            Counted.touched += 1
+            return super().get(key)
+
+    numbers, lookup, work = random.Random(0), Lookup(), []
+    lookup.ends = Counted()
+    for size in (100, 32_000):
+        lookup.extend([numbers.randrange(500) for _ in range(size - len(lookup.text))])
+        Counted.touched = 0
+        for _ in range(50):
+            lookup.continuation()
+            lookup.extend([numbers.randrange(500)])
+        work.append(Counted.touched)
+    assert max(work) <= 50 * 2 * (LONGEST - SHORTEST + 1)
+    assert len(lookup.ends) <= (LONGEST - SHORTEST + 1) * len(lookup.text)
+
+
+def test_chances_are_learned_by_the_length_of_the_match():
+    survival = LookupSurvival()
+    short, long = Continuation([5, 6, 7], 2), Continuation([5, 6, 7], 8)
+    before = survival.of(short), survival.of(long)
+    assert before[0][0] < before[1][0] and before[0] == sorted(before[0], reverse=True)
+    for _ in range(60):
+        survival.learn(short, [9, 6, 7])  # wrong at once: nothing is learned of what comes after
+        survival.learn(long, [5, 6, 7])
+    assert survival.of(short)[0] < 0.1 and survival.of(long)[-1] > 0.8
+    assert survival.bins[1].tested == 0
+
+
+# ---- decoding
+
+
+@pytest.mark.parametrize("length", [None, 2, "auto"])
+@pytest.mark.parametrize("lookup", ["auto", True, 1, 5])
+def test_greedy_text_is_the_targets_own_with_drafts_from_both(lookup, length):
+    p = pair()
+    options = dict(draft_length=length, lookup=lookup)
+    if length == "auto":
+        options["costs"] = Costs({0: 1.0, 1: 1.05, 3: 1.1}, drafting=0.2, frozen=True)
+    with attach(p.target, p.drafter, **options) as attachment:
+        for prompt, expected in zip(p.prompts, p.plain):
+            repeated = torch.cat([expected, expected[:, :PROMPT]], dim=1)
+            for given in (prompt, repeated):
+                output = p.target.generate(given, **GREEDY, assistant_model=p.drafter)
+                assert torch.equal(output, plain(p, given))
+    looked_up = [r for r in attachment.rounds if r.looked_up]
+    assert looked_up and sum(r.accepted for r in looked_up) > len(looked_up) / 2
+    assert any(not r.looked_up and r.drafted for r in attachment.rounds)
+    longest = {None: 15, 2: 2, "auto": 15}[length]
+    if isinstance(lookup, int) and lookup is not True:
+        longest = min(longest, lookup)
+    assert max(r.drafted for r in looked_up) <= longest
+
+
+def test_without_repetition_only_the_drafter_drafts_and_without_lookup_nothing_is_looked_up():
+    p = pair()
+    with attach(p.target, p.drafter) as attachment:
+        p.target.generate(p.plain[0], **GREEDY, assistant_model=p.drafter)
+    assert not any(r.looked_up for r in attachment.rounds)
+    assert Round(1, 0, 0, 0) == Round(1, 0, 0, 0, False)
+
+
+@pytest.mark.parametrize("make", [make_drafter, make_domino])
+def test_taps_of_looked_up_rounds_reach_the_drafter(make):
+    """A drafter that skipped rounds drafts what it would have drafted with all of the context."""
+    target = make_target()
+    drafter = make(target, K, dtype=torch.float64)
+    prompt = random_prompts(1, PROMPT)
+    text = target.generate(prompt, **GREEDY)
+    prompt = torch.cat([text, prompt], dim=1)
+    hidden = {}
+    for lookup in (False, "auto"):
+        seen = hidden[lookup] = {}
+
+        def keep(module, args, kwargs, output, seen=seen):
+            seen[int(kwargs["position_ids"][0, -K])] = output.last_hidden_state[0]
+
+        handle = drafter.register_forward_hook(keep, with_kwargs=True)
+        with attach(target, drafter, lookup=lookup) as attachment:
+            target.generate(prompt, **GREEDY, assistant_model=drafter)
+        handle.remove()
+    assert any(r.looked_up for r in attachment.rounds)
+    both = hidden[False].keys() & hidden["auto"].keys()
+    assert len(both) > 3
+    for anchor in both:
+        torch.testing.assert_close(hidden[False][anchor], hidden["auto"][anchor], rtol=0, atol=1e-10)
+
+
+def test_a_stopping_criterion_within_a_looked_up_draft_stops_where_plain_decoding_does():
+    p, stopped = pair(), 0
+    drafter = make_drafter(p.target, K, dtype=torch.float64)  # so bad that looking up promises more
+    for expected in p.plain:
+        prompt = torch.cat([expected, expected[:, :PROMPT]], dim=1)
+        expected = plain(p, prompt)
+        with attach(p.target, drafter, lookup="auto") as attachment:
+            p.target.generate(prompt, **GREEDY, assistant_model=drafter)
+        at = prompt.shape[1] + 1
+        for r in attachment.rounds:
+            if r.looked_up and r.accepted > 2:
+                stop = dict(stopping_criteria=[Enough(at + 2)])
+                output = hf_specauf.generate(p.target, drafter, prompt, lookup="auto", **GREEDY, **stop)
+                assert torch.equal(output, expected[:, : at + 2])
+                stopped += 1
+            at += r.emitted
+    assert stopped
+
+
+def test_sampled_text_follows_its_distribution_with_lookup():
+    p_value, accepted = sampled_p_value(sampling_pair()[1], 500, 1.0, 0, lookup="auto")
+    assert p_value > 1e-3
+    assert 0.1 < accepted < 0.9
+
+
+def point_mass_counts(draws: int, way: str = "one_by_one"):
+    torch.manual_seed(0)
+    logits = torch.randn(1, 2, 6)
+    verify = Verifier(LogitsProcessorList(), True, False)
+    tokens = logits[:, :1].argmax(-1)  # (1, 1), the likeliest
+    ids = torch.cat([torch.zeros(1, 3, dtype=torch.long), tokens], dim=1)
+    counts = torch.zeros(6)
+    for _ in range(draws):
+        counts[getattr(verify, way)(logits, Draft(tokens), ids).tokens[0]] += 1
+    return chisquare(counts, logits[0, 0].softmax(-1) * draws).pvalue
+
+
+@pytest.mark.parametrize("way", ["one_by_one", "all_at_once"])
+def test_a_looked_up_token_is_accepted_with_the_targets_own_probability(way):
+    assert point_mass_counts(3000, way) > 1e-3
+
+
+def test_a_wrong_rule_for_looked_up_tokens_is_detected(monkeypatch):
+    """As if it had been drawn from the target: always accepted."""
+    monkeypatch.setattr(Draft, "probabilities", lambda self, like: like.new_full((1, 6), 1e-9))
+    assert point_mass_counts(500) < 1e-6
+
+
+@pytest.mark.parametrize("lookup", [0, -1, "always", 1.5])
+def test_a_lookup_that_is_none_names_what_may_stand_there(lookup):
+    p = pair()
+    with pytest.raises(ValueError, match=r'it must be "auto", a number of tokens from 1 on, or False'):
+        attach(p.target, p.drafter, lookup=lookup)

@@ -1,0 +1,358 @@
+"""The loop's own claims: little work of the host, criteria asked of each token, what a call returns, threads."""
+
+import threading
+import time
+from collections import Counter
+from contextlib import contextmanager
+from copy import deepcopy
+
+import pytest
+import torch
+from conftest import make_domino, make_target, overfit, random_prompts
+from scipy.stats import chisquare
+from test_generate import GREEDY, NEW, PROMPT, inside_a_draft, pair, plain, sampled_p_value, sampling_pair, state_of
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import GenerationMixin, StoppingCriteria
+from transformers.generation import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper
+from transformers.generation.streamers import BaseStreamer
+
+import hf_specauf
+from hf_specauf.drafters.drafts import Extended, counted
+from hf_specauf.drafters.loop import Decoding, LeanPasses
+from hf_specauf.drafters.transformers_internals import CACHE
+from hf_specauf.drafters.verification import Draft, Verifier
+from hf_specauf.serving.decoding import attach
+
+pytestmark = pytest.mark.internals
+
+# Ways in which the host looks at a tensor, and on a GPU waits for it.
+LOOKS = ("tolist", "item", "__int__", "__bool__", "__float__", "__index__", "nonzero", "cpu", "numpy")
+
+
+class Counting(TorchDispatchMode):
+    """Counts operations that are no views, and looks, outside the two models' passes."""
+
+    def __init__(self):
+        super().__init__()
+        self.inside = 0
+        self.operations: Counter = Counter()
+        self.looks = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if self.inside == 0 and not func.is_view:
+            self.operations[str(func)] += 1
+        return func(*args, **kwargs or {})
+
+    @contextmanager
+    def leaving_out(self, *modules):
+        def enter(*_):
+            self.inside += 1
+
+        def leave(*_):
+            self.inside -= 1
+
+        handles = [module.register_forward_pre_hook(enter) for module in modules]
+        handles += [module.register_forward_hook(leave) for module in modules]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+@contextmanager
+def watching_looks(counting: Counting, monkeypatch):
+    with monkeypatch.context() as patch:
+        for name in LOOKS:
+            own = getattr(torch.Tensor, name)
+
+            def look(self, *args, own=own, **kwargs):
+                counting.looks += counting.inside == 0
+                return own(self, *args, **kwargs)
+
+            patch.setattr(torch.Tensor, name, look)
+        yield
+
+
+def test_a_greedy_round_takes_twelve_operations_and_one_look_beside_the_two_passes(monkeypatch):
+    p, counting, rounds = pair(), Counting(), []
+    own = Decoding._round
+
+    def counted_round(self, tap):
+        before = counting.operations.total(), counting.looks
+        with counting, watching_looks(counting, monkeypatch):
+            own(self, tap)
+        rounds.append((counting.operations.total() - before[0], counting.looks - before[1]))
+
+    monkeypatch.setattr(Decoding, "_round", counted_round)
+    with counting.leaving_out(p.target, p.drafter), attach(p.target, p.drafter):
+        output = p.target.generate(p.prompts[0], **GREEDY, assistant_model=p.drafter)
+    assert torch.equal(output, p.plain[0]) and len(rounds) > 8
+    # Ids and positions are made longer once in many tokens, which the worst round pays.
+    assert sorted(count for count, _ in rounds)[-3] <= 12, counting.operations
+    assert {looks for _, looks in rounds} == {1}
+
+
+def test_rows_that_go_on_are_made_longer_seldom_and_keep_what_they_were():
+    start = torch.tensor([[3, 4, 5]])
+    rows = Extended(start, counted)
+    assert rows.upto(3) is not None and torch.equal(rows.upto(5), torch.tensor([[3, 4, 5, 6, 7]]))
+    held = rows.rows
+    assert rows.upto(250).shape == (1, 250) and rows.rows is held
+    assert torch.equal(rows.upto(700)[0], torch.arange(3, 703)) and rows.rows is not held
+    assert torch.equal(start, torch.tensor([[3, 4, 5]]))
+    axes = Extended(torch.tensor([[[0, 1]], [[7, 9]]]), counted)  # (axes, 1, S)
+    assert axes.upto(4).tolist() == [[[0, 1, 2, 3]], [[7, 9, 10, 11]]]
+
+
+def test_plain_text_on_a_common_target_takes_the_lean_passes_and_others_prepare_their_own(monkeypatch):
+    p, kinds = pair(), []
+    own = Decoding.run
+    monkeypatch.setattr(Decoding, "run", lambda self: kinds.append(type(self.passes)) or own(self))
+    assert torch.equal(hf_specauf.generate(p.target, p.drafter, p.prompts[0], **GREEDY), p.plain[0])
+
+    class Careful(type(p.target)):
+        def prepare_inputs_for_generation(self, *args, **kwargs):
+            return super().prepare_inputs_for_generation(*args, **kwargs)
+
+    careful = deepcopy(p.target)
+    careful.__class__ = Careful
+    assert torch.equal(hf_specauf.generate(careful, p.drafter, p.prompts[0], **GREEDY), p.plain[0])
+    assert [kind is LeanPasses for kind in kinds] == [True, False]
+    # padded on the left, which the mask tells
+    padded = torch.cat([torch.ones(1, 3, dtype=torch.long), p.prompts[0]], dim=1)
+    mask = (torch.arange(PROMPT + 3) >= 3).long()[None]
+    for target in (p.target, careful):
+        output = hf_specauf.generate(target, p.drafter, padded, attention_mask=mask, **GREEDY)
+        assert torch.equal(output[:, 3:], p.plain[0])
+
+
+# ---- criteria, streamer, scores
+
+
+class Watching(StoppingCriteria):
+    """Notes the text and the scores that it is asked with, and stops at a token."""
+
+    def __init__(self, token: int | None = None):
+        self.token = token
+        self.asked = []
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.asked.append((input_ids[0].tolist(), None if scores is None else torch.cat(scores).clone()))
+        return torch.tensor([self.token is not None and int(input_ids[0, -1]) == self.token])
+
+
+class Tokens(BaseStreamer):
+    def __init__(self):
+        self.seen, self.ended = [], False
+
+    def put(self, value):
+        self.seen += value.flatten().tolist()
+
+    def end(self):
+        self.ended = True
+
+
+def watched(p, **more):
+    """A call that ends inside a draft -> output, what its criterion saw, what its streamer saw."""
+    token = int(p.plain[0][0, inside_a_draft(p)])
+    watching, streamer = Watching(token), Tokens()
+    output = p.target.generate(
+        p.prompts[0], **GREEDY, stopping_criteria=[watching], streamer=streamer, return_dict_in_generate=True,
+        output_scores=True, output_logits=True, **more,
+    )  # fmt: skip
+    return output, watching.asked, streamer
+
+
+def test_criteria_streamer_and_scores_see_what_they_see_in_plain_decoding():
+    p = pair()
+    expected, asked, streamer = watched(p)
+    with attach(p.target, p.drafter) as attachment:
+        output, drafted_asked, drafted_streamer = watched(p, assistant_model=p.drafter)
+    assert attachment.rounds[-1].emitted == attachment.rounds[-1].accepted  # within a draft
+    assert torch.equal(output.sequences, expected.sequences)
+    assert drafted_streamer.seen == streamer.seen == expected.sequences[0].tolist() and drafted_streamer.ended
+    assert [text for text, _ in drafted_asked] == [text for text, _ in asked]
+    for (_, found), (_, wanted) in zip(drafted_asked, asked):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+    for found, wanted in ((output.scores, expected.scores), (output.logits, expected.logits)):
+        assert len(found) == len(wanted) == expected.sequences.shape[1] - PROMPT
+        torch.testing.assert_close(torch.cat(found), torch.cat(wanted), rtol=0, atol=1e-5)
+
+
+def test_scores_of_processed_logits_are_those_of_plain_decoding_and_raw_ones_stay_raw():
+    p = pair()
+    options = dict(
+        GREEDY, repetition_penalty=1.3, return_dict_in_generate=True, output_scores=True, output_logits=True
+    )
+    expected = p.target.generate(p.prompts[1], **options)
+    output = hf_specauf.generate(p.target, p.drafter, p.prompts[1], **options)
+    assert torch.equal(output.sequences, expected.sequences)
+    torch.testing.assert_close(torch.cat(output.scores), torch.cat(expected.scores), rtol=0, atol=1e-5)
+    torch.testing.assert_close(torch.cat(output.logits), torch.cat(expected.logits), rtol=0, atol=1e-5)
+
+
+def test_the_cache_that_is_returned_holds_all_but_the_last_token_and_can_be_gone_on_with():
+    p = pair()
+    output = hf_specauf.generate(p.target, p.drafter, p.prompts[2], **GREEDY, return_dict_in_generate=True)
+    cache = output[CACHE]
+    assert cache.get_seq_length() == output.sequences.shape[1] - 1
+    more = p.target.generate(output.sequences, do_sample=False, max_new_tokens=6, **{CACHE: cache})
+    assert torch.equal(more, plain(p, p.prompts[2], max_new_tokens=NEW + 6))
+
+
+def test_a_time_limit_ends_a_call_between_two_passes():
+    p = pair()
+    slow = p.target.register_forward_hook(lambda *_: time.sleep(0.05))
+    try:
+        output = hf_specauf.generate(p.target, p.drafter, p.prompts[0], **GREEDY, max_time=0.2)
+    finally:
+        slow.remove()
+    assert PROMPT < output.shape[1] < PROMPT + NEW
+    assert torch.equal(output, p.plain[0][:, : output.shape[1]])
+
+
+def test_a_prompt_that_is_read_in_chunks_is_drafted_for_alike():
+    p = pair()
+    with attach(p.target, p.drafter) as attachment:
+        output = p.target.generate(p.prompts[0], **GREEDY, prefill_chunk_size=5, assistant_model=p.drafter)
+    assert torch.equal(output, p.plain[0])
+    assert attachment.rounds == p.assisted[0][1]
+
+
+# ---- sampling, all rows at once
+
+
+def choices(verify, logits, draft_logits, draws: int) -> torch.Tensor:
+    """Counts of the first committed token, (V,), where drafts are drawn from what they claim."""
+    counts = torch.zeros(logits.shape[-1])
+    ids = torch.zeros(1, 4, dtype=torch.long)
+    for _ in range(draws):
+        tokens = torch.multinomial(draft_logits[0].softmax(-1), 1).T
+        counts[verify(logits, Draft(tokens, draft_logits), torch.cat([ids, tokens], dim=1)).tokens[0]] += 1
+    return counts
+
+
+@pytest.mark.parametrize("way", ["one_by_one", "all_at_once"])
+def test_both_ways_to_verify_a_sampled_draft_follow_the_targets_distribution(way):
+    torch.manual_seed(0)
+    logits, draft_logits = torch.randn(1, 3, 6) * 1.5, torch.randn(1, 2, 6) * 1.5
+    processor = LogitsProcessorList([TemperatureLogitsWarper(1.4), TopKLogitsWarper(5)])
+    verify = Verifier(processor, True, False)
+    assert verify.scores_alone
+    counts = choices(getattr(verify, way), logits, draft_logits, 4000)
+    expected = processor(torch.zeros(1, 4), logits[:, 0].clone()).softmax(-1)[0]
+    assert counts[expected == 0] == 0
+    used = expected > 0
+    assert chisquare(counts[used], expected[used] * 4000).pvalue > 1e-3
+
+
+def test_a_draft_that_equals_the_target_is_accepted_whole_in_both_ways():
+    torch.manual_seed(0)
+    logits = torch.randn(1, 4, 9)
+    tokens = torch.multinomial(logits[0, :3].softmax(-1), 1).T
+    ids = torch.cat([torch.zeros(1, 2, dtype=torch.long), tokens], dim=1)
+    verify = Verifier(LogitsProcessorList(), True, True)
+    for way in (verify.one_by_one, verify.all_at_once):
+        verdict = way(logits, Draft(tokens, logits[:, :3]), ids)
+        assert verdict.accepted == 3 and verdict.tokens[:3] == tokens[0].tolist() and len(verdict.scores) == 4
+
+
+def test_sampled_text_follows_its_distribution_where_all_rows_are_verified_at_once(monkeypatch):
+    monkeypatch.setattr(Verifier, "__call__", Verifier.all_at_once)
+    p_value, accepted = sampled_p_value(sampling_pair()[1], 500, 1.3, 4)
+    assert p_value > 1e-3 and 0.1 < accepted < 0.9
+
+
+# ---- threads, other calls, copies
+
+
+def test_threads_share_a_target_and_an_attachment():
+    p, outputs, errors = pair(), {}, []
+
+    def decode(i, **more):
+        try:
+            for _ in range(4):
+                outputs[i] = p.target.generate(p.prompts[i % 3], **GREEDY, **more)
+        except Exception as error:
+            errors.append(error)
+
+    with attach(p.target, p.drafter) as attachment:
+        threads = [
+            threading.Thread(target=decode, args=(i,), kwargs=dict(assistant_model=p.drafter)) for i in range(3)
+        ]
+        threads.append(threading.Thread(target=decode, args=(3,)))  # plain, meanwhile
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert errors == []
+    for i, output in outputs.items():
+        assert torch.equal(output, p.plain[i % 3])
+    assert len(attachment.generations) == 12
+    assert Counter(map(tuple, attachment.generations)) == Counter({tuple(r): 4 for _, r, _ in p.assisted})
+
+
+def test_an_interrupted_call_leaves_the_target_as_it_was():
+    p, before = pair(), state_of(pair().target)
+
+    class Interrupting(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            if input_ids.shape[1] > PROMPT + 5:
+                raise KeyboardInterrupt
+            return torch.tensor([False])
+
+    with pytest.raises(KeyboardInterrupt), attach(p.target, p.drafter):
+        p.target.generate(p.prompts[0], **GREEDY, stopping_criteria=[Interrupting()], assistant_model=p.drafter)
+    assert state_of(p.target) == before
+    assert torch.equal(hf_specauf.generate(p.target, p.drafter, p.prompts[0], **GREEDY), p.plain[0])
+
+
+def test_a_copy_of_a_target_under_a_drafter_is_a_plain_one(tmp_path):
+    p, target = pair(), make_target()
+    own = type(target)
+    with attach(target, p.drafter):
+        assert type(target) is not own and isinstance(target, own)
+        target.generate(p.prompts[0], **GREEDY, assistant_model=p.drafter)
+        copied = deepcopy(target)
+        torch.save(target, tmp_path / "target.pt")
+    loaded = torch.load(tmp_path / "target.pt", weights_only=False)
+    for model in (copied, loaded):
+        assert type(model) is own
+        assert torch.equal(model.generate(p.prompts[0], **GREEDY), p.plain[0])
+
+
+def test_where_processes_must_call_together_a_finished_one_goes_on_calling(monkeypatch):
+    p, passes = pair(), []
+    own = GenerationMixin._has_unfinished_sequences
+    others = iter([True] * (len(p.assisted[0][1]) + 4) + [False])
+
+    def unfinished(self, this_peer_finished, synced_gpus, device):
+        assert synced_gpus and own(self, this_peer_finished, False, device) is not this_peer_finished
+        return next(others)
+
+    monkeypatch.setattr(GenerationMixin, "_has_unfinished_sequences", unfinished)
+    handle = p.target.register_forward_hook(lambda *_: passes.append(1))
+    try:
+        output = hf_specauf.generate(p.target, p.drafter, p.prompts[0], **GREEDY, synced_gpus=True)
+    finally:
+        handle.remove()
+    assert torch.equal(output, p.plain[0])
+    assert len(passes) == 1 + len(p.assisted[0][1]) + 4
+
+
+def test_a_causal_head_drafts_for_several_threads_too():
+    target = make_target()
+    prompt = random_prompts(1, PROMPT)
+    expected = target.generate(prompt, **GREEDY)
+    drafter = overfit(make_domino(target, 4, dtype=torch.float64), target, expected, PROMPT, steps=30)
+    found = []
+    threads = [
+        threading.Thread(target=lambda: found.append(hf_specauf.generate(target, drafter, prompt, **GREEDY)))
+        for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 2 and all(torch.equal(output, expected) for output in found)
