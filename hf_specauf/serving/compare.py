@@ -182,8 +182,7 @@ def compare(
         dict with `acceptance` (tau, alpha, ...), rates, `speedup`, `lossless` (counts of identical,
         near_tie and different outputs), `repetition` and a list of `prompts`.
     """
-    target, model = unwrapped(target), innermost(target)
-    greedy = temperature == 0
+    target, model, greedy = unwrapped(target), innermost(target), temperature == 0
     config = decoding_config(model, max_new_tokens, pad_token_id, temperature)
 
     with ExitStack() as stack, torch.no_grad():
