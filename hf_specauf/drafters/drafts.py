@@ -150,6 +150,8 @@ class BlockDrafts:
         self.noise_ids = torch.full(
             (1, self.block_size), config.mask_token_id, device=device_of(self.embedding)
         )  # (1, K)
+        # Of the text, from `begin` on: positions, and the mask where something is padded.
+        self.positions = self.mask = None
         # Taps of committed tokens that the drafter has not read yet, each (1, C, L * H).
         self.pending: list[torch.Tensor] = []
         # What `draft_length` learns of the pass under way: when it began, how long its draft took
@@ -167,13 +169,13 @@ class BlockDrafts:
         """Take in the prompt, once the target has read it.
 
         Args:
-            tokens (`list[int]`): the prompt and the token after it; empty where nothing is looked
-                up.
             taps (`list[torch.Tensor]`): of each tapped layer, (1, S, H).
             positions (`torch.LongTensor` of shape `(1, S)` or `(axes, 1, S)`, *optional*): those
                 that the target was given.
             mask (`torch.LongTensor` of shape `(1, S)`, *optional*): attention mask of the prompt;
                 `None` where nothing is padded.
+            tokens (`list[int]`): the prompt and the token after it; empty where nothing is looked
+                up.
         """
         if positions is not None and positions.dim() == 3:
             # M-RoPE (Qwen-VL): the count of tokens, and then a row for each axis of an image.
@@ -185,7 +187,6 @@ class BlockDrafts:
                 seen = torch.ones(taps[0].shape[:2], dtype=torch.long, device=self.device)
             positions = (seen.cumsum(-1) - 1).clamp(min=0)
         self.positions = Extended(positions.to(self.device), counted)
-        self.mask = None
         if mask is not None:
             self.mask = Extended(mask.to(self.device), ones)
         self.text.extend(tokens)

@@ -93,6 +93,7 @@ class Passes:
         self.config = generation_config
         self.kwargs = model_kwargs
         self.cache = cache_of(model_kwargs)
+        self.outputs = None  # of the last pass
         self.step = decode_step_of(target, model_kwargs, generation_config)
 
     def prefill(self, ids: torch.LongTensor, **more) -> torch.Tensor:
@@ -105,8 +106,8 @@ class Passes:
                 f"{type(self.target).__name__}'s cache cannot be cut back to the accepted tokens:"
                 " its output would be silently wrong. Generate without assistant_model."
             )
-        self.commit(outputs, 1)
         self.outputs = outputs
+        self.commit(1)
         return outputs.logits[:, -1:]
 
     def run(self, ids: torch.LongTensor, count: int, **more) -> torch.Tensor:
@@ -121,10 +122,10 @@ class Passes:
         self.outputs = self.step(**(inputs | more))
         return self.outputs.logits[:, -count:]
 
-    def commit(self, outputs, count: int) -> None:
+    def commit(self, count: int) -> None:
         """Go on behind so many new tokens."""
         self.kwargs = self.target._update_model_kwargs_for_generation(
-            outputs, self.kwargs, num_new_tokens=count
+            self.outputs, self.kwargs, num_new_tokens=count
         )
 
 
@@ -147,19 +148,22 @@ class LeanPasses(Passes):
             and given <= PLAIN_INPUTS
         )
 
-    def commit(self, outputs, count: int) -> None:
-        if hasattr(self, "more"):
-            return
-        # The prompt is read: from here on these two go on by themselves.
-        self.more = {}
+    def __init__(self, target, generation_config, model_kwargs: dict):
+        super().__init__(target, generation_config, model_kwargs)
+        # From the prompt's on, these two go on by themselves.
+        self.rows = {}
+        device = device_of(target.get_input_embeddings())
         for name, goes_on in (("position_ids", counted), ("attention_mask", ones)):
-            start = self.kwargs.get(name)
+            start = model_kwargs.get(name)
             if start is not None:
-                self.more[name] = Extended(start.to(outputs.logits.device), goes_on)
+                self.rows[name] = Extended(start.to(device), goes_on)
+
+    def commit(self, count: int) -> None:
+        """Nothing is to be made longer."""
 
     def run(self, ids: torch.LongTensor, count: int, **more) -> torch.Tensor:
         inputs = {CACHE: self.cache, "use_cache": True}
-        for name, rows in self.more.items():
+        for name, rows in self.rows.items():
             inputs[name] = rows.upto(ids.shape[1])
         if "position_ids" in inputs:
             inputs["position_ids"] = inputs["position_ids"][..., -count:]
@@ -212,6 +216,8 @@ class Decoding:
         self.text = Extended(ids, lambda last, steps: steps * 0)
         self.length = ids.shape[1]  # S, committed tokens
         self.done = False
+        # Arguments of the target's passes that ask for the taps, where hooks cannot bring them.
+        self.asked = {}
 
     @torch.no_grad()
     def run(self):
@@ -246,7 +252,6 @@ class Decoding:
     def _tapping(self, stack: ExitStack):
         """What gives the taps of the last pass, a list of (1, count, H)."""
         ids = self.drafts.taps
-        self.asked = {}
         compiled = getattr(self.target, "_compiled_call_impl", None) is not None
         if compiled or self.passes.step != self.target.__call__:
             # Compiled code does not see hooks that are new. Entry 0 is the embedding.
@@ -283,7 +288,7 @@ class Decoding:
         count = self._commit(logits, verdict)
         # The last committed token was not read yet, and what was rejected is to be forgotten.
         self.passes.cache.crop(count - drafted - 1)
-        self.passes.commit(self.passes.outputs, count)
+        self.passes.commit(count)
         self.drafts.learn(verdict.tokens[:count], verdict.accepted, draft)
         taps = tap()
         if not self.done:

@@ -65,9 +65,18 @@ class Taps:
         return keep
 
     def take(self) -> list[torch.Tensor]:
-        """Of each layer what it put out since the last call, (B, C, H) each."""
+        """Of each layer what it put out since the last call, (B, C, H) each.
+
+        Raises:
+            RuntimeError: the target left a tapped layer out.
+        """
         taken = []
-        for kept in self.kept:
+        for layer, kept in zip(self.layers, self.kept):
+            if not kept:
+                raise RuntimeError(
+                    f"a tapped {type(layer).__name__} did not run in the target's pass, so there is"
+                    " nothing to draft from: generate without assistant_model"
+                )
             # several only where a long prompt is read in chunks
             taken.append(kept[0] if len(kept) == 1 else torch.cat(kept, dim=1))
             kept.clear()
