@@ -272,6 +272,12 @@ def answer_chunks(
         # What an earlier call answered. The rate is of this call alone.
         progress.advance(bar, (len(chunks) - len(missing)) * size)
         start = progress.get_time()
+
+        def answered(done: int, of: int) -> None:
+            said = f"rows answered ({done} of {of} answers of this chunk)"
+            progress.update(bar, description=said)
+
+        write.answered = answered
         for done, number in enumerate(missing, start=1):
             first = number * size
             batch = rows.select(range(first, min(first + size, len(rows)))).to_list()

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import CHAT_TEMPLATE, byte_level_tokenizer, make_target, warm_python
+from rich.progress import Progress
 from test_tokens import CHATML, GOLDEN, model_tokenizer
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -455,6 +456,20 @@ def test_srun_shares_the_rows_and_a_batch_script_does_all(words, tmp_path, monke
         main(words())
         assert sorted(path.name for path in tmp_path.glob("own.parts/chunk-*")) == chunks
     assert (tmp_path / "own.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+@pytest.mark.own
+def test_answers_are_counted_while_a_chunk_is_written(words, monkeypatch):
+    seen, update = [], Progress.update
+
+    def watched(self, task, **keys):
+        seen.append(keys.get("description"))
+        update(self, task, **keys)
+
+    monkeypatch.setattr(Progress, "update", watched)
+    main(words(rows_per_chunk=4, rows_per_batch=2, max_rows=4))
+    said = [text for text in seen if text]
+    assert said[:2] == [f"rows answered ({done} of 4 answers of this chunk)" for done in (2, 4)]
 
 
 @pytest.mark.own

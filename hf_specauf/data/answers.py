@@ -1,6 +1,6 @@
 """Answers written by the target here, by continuous batching or in plain batches."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy
 from functools import partial
@@ -17,7 +17,7 @@ from trl.chat_template_utils import add_response_schema, parse_response
 from ..identity import embedding_rows, innermost
 from ..identity.multimodal import placeholder_tokens
 from ..target import default_mask_token_id
-from .conversation import Answer, Conversation, Sampling, prompt_ids
+from .conversation import Answer, Conversation, Sampling, prompt_ids, unwatched
 from .rows import pad_token_id
 
 # Limits of continuous batching. The first two are for CPUs.
@@ -76,7 +76,11 @@ def generation_defaults(target: PreTrainedModel, config: GenerationConfig) -> It
 
 
 def generate_continuously(
-    target: PreTrainedModel, prompts: list[list[int]], config: GenerationConfig, seed: int
+    target: PreTrainedModel,
+    prompts: list[list[int]],
+    config: GenerationConfig,
+    seed: int,
+    answered: Callable[[int, int], None] = unwatched,
 ) -> list[list[int]]:
     """Answers by transformers' continuous batching. All requests wait before it starts, so that
     batches, and with them the samples, depend on the prompts and the seed alone.
@@ -111,6 +115,7 @@ def generate_continuously(
                 if result.error is not None:
                     raise RuntimeError(f"{result.error}. {WITHOUT_CONTINUOUS_BATCHING}")
                 results[result.request_id] = list(result.generated_tokens)
+                answered(len(results), len(prompts))
             elif result is None and not manager.is_running():
                 raise RuntimeError(
                     f"continuous batching ended early. {WITHOUT_CONTINUOUS_BATCHING}"
@@ -128,6 +133,7 @@ def generate_in_batches(
     prompts: list[list[int]],
     config: GenerationConfig,
     seed: int,
+    answered: Callable[[int, int], None] = unwatched,
     batch: int = ROWS_PER_BATCH,
 ) -> list[list[int]]:
     """Answers by plain `generate`, prompts of like length together, padded on the left."""
@@ -149,6 +155,7 @@ def generate_in_batches(
             ids.to(target.device), attention_mask=mask.to(target.device), generation_config=config
         )
         answers |= dict(zip(group, output[:, width:].tolist()))
+        answered(len(answers), len(prompts))
     return [answers[i] for i in range(len(prompts))]
 
 
@@ -210,6 +217,7 @@ class TargetWriter:
         self.ends = set(end) if isinstance(end, list) else {end}
         # By whether a conversation has tools, a tokenizer that reads what was written.
         self.readers = {has_tools: reader_of(tokenizer, has_tools) for has_tools in (False, True)}
+        self.answered = unwatched
         self.generate = partial(generate_in_batches, batch=rows_per_batch)
         self.engine = "plain batches"
         if rows_per_batch != ROWS_PER_BATCH:
@@ -248,7 +256,9 @@ class TargetWriter:
                 prompts[i] = prompt
         if prompts:
             with generation_defaults(self.target, self.config):
-                written = self.generate(self.target, list(prompts.values()), self.config, seed)
+                written = self.generate(
+                    self.target, list(prompts.values()), self.config, seed, self.answered
+                )
             for i, ids in zip(prompts, written):
                 answers[i] = self._answer(conversations[i], prompts[i], ids)
         return [answers[i] for i in range(len(conversations))]

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
+from typing import Protocol
 
 from transformers import (
     AutoConfig,
@@ -330,8 +331,21 @@ def end_for_a_server(
     return end, tokenizer.convert_ids_to_tokens(end)
 
 
-# What answers the next question of some conversations, given a seed.
-Writer = Callable[[list[Conversation], int], list[Answer]]
+def unwatched(done: int, of: int) -> None:
+    """What is told how many answers are there, where nobody looks."""
+
+
+class Writer(Protocol):
+    """Writes an answer to the last question of each conversation, with a seed.
+
+    Attributes:
+        answered (`Callable[[int, int], None]`): told how many answers are there, and of how many,
+            while a call lasts.
+    """
+
+    answered: Callable[[int, int], None]
+
+    def __call__(self, conversations: list[Conversation], seed: int) -> list[Answer]: ...
 
 
 def answer_rows(rows: list[dict], first: int, write: Writer, seed: int) -> list[dict]:

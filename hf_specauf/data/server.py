@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx2
 
-from .conversation import Answer, Conversation, Sampling
+from .conversation import Answer, Conversation, Sampling, unwatched
 
 RETRIES = 5
 PATIENCE = 2.0  # seconds before the second try, doubled for each further one
@@ -83,6 +83,7 @@ class ServerWriter:
         # The address of the questions themselves is easily copied instead.
         self.url = endpoint.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
         self.concurrency = concurrency
+        self.answered = unwatched
         # A key that was read from a file may end in a line feed, which no header may hold.
         key = os.environ.get("OPENAI_API_KEY", "").strip()
         headers = {"Authorization": f"Bearer {key}"} if key else {}
@@ -160,8 +161,12 @@ class ServerWriter:
         """An answer to the last question of each conversation, each with a seed of its own."""
         # With one seed for all, a question asked twice would be answered twice in the same words.
         seeds = range(seed, seed + len(conversations))
+        answers = []
         with ThreadPoolExecutor(self.concurrency) as pool:
-            return list(pool.map(self._ask, conversations, seeds))
+            for answer in pool.map(self._ask, conversations, seeds):
+                answers.append(answer)
+                self.answered(len(answers), len(conversations))
+        return answers
 
     def _ask(self, conversation: Conversation, seed: int) -> Answer:
         """The next answer of one conversation.
