@@ -220,8 +220,11 @@ class DraftingOverrides:
             # Undone before. Whatever is on the target by now belongs to somebody else.
             return
         self.attached.remove(self)
-        if not self.attached:
-            self.target.__class__ = type(self.target).__base__
+        own = type(self.target).__base__
+        # Somebody else may have given the target a further class since (FSDP does). Ours then stays
+        # below it, and without drafters it does nothing.
+        if not self.attached and "_attached_drafters" in vars(type(self.target)):
+            self.target.__class__ = own
 
     def validate(self, generation_mode, generation_config) -> None:
         """Raise where a call cannot be drafted for."""
