@@ -12,8 +12,8 @@ from test_generate import GREEDY, PROMPT, Enough, K, pair, plain, sampled_p_valu
 from transformers.generation import LogitsProcessorList
 
 import hf_specauf
-from hf_specauf.drafters.draft_length import Costs, Round
-from hf_specauf.drafters.lookup import BINS, LONGEST, SHORTEST, Continuation, Lookup, LookupSurvival
+from hf_specauf.drafters.draft_length import Costs, DraftLength, Round
+from hf_specauf.drafters.lookup import BINS, LONGEST, SHORTEST, Continuation, Lookup, LookupChoice, LookupSurvival
 from hf_specauf.drafters.verification import Draft, Verifier
 from hf_specauf.serving.decoding import attach
 
@@ -79,6 +79,46 @@ def test_chances_are_learned_by_the_length_of_the_match():
         survival.learn(long, [5, 6, 7])
     assert survival.of(short)[0] < 0.1 and survival.of(long)[-1] > 0.8
     assert survival.bins[1].tested == 0
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 9), st.booleans()), min_size=20, max_size=60), st.booleans())
+def test_what_lookups_lose_stays_within_the_bound_of_the_account(rounds, whole):
+    policy = DraftLength(15, Costs({0: 1.0, 1: 1.2, 15: 6.0}, drafting=0.3, frozen=True))
+    choice = LookupChoice(15, 15 if whole else None)
+    policy.learn(Round(1, 0, 0, 0), pass_seconds=1.0)
+    lost = 0.0
+    for match, right in rounds:
+        found = Continuation(list(range(15)), match + SHORTEST)
+        length = choice.length(found, policy, 15)
+        assert length in (0, 15) or not whole
+        accepted = length if right else 0
+        round = Round(accepted + 1, accepted, min(accepted + 1, length), length, length > 0)
+        choice.learn(round, found, list(range(accepted)) + [99])
+        lost += policy.costs.of_pass(length) - round.emitted
+        policy.learn(round, pass_seconds=0.0)
+        assert lost <= 1.0 + 0.02 * policy.spent + 1e-9
+
+
+def test_looking_up_is_compared_with_as_many_slots_as_the_drafter_would_verify():
+    choice = LookupChoice(15)
+    for i in range(100):
+        choice.learn(Round(2, 1, 1, 1) if i % 5 else Round(1, 0, 1, 1), Continuation([1], 9), [1])
+    assert choice.length(Continuation([1], 9), None, slots=1) == 1
+    assert choice.length(Continuation([1], 9), None, slots=15) == 0
+
+
+@pytest.mark.parametrize("cap", [dict(draft_length=K - 1), dict(num_assistant_tokens=K - 1)])
+def test_a_cap_that_equals_a_block_is_a_cap(cap):
+    p = pair()
+    prompt = torch.cat([p.plain[0], p.prompts[0]], dim=1)
+    attached = {key: value for key, value in cap.items() if key == "draft_length"}
+    call = {key: value for key, value in cap.items() if key != "draft_length"}
+    with attach(p.target, p.drafter, lookup=15, **attached) as attachment:
+        p.target.generate(prompt, **GREEDY, **call, assistant_model=p.drafter)
+    assert max(r.drafted for r in attachment.rounds) == K - 1
+    with pytest.raises(ValueError, match="draft_length is True"):
+        attach(p.target, p.drafter, draft_length=True)
 
 
 # ---- decoding

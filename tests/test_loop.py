@@ -1,5 +1,6 @@
 """The loop's own claims: little work of the host, criteria asked of each token, what a call returns, threads."""
 
+import sys
 import threading
 import time
 from collections import Counter
@@ -13,12 +14,19 @@ from scipy.stats import chisquare
 from test_generate import GREEDY, NEW, PROMPT, inside_a_draft, pair, plain, sampled_p_value, sampling_pair, state_of
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationMixin, StoppingCriteria
-from transformers.generation import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper
+from transformers.generation import (
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
 from transformers.generation.streamers import BaseStreamer
 
 import hf_specauf
 from hf_specauf.drafters.drafts import Extended, counted
 from hf_specauf.drafters.loop import Decoding, LeanPasses
+from hf_specauf.drafters.overrides import DraftingOverrides
 from hf_specauf.drafters.transformers_internals import CACHE
 from hf_specauf.drafters.verification import Draft, Verifier
 from hf_specauf.serving.decoding import attach
@@ -78,10 +86,10 @@ def test_a_greedy_round_takes_twelve_operations_and_one_look_beside_the_two_pass
     p, counting, rounds = pair(), Counting(), []
     own = Decoding._round
 
-    def counted_round(self, tap):
+    def counted_round(self):
         before = counting.operations.total(), counting.looks
         with counting, watching_looks(counting, monkeypatch):
-            own(self, tap)
+            own(self)
         rounds.append((counting.operations.total() - before[0], counting.looks - before[1]))
 
     monkeypatch.setattr(Decoding, "_round", counted_round)
@@ -220,6 +228,83 @@ def test_a_prompt_that_is_read_in_chunks_is_drafted_for_alike():
     assert attachment.rounds == p.assisted[0][1]
 
 
+class Asking(StoppingCriteria):
+    """A reward model, say: calls the target itself, in ways of its own."""
+
+    def __init__(self, target, call):
+        self.target = target
+        self.call = call
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.call(self.target, input_ids)
+        return False
+
+
+@pytest.mark.parametrize("call", [
+    lambda target, ids: target(ids),
+    lambda target, ids: target(ids.repeat(2, 1)),
+    lambda target, ids: target.generate(ids, max_new_tokens=2, do_sample=False),
+], ids=["pass", "batch", "generate"])  # fmt: skip
+def test_passes_that_a_criterion_makes_are_not_taken_for_the_loops_own(call):
+    p = pair()
+    with attach(p.target, p.drafter) as attachment:
+        asking = [Asking(p.target, call)]
+        output = p.target.generate(p.prompts[0], **GREEDY, stopping_criteria=asking, assistant_model=p.drafter)
+    assert torch.equal(output, p.plain[0])
+    assert attachment.rounds == p.assisted[0][1]
+
+
+def test_a_users_own_limit_of_length_stands_in_the_place_of_the_calls():
+    p = pair()
+    for longer in (PROMPT + 9, PROMPT + 3):
+        keys = dict(do_sample=False, max_new_tokens=5, stopping_criteria=[MaxLengthCriteria(longer)])
+        expected = p.target.generate(p.prompts[0], **keys)
+        assert torch.equal(hf_specauf.generate(p.target, p.drafter, p.prompts[0], **keys), expected)
+
+
+def test_ids_of_another_dtype_give_what_plain_decoding_gives():
+    p = pair()
+    prompt = p.prompts[0].int()
+    output = hf_specauf.generate(p.target, p.drafter, prompt, **GREEDY)
+    assert output.dtype == plain(p, prompt).dtype and torch.equal(output, p.plain[0])
+
+
+def test_a_preparation_of_the_objects_own_is_kept_to():
+    target, p, asked = make_target(), pair(), []
+    own = target.prepare_inputs_for_generation
+
+    def prepare(*args, **kwargs):
+        asked.append(1)
+        return own(*args, **kwargs)
+
+    target.prepare_inputs_for_generation = prepare
+    with attach(target, p.drafter) as attachment:
+        output = target.generate(p.prompts[0], **GREEDY, assistant_model=p.drafter)
+    assert torch.equal(output, p.plain[0]) and len(asked) == 1 + len(attachment.rounds)
+
+
+def test_what_keeps_a_state_of_rejected_tokens_or_hides_ids_is_refused():
+    p = pair()
+    free = UnbatchedClassifierFreeGuidanceLogitsProcessor(1.5, p.target)
+    with pytest.raises(ValueError, match="rejected ones too: the output would be silently wrong"):
+        hf_specauf.generate(p.target, p.drafter, p.prompts[0], **GREEDY, logits_processor=LogitsProcessorList([free]))
+    embeds = p.target.get_input_embeddings()(p.prompts[0])
+    with pytest.raises(ValueError, match="inputs_embeds are 12 tokens long and input_ids 1: .* pass ids of all"):
+        hf_specauf.generate(p.target, p.drafter, p.prompts[0][:, -1:], inputs_embeds=embeds, **GREEDY)
+
+
+def test_a_target_whose_inner_model_is_compiled_is_tapped():
+    p, target = pair(), make_target()
+    target.model.compile(backend="eager")
+    try:
+        output = hf_specauf.generate(target, p.drafter, p.prompts[0], do_sample=False, max_new_tokens=6)
+        with pytest.raises(ValueError, match="leave prefill_chunk_size out"):
+            hf_specauf.generate(target, p.drafter, p.prompts[0], max_new_tokens=6, prefill_chunk_size=5)
+    finally:
+        torch.compiler.reset()
+    assert torch.equal(output, p.plain[0][:, : PROMPT + 6])
+
+
 # ---- sampling, all rows at once
 
 
@@ -264,6 +349,19 @@ def test_sampled_text_follows_its_distribution_where_all_rows_are_verified_at_on
     assert p_value > 1e-3 and 0.1 < accepted < 0.9
 
 
+@pytest.mark.parametrize("way", ["one_by_one", "all_at_once"])
+def test_a_rare_token_stays_rare_whatever_torchs_default_dtype_is(way):
+    logits = torch.tensor([[[0.0, -8.0], [0.0, 0.0]]])
+    verify, tokens = Verifier(LogitsProcessorList(), True, False), torch.tensor([[1]])
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        accepted = sum(getattr(verify, way)(logits, Draft(tokens), tokens).tokens[0] for _ in range(4000))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert accepted <= 5  # 1.3 are expected, and 8 of coins with eight bits
+
+
 # ---- threads, other calls, copies
 
 
@@ -291,6 +389,32 @@ def test_threads_share_a_target_and_an_attachment():
         assert torch.equal(output, p.plain[i % 3])
     assert len(attachment.generations) == 12
     assert Counter(map(tuple, attachment.generations)) == Counter({tuple(r): 4 for _, r, _ in p.assisted})
+
+
+def test_threads_may_attach_and_detach_while_others_decode():
+    p, before, errors, done = pair(), state_of(pair().target), [], threading.Event()
+
+    def attaching():
+        try:
+            while not done.is_set():
+                DraftingOverrides(p.target, object(), None).undo()
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=attaching) for _ in range(3)]
+    switch, _ = sys.getswitchinterval(), sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for i in range(3):
+            assert torch.equal(hf_specauf.generate(p.target, p.drafter, p.prompts[i], **GREEDY), p.plain[i])
+            assert torch.equal(plain(p, p.prompts[i], prompt_lookup_num_tokens=3), p.plain[i])
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join()
+        sys.setswitchinterval(switch)
+    assert errors == [] and state_of(p.target) == before
 
 
 def test_an_interrupted_call_leaves_the_target_as_it_was():

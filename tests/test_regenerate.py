@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -641,7 +642,8 @@ def test_a_drafter_trains_on_the_answers(words, command, tmp_path, capsys):
     printed = capsys.readouterr().out
     lines = len(written(tmp_path / "own.jsonl")) - 1  # one is held out
     assert f"{lines} rows of tokens -> {lines} token rows" in printed
-    assert "the target's own first choice on 100%" in printed
+    # all but where it wanted the mask token, which no answer may hold
+    assert re.findall("the target's own first choice on ([0-9]+)%", printed) == ["99"]
 
 
 @pytest.mark.own

@@ -91,8 +91,9 @@ class Costs:
             raise ValueError("no pass of the target was measured yet: the first round is plain")
         if length in self.passes:
             return self.passes[length]
-        shorter = sorted(known for known in self.passes if known < length)
-        longer = sorted(known for known in self.passes if known > length)
+        lengths = list(self.passes)  # another thread may add one
+        shorter = sorted(known for known in lengths if known < length)
+        longer = sorted(known for known in lengths if known > length)
         if shorter and longer:
             low, high = shorter[-1], longer[0]
         elif len(shorter) > 1:
@@ -268,16 +269,18 @@ class DraftLength:
             return expected
         return (expected + self.value) / 2
 
-    def lookup_length(self, survival: Sequence[float]) -> int:
+    def lookup_length(self, survival: Sequence[float], whole: bool = False) -> int:
         """How much of a looked-up draft to verify instead of running the drafter; 0 for none of it.
 
         Args:
             survival (`Sequence[float]`): S_1, S_2, ... of its tokens.
+            whole (`bool`): all of it or nothing.
         """
         if 0 not in self.costs.passes:
             return 0
         rate = self.rate()
-        lengths = [length for length in LENGTHS if length < len(survival)] + [len(survival)]
+        shorter = (0,) if whole else LENGTHS
+        lengths = [length for length in shorter if length < len(survival)] + [len(survival)]
         length = self.best_length(survival, rate, lengths, drafting=0.0)
         worth = 1 + sum(survival[:length]) - rate * self.costs.of_pass(length)
         if length > 0 and worth >= self.promised():

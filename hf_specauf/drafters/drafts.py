@@ -131,6 +131,8 @@ class BlockDrafts:
         if generation_config.num_assistant_tokens not in (None, UNSET_ASSISTANT_TOKENS):
             caps.append(generation_config.num_assistant_tokens)
         self.max_draft_tokens = min(caps)
+        # A continuation costs no slots, so it may be longer than a block, unless the caller says.
+        self.is_capped = len(caps) > 1
         self.skip_round = skip_round
         self.draft_length = draft_length
         self.lookup = lookup
@@ -219,9 +221,7 @@ class BlockDrafts:
             return None
         if self.skip_round is not None and self.skip_round(self.rounds):
             return None
-        # A continuation costs no slots, so it may be longer than a block, unless the caller says.
-        capped = self.max_draft_tokens < self.block_size - 1
-        tokens = self._look_up(most if capped else room)
+        tokens = self._look_up(most if self.is_capped else room, most)
         if tokens:
             self.looked_up = True
             return Draft(torch.tensor([tokens], device=ids.device))
@@ -241,14 +241,16 @@ class BlockDrafts:
         self.drafting_seconds = time.perf_counter() - began
         return draft
 
-    def _look_up(self, room: int) -> list[int]:
-        """The looked-up draft of this round, empty where the drafter promises more."""
+    def _look_up(self, room: int, slots: int) -> list[int]:
+        """The looked-up draft of this round, of at most `room` tokens; empty where the drafter's
+        `slots` promise more."""
         if self.lookup is None:
             return []
         self.found = self.text.continuation(min(room, self.lookup.longest))
         if self.found is None:
             return []
-        return self.found.tokens[: self.lookup.length(self.found, self.draft_length)]
+        length = self.lookup.length(self.found, self.draft_length, slots)
+        return self.found.tokens[:length]
 
     def _run_drafter(self, ids: torch.LongTensor) -> torch.Tensor:  # (1, K, H)
         """Read the pending context into the drafter's cache, and fill the block at the anchor."""

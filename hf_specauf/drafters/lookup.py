@@ -3,10 +3,10 @@
 Travels to the Hub: imports the standard library alone. transformers has the same as prompt lookup
 (`prompt_lookup_num_tokens`), without a drafter beside it and by a scan of the whole text each pass.
 
-A match is the longest run of the text's last tokens that also stands earlier; of several the latest
-counts. Its m tokens say how much a continuation is worth: the chance that the next token is right
-is learned by m. Once it was right the match is m + 1 long, so the chance of slot k is that of
-m + k - 1.
+A match is where the text's last n tokens also stand earlier: of the longest such n, up to 4, the
+latest place, and as many tokens before it as agree too. Its m tokens say how much a continuation is
+worth: the chance that the next token is right is learned by m. Once it was right the match is m + 1
+long, so the chance of slot k is that of m + k - 1.
 
 Letters: m tokens of a match, n tokens of an indexed run, S tokens of the text.
 """
@@ -129,17 +129,22 @@ class LookupChoice:
         self.survival = LookupSurvival()
         self.drafter = Survival(drafted)
 
-    def length(self, found: Continuation, policy: DraftLength | None) -> int:
-        """How many looked-up tokens to verify; 0 to leave the round to the drafter."""
+    def length(self, found: Continuation, policy: DraftLength | None, slots: int) -> int:
+        """How many looked-up tokens to verify; 0 to leave the round to the drafter.
+
+        Args:
+            policy (`DraftLength`, *optional*): decides by costs.
+            slots (`int`): of the drafter that could be verified instead.
+        """
         survival = self.survival.of(found)
+        whole = self.tokens is not None
         if policy is not None:
-            length = policy.lookup_length(survival)
-        else:
+            return policy.lookup_length(survival, whole)
+        length = len(survival)
+        if not whole:
             length = sum(chance >= UNLIKELY for chance in survival)
-            if sum(survival[:length]) < sum(self.drafter.of()):
-                length = 0
-        if length > 0 and self.tokens is not None:
-            return len(found.tokens)
+        if sum(survival[:length]) < sum(self.drafter.of()[:slots]):
+            return 0
         return length
 
     def learn(self, round: Round, found: Continuation | None, committed: list[int]) -> None:

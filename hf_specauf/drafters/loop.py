@@ -11,7 +11,7 @@ Letters: S tokens of the text, d drafted tokens, V vocabulary.
 """
 
 import time
-from contextlib import ExitStack
+from contextlib import nullcontext
 
 import torch
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMixin
@@ -41,23 +41,24 @@ class Ends:
 
     Args:
         criteria (`StoppingCriteriaList`): of the call.
-        max_length (`int`): of the text, prompt included.
+        max_length (`int`): of the text, prompt included, where no criterion says it.
     """
 
     def __init__(self, criteria, max_length: int):
-        self.max_length = max_length
         self.tokens: set[int] = set()
-        self.times, self.others = [], []
+        lengths, self.times, self.others = [], [], []
         for one in criteria:
             # Not `isinstance`, because a user's own kind may do more.
             if type(one) is MaxLengthCriteria:
-                self.max_length = min(self.max_length, one.max_length)
+                lengths.append(one.max_length)
             elif type(one) is EosTokenCriteria:
                 self.tokens.update(one.eos_token_id.flatten().tolist())
             elif type(one) is MaxTimeCriteria:
                 self.times.append(one)
             else:
                 self.others.append(one)
+        # A user's own criterion for length stands in the place of the call's.
+        self.max_length = min(lengths, default=max_length)
 
     def first(self, text: Extended, length: int, tokens: list[int], scores) -> tuple[int, bool]:
         """How many of the new tokens belong to the text, and whether it ends with them.
@@ -137,12 +138,20 @@ class LeanPasses(Passes):
     @staticmethod
     def serve(target, model_kwargs: dict) -> bool:
         """Whether a call's passes may be made so."""
-        kind = type(target)
+        mixin, own = (
+            GenerationMixin,
+            (
+                target.prepare_inputs_for_generation,
+                target._update_model_kwargs_for_generation,
+            ),
+        )
+        common = (
+            mixin.prepare_inputs_for_generation,
+            mixin._update_model_kwargs_for_generation,
+        )
         given = {key for key, value in model_kwargs.items() if value is not None}
         return (
-            kind.prepare_inputs_for_generation is GenerationMixin.prepare_inputs_for_generation
-            and kind._update_model_kwargs_for_generation
-            is GenerationMixin._update_model_kwargs_for_generation
+            tuple(getattr(one, "__func__", None) for one in own) == common
             and not target.is_remote_code()
             and not cache_of(model_kwargs).is_compileable
             and given <= PLAIN_INPUTS
@@ -150,9 +159,10 @@ class LeanPasses(Passes):
 
     def __init__(self, target, generation_config, model_kwargs: dict):
         super().__init__(target, generation_config, model_kwargs)
+        # Where the target's inputs belong. `target.device` may be `meta` (offloaded weights).
+        self.device = device = device_of(target.get_input_embeddings())
         # From the prompt's on, these two go on by themselves.
         self.rows = {}
-        device = device_of(target.get_input_embeddings())
         for name, goes_on in (("position_ids", counted), ("attention_mask", ones)):
             start = model_kwargs.get(name)
             if start is not None:
@@ -167,7 +177,8 @@ class LeanPasses(Passes):
             inputs[name] = rows.upto(ids.shape[1])
         if "position_ids" in inputs:
             inputs["position_ids"] = inputs["position_ids"][..., -count:]
-        self.outputs = self.target(input_ids=ids[:, -count:], **inputs, **more)
+        ids = ids[:, -count:].to(self.device)
+        self.outputs = self.target(input_ids=ids, **inputs, **more)
         return self.outputs.logits
 
 
@@ -211,13 +222,14 @@ class Decoding:
         self.scores = [] if returns and config.output_scores else None
         self.logits = [] if returns and config.output_logits else None
         self.verify = Verifier(logits_processor, config.do_sample, self.scores is not None)
-        # The embedding's device, because `target.device` may be `meta` (offloaded weights).
-        ids = input_ids.to(device_of(target.get_input_embeddings()))
-        self.text = Extended(ids, lambda last, steps: steps * 0)
-        self.length = ids.shape[1]  # S, committed tokens
+        # Where the prompt is, because processors were made for that device.
+        self.text = Extended(input_ids.long(), lambda last, steps: steps * 0)
+        self.length = input_ids.shape[1]  # S, committed tokens
         self.done = False
-        # Arguments of the target's passes that ask for the taps, where hooks cannot bring them.
+        # What brings the taps of a pass: hooks, or arguments of the pass.
+        self.taps: Taps | None = None
         self.asked = {}
+        self._tap()
 
     @torch.no_grad()
     def run(self):
@@ -226,17 +238,15 @@ class Decoding:
         Returns:
             What `generate` returns: ids (1, S), or a `GenerateDecoderOnlyOutput`.
         """
-        with ExitStack() as stack:
-            tap = self._tapping(stack)
-            self._prefill(tap)
-            while self.target._has_unfinished_sequences(
-                self.done, self.synced_gpus, device=self.text.rows.device
-            ):
-                if self.done:
-                    # Another process is not done, and its passes need all processes.
-                    self._idle()
-                else:
-                    self._round(tap)
+        self._prefill()
+        while self.target._has_unfinished_sequences(
+            self.done, self.synced_gpus, device=self.text.rows.device
+        ):
+            if self.done:
+                # Another process is not done, and its passes need all processes.
+                self._idle()
+            else:
+                self._round()
         if self.streamer is not None:
             self.streamer.end()
         sequences = self.text.upto(self.length).to(self.prompt.device, copy=True)
@@ -249,30 +259,46 @@ class Decoding:
             **{CACHE: self.passes.cache},
         )
 
-    def _tapping(self, stack: ExitStack):
-        """What gives the taps of the last pass, a list of (1, count, H)."""
+    def _tap(self) -> None:
+        """Decide what brings the taps."""
         ids = self.drafts.taps
-        compiled = getattr(self.target, "_compiled_call_impl", None) is not None
-        if compiled or self.passes.step != self.target.__call__:
-            # Compiled code does not see hooks that are new. Entry 0 is the embedding.
-            self.asked = {"output_hidden_states": [i + 1 for i in ids]}
-            return lambda: [self.passes.outputs.hidden_states[i + 1] for i in ids]
-        layers = decoder_layers(self.target)
-        taps = stack.enter_context(Taps([layers[i] for i in ids]))
-        return taps.take
+        within = (self.target, self.target.base_model, self.target.get_decoder())
+        compiled = any(getattr(one, "_compiled_call_impl", None) is not None for one in within)
+        if not compiled and self.passes.step == self.target.__call__:
+            layers = decoder_layers(self.target)
+            self.taps = Taps([layers[i] for i in ids])
+            return
+        # Compiled code does not see hooks that are new. Entry 0 is the embedding.
+        self.asked = {"output_hidden_states": [i + 1 for i in ids]}
+        if self.config.prefill_chunk_size is not None:
+            raise ValueError(
+                "a compiled target and prefill_chunk_size leave the drafter the last chunk's hidden"
+                " states alone: leave prefill_chunk_size out"
+            )
 
-    def _prefill(self, tap) -> None:
+    def _pass(self, run, *args) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """A pass of the target: logits (1, rows, V) where the text is, and of each tapped layer
+        what it put out (1, rows, H)."""
+        with self.taps or nullcontext():
+            logits = run(*args, **self.asked)
+        if self.taps is not None:
+            taps = self.taps.take()
+        else:
+            taps = [self.passes.outputs.hidden_states[i + 1] for i in self.drafts.taps]
+        return logits.to(self.text.rows.device), taps
+
+    def _prefill(self) -> None:
         """Read the prompt, and choose the token after it."""
         ids = self.text.upto(self.length)
         first = self.passes.kwargs
         positions, mask = first.get("position_ids"), first.get("attention_mask")
-        logits = self.passes.prefill(ids, **self.asked)
+        logits, taps = self._pass(self.passes.prefill, ids)
         verdict = self.verify(logits, None, ids)
         tokens = ids[0].tolist() + verdict.tokens if self.drafts.lookup is not None else []
-        self.drafts.begin(tap(), positions, mask, tokens)
+        self.drafts.begin(taps, positions, mask, tokens)
         self._commit(logits, verdict)
 
-    def _round(self, tap) -> None:
+    def _round(self) -> None:
         """Draft, verify, commit."""
         # A pass commits one token more than it accepts, and that one must fit too.
         # Built-in: drafts past the length limit, and so past the end of a static cache.
@@ -283,14 +309,13 @@ class Decoding:
             drafted = draft.length
             self.text.upto(self.length + drafted)[:, self.length :] = draft.tokens
         ids = self.text.upto(self.length + drafted)
-        logits = self.passes.run(ids, drafted + 1, **self.asked)  # (1, d + 1, V)
+        logits, taps = self._pass(self.passes.run, ids, drafted + 1)  # (1, d + 1, V)
         verdict = self.verify(logits, draft, ids)
         count = self._commit(logits, verdict)
         # The last committed token was not read yet, and what was rejected is to be forgotten.
         self.passes.cache.crop(count - drafted - 1)
         self.passes.commit(count)
         self.drafts.learn(verdict.tokens[:count], verdict.accepted, draft)
-        taps = tap()
         if not self.done:
             self.drafts.keep([one[:, :count] for one in taps])
 
@@ -312,12 +337,12 @@ class Decoding:
         if self.logits is not None:
             self.logits += logits[0, :count].to(torch.float32, copy=True).split(1)
         if self.streamer is not None:
-            self.streamer.put(torch.tensor([tokens[:count]]))
+            self.streamer.put(torch.tensor([tokens[:count]], device="cpu"))
         return count
 
     def _idle(self) -> None:
         """A pass whose result is not used."""
-        self.passes.run(self.text.upto(self.length), 1)
+        self.passes.run(self.text.upto(self.length), 1, **self.asked)
         self.passes.cache.crop(-1)
 
 

@@ -7,6 +7,7 @@ changed, nothing that is saved, and not the user's generation config.
 """
 
 import copyreg
+import threading
 import warnings
 from collections.abc import Callable
 
@@ -72,11 +73,7 @@ def check_generation(target, generation_mode, generation_config) -> None:
     check_cache_implementation(generation_config.cache_implementation)
     watermark = type(generation_config.watermarking_config).__name__
     if generation_config.guidance_scale not in (None, 1) or watermark.startswith("SynthID"):
-        raise ValueError(
-            "guidance_scale and SynthID watermarks keep a state of every token they saw, drafted"
-            " and rejected ones too: the output would be silently wrong. Leave them out, or"
-            " assistant_model."
-        )
+        raise ValueError(KEEPS_A_STATE)
 
 
 # How the names of a target's inputs begin that hold images, videos or audio.
@@ -104,6 +101,12 @@ def check_inputs(target, input_ids: torch.Tensor, model_kwargs: dict) -> None:
         raise ValueError(
             "a block drafter needs token ids: pass input_ids (inputs_embeds alone are not enough)"
         )
+    embeds = model_kwargs.get("inputs_embeds")
+    if embeds is not None and embeds.shape[1] != input_ids.shape[1]:
+        raise ValueError(
+            f"inputs_embeds are {embeds.shape[1]} tokens long and input_ids {input_ids.shape[1]}: a"
+            " block drafter needs the id of each, so pass ids of all of them, or no inputs_embeds"
+        )
     target_cache = cache_of(model_kwargs)
     if target_cache.get_seq_length() > 0:
         raise ValueError(
@@ -122,6 +125,24 @@ def check_inputs(target, input_ids: torch.Tensor, model_kwargs: dict) -> None:
             " where that is slower.",
             stacklevel=2,
         )
+
+
+# Processors that keep a state of every token they saw, by name: the user may bring one.
+STATEFUL = ("UnbatchedClassifierFreeGuidanceLogitsProcessor", "SynthIDTextWatermarkLogitsProcessor")
+KEEPS_A_STATE = (
+    "guidance_scale and SynthID watermarks keep a state of every token they saw, drafted and"
+    " rejected ones too: the output would be silently wrong. Leave them out, or assistant_model."
+)
+
+
+def check_processors(logits_processor) -> None:
+    """Raise where a logits processor of the call would also count rejected tokens.
+
+    Raises:
+        ValueError: which ones, and what to change.
+    """
+    if any(type(one).__name__ in STATEFUL for one in logits_processor):
+        raise ValueError(KEEPS_A_STATE)
 
 
 def check_shape(target, config) -> None:
@@ -177,6 +198,9 @@ def check_shape(target, config) -> None:
 
 # ---- the overrides
 
+ATTACHING = threading.Lock()
+"""Held while a target gets its class of drafting, or its own back."""
+
 
 class DraftingOverrides:
     """Decode with a drafter on one target object, until `undo()`.
@@ -209,22 +233,23 @@ class DraftingOverrides:
         self.make_drafts = make_drafts
         # The list lies on the class, because copies of this file (the package's, a Hub folder's)
         # share nothing else. Each of its entries brings its own loop.
-        if not hasattr(type(target), "_attached_drafters"):
-            target.__class__ = drafting_class(type(target))
-        self.attached = type(target)._attached_drafters
-        self.attached.append(self)
+        with ATTACHING:
+            if not hasattr(type(target), "_attached_drafters"):
+                target.__class__ = drafting_class(type(target))
+            self.attached = type(target)._attached_drafters
+            self.attached.append(self)
 
     def undo(self) -> None:
         """Give the target its own `generate` back. Calling it twice is harmless."""
-        if self not in self.attached:
-            # Undone before. Whatever is on the target by now belongs to somebody else.
-            return
-        self.attached.remove(self)
-        own = type(self.target).__base__
-        # Somebody else may have given the target a further class since (FSDP does). Ours then stays
-        # below it, and without drafters it does nothing.
-        if not self.attached and "_attached_drafters" in vars(type(self.target)):
-            self.target.__class__ = own
+        with ATTACHING:
+            if self not in self.attached:
+                # Undone before. Whatever is on the target by now belongs to somebody else.
+                return
+            self.attached.remove(self)
+            # Somebody else may have given the target a further class since (FSDP does). Ours then
+            # stays below it, and without drafters it does nothing.
+            if not self.attached and "_attached_drafters" in vars(type(self.target)):
+                self.target.__class__ = type(self.target).__base__
 
     def validate(self, generation_mode, generation_config) -> None:
         """Raise where a call cannot be drafted for."""
@@ -245,6 +270,7 @@ class DraftingOverrides:
     ):
         """What `_assisted_decoding` does, by our loop; the arguments are the same."""
         check_inputs(self.target, input_ids, model_kwargs)
+        check_processors(logits_processor)
         drafts = self.make_drafts(self.target, generation_config, logits_processor=logits_processor)
         return Decoding(
             self.target,
@@ -275,14 +301,15 @@ def drafting_class(own: type) -> type:
                 # Without it, because transformers asks an assistant for the target's vocabulary,
                 # and this target's may have been resized since the drafter was trained.
                 del given["assistant_model"]
-            super()._validate_generation_mode(generation_mode, generation_config, given)
+            # Not by `super`, because another thread may give the target its own class back.
+            own._validate_generation_mode(self, generation_mode, generation_config, given)
 
         def _assisted_decoding(self, *args, inputs_tensor=None, assistant_model=None, **kwargs):
             drafter = attached(self, assistant_model)
             if drafter is not None:
                 return drafter.decode(*args, **kwargs)
-            return super()._assisted_decoding(
-                *args, inputs_tensor=inputs_tensor, assistant_model=assistant_model, **kwargs
+            return own._assisted_decoding(
+                self, *args, inputs_tensor=inputs_tensor, assistant_model=assistant_model, **kwargs
             )
 
         def __reduce_ex__(self, protocol):
@@ -298,7 +325,7 @@ def drafting_class(own: type) -> type:
 
 def attached(target, assistant_model) -> DraftingOverrides | None:
     """Whoever attached this drafter last; `None` for any other assistant."""
-    for one in reversed(type(target)._attached_drafters):
+    for one in reversed(getattr(type(target), "_attached_drafters", ())):
         if one.drafter is assistant_model:
             return one
     return None

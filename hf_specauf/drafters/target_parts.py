@@ -31,7 +31,8 @@ def decoder_layers(target) -> nn.ModuleList:
 
 
 class Taps:
-    """Keeps what some decoder layers put out, by hooks that last as long as a `with` block.
+    """Keeps what some decoder layers put out, by hooks that last as long as a `with` block, which
+    is one pass: a user's own criterion may call the target between two.
 
     Only passes of the thread that made it are kept, so that several may decode with one target.
     transformers' own way (`output_hidden_states`) leaves hooks on every layer for good, which slow
@@ -55,6 +56,7 @@ class Taps:
     def __exit__(self, *exception) -> None:
         for handle in self.handles:
             handle.remove()
+        self.handles = []
 
     def _keep_in(self, kept: list[torch.Tensor]):
         def keep(module, args, output):

@@ -52,12 +52,13 @@ class Draft(NamedTuple):
     logits: torch.Tensor | None = None
 
     def probabilities(self, like: torch.Tensor) -> torch.Tensor:
-        """q of each slot, as wide as `like` (..., V) and on its device. -> (d, V)"""
+        """q of each slot, in fp32, on the device of `like` (..., V). -> (d, V)"""
         if self.logits is not None:
             return self.logits[0].to(like.device).softmax(-1)
         # All the mass on the one token. It is then accepted with the chance p, and after a
         # rejection a token is drawn from p without it.
-        q = torch.zeros(self.length, like.shape[-1], device=like.device)
+        shape = self.length, like.shape[-1]
+        q = torch.zeros(shape, dtype=torch.float32, device=like.device)
         return q.scatter_(1, self.tokens.to(like.device).T, 1.0)
 
     @property
@@ -150,7 +151,9 @@ class Verifier:
         p = row.softmax(-1)
         if q is None:
             return int(torch.multinomial(p, 1))
-        if float(torch.rand((), device=p.device) * q[drafted]) < float(p[drafted]):
+        # fp32, whatever torch's default is: of coarser draws small p are accepted too often.
+        coin = torch.rand((), dtype=p.dtype, device=p.device)
+        if float(coin * q[drafted]) < float(p[drafted]):
             return drafted
         return int(torch.multinomial(rest(p, q), 1))
 
@@ -165,7 +168,8 @@ class Verifier:
             q = draft.probabilities(p)  # (d, V)
             drafted = draft.tokens[0].to(p.device)  # (d,)
             column = drafted[:, None]
-            accepted = torch.rand(column.shape, device=p.device) * q.gather(1, column)
+            coins = torch.rand(column.shape, dtype=p.dtype, device=p.device)
+            accepted = coins * q.gather(1, column)
             accepted = (accepted < p[:-1].gather(1, column)).view(-1)  # (d,)
             # what comes instead, row by row, and the bonus token
             own = torch.cat([rest(p[:-1], q), p[-1:]])  # (d + 1, V)
@@ -192,8 +196,8 @@ def greedy(logits: torch.Tensor, draft: Draft | None) -> Verdict:
     """The target's own choices, as far as the draft had them: a few operations, and one look.
 
     Args:
-        logits (`torch.Tensor` of shape `(1, d + 1, V)`): in the target's dtype, whose best token is
-            that of fp32.
+        logits (`torch.Tensor` of shape `(1, d + 1, V)`): in the target's dtype. Its best token is
+            that of their copy in fp32, but for float64's ties there.
     """
     chosen = logits[0].argmax(-1)  # (d + 1,)
     if draft is None:

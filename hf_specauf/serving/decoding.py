@@ -121,7 +121,7 @@ def check_draft_length(draft_length: int | str, longest: int) -> None:
     Raises:
         ValueError: it is not in 1..`longest`, K - 1.
     """
-    if not isinstance(draft_length, int) or not 1 <= draft_length <= longest:
+    if type(draft_length) is not int or not 1 <= draft_length <= longest:
         raise ValueError(
             f'draft_length is {draft_length!r}; it must be in 1..{longest} (K - 1), or "{AUTO}"'
         )
