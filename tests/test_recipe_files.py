@@ -19,7 +19,6 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from trl import TrlParser
 
 from hf_specauf import evaluate
-from hf_specauf.demo.show import SHIPPED
 from hf_specauf.drafters.modeling_dflash import DFlashDraftModel
 from hf_specauf.layouts.adapters import borrow
 from hf_specauf.recipe import parse
@@ -29,11 +28,8 @@ from hf_specauf.train import main
 
 PUBLISHED = json.loads((ROOT / "tests" / "published_configs.json").read_text())
 RECIPES = sorted(
-    path
-    for path in (ROOT / "recipes").glob("*/*.yaml")
-    if path.parent.name not in ("accelerate", "quickstart", "demo")
+    path for path in (ROOT / "recipes").glob("*/*.yaml") if path.parent.name not in ("accelerate", "quickstart")
 )
-DEMO = ROOT / "recipes" / "demo" / "dflash_auf.yaml"  # for CPUs, and measured
 # a tiny target of the same architecture; small experts and windows
 TINY = {
     "qwen3": {},
@@ -121,7 +117,7 @@ def tiny_target(folder: Path, model_type: str, layers: int, hidden: int = 32):
     tokenizer.save_pretrained(folder)
 
 
-@pytest.mark.parametrize("path", [*RECIPES, DEMO], ids=lambda path: f"{path.parent.name}/{path.name}")
+@each_recipe
 def test_recipe_trains_scaled_down_on_a_tiny_target_of_the_same_architecture(path, files, tmp_path):
     keys, (target_args, draft, *_) = yaml.safe_load(path.read_text()), parsed(path)
     model_type = PUBLISHED[target_args.target]["model_type"]
@@ -143,8 +139,6 @@ def test_recipe_trains_scaled_down_on_a_tiny_target_of_the_same_architecture(pat
             tmp_path / "base"
         )
         small["drafter"] = str(tmp_path / "base")
-    if "target_states_cache" in keys:
-        small["target_states_cache"] = str(tmp_path / "states")
     for key in ("target_device_map", "draft_intermediate_size"):  # for GPUs; for this target
         small.pop(key, None)
     recipe = tmp_path / "recipe.yaml"
@@ -170,22 +164,6 @@ def test_recipe_trains_scaled_down_on_a_tiny_target_of_the_same_architecture(pat
 
 def keys_of(name: str) -> dict:
     return yaml.safe_load((ROOT / "recipes" / f"{name}.yaml").read_text())
-
-
-def test_the_demos_drafter_is_what_its_recipe_makes_and_the_table_has_it_as_measured():
-    keys, (target_args, draft, _, args) = keys_of("demo/dflash_auf"), parsed(DEMO)
-    [row] = [line for line in TABLE.splitlines() if "[demo/dflash_auf](demo/dflash_auf.yaml)" in line]
-    assert "measured:" in row and "expected" not in row
-    shipped = json.loads((SHIPPED / "config.json").read_text())
-    assert shipped["block_size"] == draft.block_size and shipped["num_hidden_layers"] == draft.num_draft_layers
-    assert shipped["dflash_config"]["target_layer_ids"] == draft.target_layer_ids
-    assert shipped["dflash_config"]["mask_token_id"] == draft.mask_token_id
-    assert shipped["target_model_name_or_path"] == target_args.target
-    record = json.loads((SHIPPED / "provenance.json").read_text())
-    assert record["steps"] == args.max_steps
-    same = ("objective", "normalisation", "anchors_per_row", "max_length", "per_device_train_batch_size", "seed",
-            "muon_learning_rate", "learning_rate", "lr_scheduler_type", "warmup_steps")  # fmt: skip
-    assert {key: record["recipe"][key] for key in same} == {key: keys[key] for key in same}
 
 
 def test_baselines_differ_from_auf_in_the_objective_alone():
