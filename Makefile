@@ -1,4 +1,4 @@
-# Three commands: `make demo`, `make quickstart` and `make test`. All set up .venv first; PYTHON picks the interpreter
+# Two commands: `make quickstart` and `make test`. Both set up .venv first; PYTHON picks the interpreter
 # (3.11 or newer). Versions are held by .ci/newest.txt and .ci/oldest.txt, so that small CPU builds are tested and nothing
 # moves unseen.
 PYTHON ?= python3
@@ -7,10 +7,7 @@ OLDEST := .venv-oldest/bin
 # Where this is set, each process would compile anew what `install` below leaves to Python.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo quickstart test test-newest test-oldest lint clean
-
-demo: .venv/demo
-	$(BIN)/python -m hf_specauf.demo.show
+.PHONY: quickstart test test-newest test-oldest lint clean
 
 quickstart: .venv/installed
 	$(BIN)/python -m hf_specauf.quickstart
@@ -45,10 +42,6 @@ endef
 
 .venv/installed: pyproject.toml .ci/newest.txt
 	$(call install,.venv,.ci/newest.txt,.)
-	touch $@
-
-.venv/demo: .venv/installed
-	$(call install,.venv,.ci/newest.txt,.[demo])
 	touch $@
 
 # all at once, so that pip resolves once

@@ -82,12 +82,20 @@ def test_summary_never_calls_slower_faster_nor_another_answer_identical(one, wor
     console = Console(width=140, file=io.StringIO())
     console.print(summary([one], [Round(2, 1, 3, 3), Round(4, 3, 5, 5, True), Round(1, 0, 0, 0)], torch.bfloat16))
     shown = " ".join(console.file.getvalue().split())
+    assert "Hardly a pass had a draft" not in shown
     for word in [*words, "drafter 1 of 3 tokens in 1 passes, lookup 3 of 5 tokens in 1 passes, of 3 passes"]:
         assert word in shown
     if one["difference"] is not None:
         assert "identical" not in shown.replace("no identical answer", "").replace("answers are identical", "")
     if one["assisted_seconds"] > one["plain_seconds"]:
         assert "faster" not in shown
+
+
+def test_summary_says_when_it_was_not_the_drafter_that_made_the_difference():
+    console = Console(width=140, file=io.StringIO())
+    console.print(summary([row(2.0, 1.0, None)], [Round(1, 0, 0, 0)] * 29 + [Round(2, 1, 3, 3)], torch.float32))
+    shown = " ".join(console.file.getvalue().split())
+    assert "faster: 2.00x" in shown and "Hardly a pass had a draft" in shown
 
 
 def test_recording_keeps_the_pace_and_at_most_its_frames_a_second(tmp_path):

@@ -31,6 +31,8 @@ from .smollm2 import smollm2
 from .stream import Answer, AnswerStreamer
 
 SHIPPED = Path(__file__).parents[2] / "model_cards" / "smollm2-135m-instruct__dflash-auf"
+# Share of passes with a draft, below which the drafter did not decide the speed.
+FEW = 0.1
 # flags that take a number
 NUMBERS = {
     # the first token comes from the prefill, so one token says nothing of a drafter
@@ -149,6 +151,12 @@ def summary(rows: list[dict], rounds: list[Round], dtype: torch.dtype) -> Group:
     whole = totals(rows, greedy=True)
     faster = "faster" if whole["speedup"] > 1 else "SLOWER than plain decoding"
     words = [f"{faster}: {whole['speedup']:.2f}x. {by_source(rounds)}"]
+    drafted = sum(one.drafted > 0 for one in rounds)
+    if drafted < FEW * len(rounds):
+        words.append(
+            "Hardly a pass had a draft, because drafts cost more than they bring here: what differs"
+            " between the two is the clock."
+        )
     if whole["lossless"]["near_tie"]:
         words.append(
             "A near-tie is no identical answer: two of the model's logits are closer there than"

@@ -21,8 +21,8 @@ from ..records import environment
 from .acceptance import TAU_DEFINITION, number
 from .decoding import Attachment, attach
 
-# of transformers' own prompt lookup, which needs no drafter: what a drafter has to beat
-PROMPT_LOOKUP = {"prompt_lookup_num_tokens": 10}
+# Tokens of transformers' own prompt lookup, which needs no drafter: what a drafter has to beat.
+LOOKED_UP = 10
 # what `compare` measures beside plain decoding and the drafter, where it is asked to look up
 LOOKUP_WAYS = ("prompt_lookup", "drafter_and_lookup")
 # In fp32, a first difference is a tie of rounding if the target's two best logits are closer than
@@ -132,10 +132,8 @@ def timed(
     config: GenerationConfig,
     seed: int,
     streamer: BaseStreamer | None = None,
-    **call,
 ) -> Decoded:
-    """Generate after a prompt (1, S), plainly where `assistant` is `None`. `call`: further
-    arguments of `generate`."""
+    """Generate after a prompt (1, S), plainly where `assistant` is `None`."""
     torch.manual_seed(seed)
     start = time.perf_counter()
     output = target.generate(
@@ -144,7 +142,6 @@ def timed(
         generation_config=config,
         assistant_model=assistant,
         streamer=streamer,
-        **call,
     )
     # the clock would else stop before the GPU does
     if output.is_cuda:
@@ -189,7 +186,7 @@ def compare(
         calls, attachment, both = attached_ways(stack, target, drafter, draft_length, lookup)
 
         def decode(prompt: torch.Tensor, way: str) -> Decoded:
-            return timed(target, prompt, config=config, seed=seed, **calls[way])
+            return timed(target, prompt, calls[way], config_of(way, config), seed)
 
         for way in calls:
             decode(prompts[0], way)  # the first calls of a process are slow
@@ -214,6 +211,15 @@ def compare(
     return results
 
 
+def config_of(way: str, config: GenerationConfig) -> GenerationConfig:
+    """What a way of `compare` decodes by."""
+    if way != "prompt_lookup":
+        return config
+    config = copy.deepcopy(config)
+    config.prompt_lookup_num_tokens = LOOKED_UP
+    return config
+
+
 def decoded_in_turn(
     prompts: Iterable[torch.Tensor], ways: list[str], decode: Callable
 ) -> Iterator[tuple[torch.Tensor, dict[str, Decoded]]]:
@@ -226,18 +232,18 @@ def decoded_in_turn(
 
 def attached_ways(
     stack: ExitStack, target, drafter, draft_length, lookup
-) -> tuple[dict[str, dict], Attachment, Attachment]:
-    """The ways that `compare` decodes in, each with the arguments of its calls, and the attachments
+) -> tuple[dict, Attachment, Attachment]:
+    """The ways that `compare` decodes in, each with the assistant of its calls, and the attachments
     of the drafter alone and with lookup (the same one where nothing is looked up)."""
     alone = stack.enter_context(attach(target, drafter, draft_length=draft_length))
-    calls = {"plain": {"assistant": None}, "drafter": {"assistant": drafter}}
+    calls = {"plain": None, "drafter": drafter}
     if lookup is False:
         return calls, alone, alone
     # Another object with the same weights, because an attachment knows its drafter by the object.
     twin = copy.copy(drafter)
     both = stack.enter_context(attach(target, twin, draft_length=draft_length, lookup=lookup))
-    calls["prompt_lookup"] = {"assistant": None, **PROMPT_LOOKUP}
-    calls["drafter_and_lookup"] = {"assistant": twin}
+    calls["prompt_lookup"] = None
+    calls["drafter_and_lookup"] = twin
     return calls, alone, both
 
 

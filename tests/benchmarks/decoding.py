@@ -42,7 +42,7 @@ class Way:
 
     Attributes:
         attached (`dict`, *optional*): arguments of `attach`; `None` for ways of transformers alone.
-        call (`dict`): further arguments of `generate`.
+        call (`dict`): settings of `generate`.
         drafts (`bool`): whether the drafter is given.
     """
 
@@ -75,14 +75,12 @@ class Runner:
         """-> ids, seconds, passes of the target after the prefill"""
         passes = []
         handle = self.target.register_forward_hook(lambda *_: passes.append(1))
-        given = dict(self.way.call)
-        if self.way.drafts:
-            given["assistant_model"] = self.drafter
+        given = {"assistant_model": self.drafter} if self.way.drafts else {}
+        config = deepcopy(config)
+        config.update(**self.way.call)
         torch.manual_seed(0)
         start = time.perf_counter()
-        ids = self.target.generate(
-            prompt, attention_mask=torch.ones_like(prompt), generation_config=deepcopy(config), **given
-        )
+        ids = self.target.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=config, **given)
         if ids.is_cuda:
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start
