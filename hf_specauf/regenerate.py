@@ -108,7 +108,7 @@ class RegenerateArguments:
     )
     rows_per_batch: int = field(
         default=ROWS_PER_BATCH,
-        metadata={"help": "Rows of a plain batch; on CPUs 128 are twice as fast, if they fit."},
+        metadata={"help": "Rows of a plain batch; on CPUs more are faster, while they fit."},
     )
     rows_per_chunk: int = field(
         default=256, metadata={"help": "Rows answered together; a kill loses at most these."}

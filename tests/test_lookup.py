@@ -146,12 +146,24 @@ def test_greedy_text_is_the_targets_own_with_drafts_from_both(lookup, length):
     assert max(r.drafted for r in looked_up) <= longest
 
 
-def test_without_repetition_only_the_drafter_drafts_and_without_lookup_nothing_is_looked_up():
+def test_without_lookup_nothing_is_looked_up():
     p = pair()
     with attach(p.target, p.drafter) as attachment:
         p.target.generate(p.plain[0], **GREEDY, assistant_model=p.drafter)
     assert not any(r.looked_up for r in attachment.rounds)
-    assert Round(1, 0, 0, 0) == Round(1, 0, 0, 0, False)
+
+
+def test_acceptance_is_the_drafters_own_where_longer_drafts_were_looked_up():
+    p, drafter = pair(), make_drafter(pair().target, K, dtype=torch.float64)
+    prompt = torch.cat([p.plain[0]] * 2, dim=1)
+    with attach(p.target, drafter, lookup="auto") as attachment:
+        for given in (prompt, torch.cat([p.plain[1]] * 2, dim=1), p.prompts[2]):
+            p.target.generate(given, **GREEDY, assistant_model=drafter)
+    assert max(r.accepted for r in attachment.rounds if r.looked_up) > K - 1  # more than the drafter has slots
+    own = [r for r in attachment.rounds if not r.looked_up]
+    acceptance = attachment.acceptance()
+    assert 0 < acceptance.passes == len(own) < len(attachment.rounds)
+    assert acceptance.tokens == sum(r.emitted for r in own)
 
 
 @pytest.mark.parametrize("make", [make_drafter, make_domino])

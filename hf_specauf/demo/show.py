@@ -23,7 +23,14 @@ from ..drafters.draft_length import Round
 from ..keys import Numbers, check_keys
 from ..layouts.load import load_drafter
 from ..serving.acceptance import number
-from ..serving.compare import decoding_config, first_difference, prompt_row, timed, totals
+from ..serving.compare import (
+    accepted_by_source,
+    decoding_config,
+    first_difference,
+    prompt_row,
+    timed,
+    totals,
+)
 from ..serving.decoding import AUTO, Attachment, attach
 from ..target import load_target
 from .recording import Recording
@@ -123,11 +130,9 @@ def verdict(row: dict) -> str:
 def by_source(rounds: list[Round]) -> str:
     """How many tokens were drafted and accepted, by where drafts came from, in words."""
     words = []
-    for source, looked_up in (("drafter", False), ("lookup", True)):
-        of_source = [one for one in rounds if one.drafted > 0 and one.looked_up == looked_up]
-        accepted = sum(one.accepted for one in of_source)
-        drafted = sum(one.drafted for one in of_source)
-        words.append(f"{source} {accepted} of {drafted} tokens in {len(of_source)} passes")
+    for source, of in accepted_by_source(rounds).items():
+        counts = f"{of['accepted']} of {of['drafted']} tokens in {of['rounds']} passes"
+        words.append(f"{source} {counts}")
     return f"Accepted: {', '.join(words)}, of {len(rounds)} passes."
 
 

@@ -136,7 +136,7 @@ class BlockDrafts:
         self.skip_round = skip_round
         self.draft_length = draft_length
         self.lookup = lookup
-        self.text = Lookup()
+        self.index = Lookup()
         # What was looked up for the pass under way, and whether that is its draft.
         self.found: Continuation | None = None
         self.looked_up = False
@@ -191,7 +191,7 @@ class BlockDrafts:
         self.positions = Extended(positions.to(self.device), counted)
         if mask is not None:
             self.mask = Extended(mask.to(self.device), ones)
-        self.text.extend(tokens)
+        self.index.extend(tokens)
         self.keep(taps)
 
     def keep(self, taps: list[torch.Tensor]) -> None:
@@ -246,7 +246,7 @@ class BlockDrafts:
         `slots` promise more."""
         if self.lookup is None:
             return []
-        self.found = self.text.continuation(min(room, self.lookup.longest))
+        self.found = self.index.continuation(min(room, self.lookup.longest))
         if self.found is None:
             return []
         length = self.lookup.length(self.found, self.draft_length, slots)
@@ -348,7 +348,7 @@ class BlockDrafts:
         self.rounds.append(round)
         if self.lookup is not None:
             self.lookup.learn(round, self.found, tokens)
-            self.text.extend(tokens)
+            self.index.extend(tokens)
         if self.draft_length is not None:
             self.draft_length.learn(
                 round,
@@ -358,4 +358,4 @@ class BlockDrafts:
             )
 
 
-__all__ = ["BlockDrafts", "Extended"]
+__all__ = ["BlockDrafts", "Extended", "counted", "ones"]

@@ -1,14 +1,16 @@
 """Drafts that cost nothing: what followed the text's last tokens where they occurred before.
 
-Travels to the Hub: imports the standard library alone. transformers has the same as prompt lookup
-(`prompt_lookup_num_tokens`), without a drafter beside it and by a scan of the whole text each pass.
+Travels to the Hub: imports the standard library and its sibling. transformers has the same as
+prompt lookup (`prompt_lookup_num_tokens`), without a drafter beside it and by a scan of the whole
+text each pass.
 
 A match is where the text's last n tokens also stand earlier: of the longest such n, up to 4, the
 latest place, and as many tokens before it as agree too. Its m tokens say how much a continuation is
 worth: the chance that the next token is right is learned by m. Once it was right the match is m + 1
 long, so the chance of slot k is that of m + k - 1.
 
-Letters: m tokens of a match, n tokens of an indexed run, S tokens of the text.
+Letters: m tokens of a match, n tokens of an n-gram, S_k the chance that slot k is reached and is
+right.
 """
 
 from typing import NamedTuple
@@ -39,7 +41,7 @@ class Continuation(NamedTuple):
 class Lookup:
     """An index of a text that grows. A token costs the same work however long the text is.
 
-    Memory: about 0.6 kB a token of text (three dictionary entries), so 20 MB at 32,000 tokens.
+    Memory: 12 MB at 32,000 random tokens (three dictionary entries each).
     """
 
     def __init__(self):

@@ -4,8 +4,9 @@ accepts.
 Travels to the Hub with Domino drafters: imports only torch, transformers and its siblings.
 
 It stands in for `_assisted_decoding` of transformers (see `overrides.py`), which hands over what it
-has prepared: processors, criteria, streamer, config, cache. Beside the two models' passes it does a
-fifth of that loop's work. All state belongs to one call, so threads may decode with one target.
+has prepared: processors, criteria, streamer, config, cache. Beside the two models' passes a greedy
+round takes at most 12 tensor operations and one look at the device, where that loop takes 45 and 4.
+All state belongs to one call, so threads may decode with one target.
 
 Letters: S tokens of the text, d drafted tokens, V vocabulary.
 """
@@ -94,6 +95,8 @@ class Passes:
         self.config = generation_config
         self.kwargs = model_kwargs
         self.cache = cache_of(model_kwargs)
+        # Where the target's inputs belong. `target.device` may be `meta` (offloaded weights).
+        self.device = device_of(target.get_input_embeddings())
         self.outputs = None  # of the last pass
         self.step = decode_step_of(target, model_kwargs, generation_config)
 
@@ -115,7 +118,7 @@ class Passes:
         """Verify: read the last `count` tokens of a text. (1, S) -> (1, count, V)"""
         kwargs = longer_kwargs(self.kwargs, ids.shape[1])
         inputs = self.target.prepare_inputs_for_generation(
-            ids, next_sequence_length=count, is_first_iteration=False, **kwargs
+            ids.to(self.device), next_sequence_length=count, is_first_iteration=False, **kwargs
         )
         if "logits_to_keep" in inputs:
             inputs["logits_to_keep"] = count
@@ -138,20 +141,13 @@ class LeanPasses(Passes):
     @staticmethod
     def serve(target, model_kwargs: dict) -> bool:
         """Whether a call's passes may be made so."""
-        mixin, own = (
-            GenerationMixin,
-            (
-                target.prepare_inputs_for_generation,
-                target._update_model_kwargs_for_generation,
-            ),
-        )
-        common = (
-            mixin.prepare_inputs_for_generation,
-            mixin._update_model_kwargs_for_generation,
-        )
+        # A target's class may have such methods of its own, and so may the object.
+        prepare = getattr(target.prepare_inputs_for_generation, "__func__", None)
+        update = getattr(target._update_model_kwargs_for_generation, "__func__", None)
         given = {key for key, value in model_kwargs.items() if value is not None}
         return (
-            tuple(getattr(one, "__func__", None) for one in own) == common
+            prepare is GenerationMixin.prepare_inputs_for_generation
+            and update is GenerationMixin._update_model_kwargs_for_generation
             and not target.is_remote_code()
             and not cache_of(model_kwargs).is_compileable
             and given <= PLAIN_INPUTS
@@ -159,19 +155,18 @@ class LeanPasses(Passes):
 
     def __init__(self, target, generation_config, model_kwargs: dict):
         super().__init__(target, generation_config, model_kwargs)
-        # Where the target's inputs belong. `target.device` may be `meta` (offloaded weights).
-        self.device = device = device_of(target.get_input_embeddings())
         # From the prompt's on, these two go on by themselves.
         self.rows = {}
         for name, goes_on in (("position_ids", counted), ("attention_mask", ones)):
             start = model_kwargs.get(name)
             if start is not None:
-                self.rows[name] = Extended(start.to(device), goes_on)
+                self.rows[name] = Extended(start.to(self.device), goes_on)
 
     def commit(self, count: int) -> None:
         """Nothing is to be made longer."""
 
     def run(self, ids: torch.LongTensor, count: int, **more) -> torch.Tensor:
+        """As of [`Passes`]."""
         inputs = {CACHE: self.cache, "use_cache": True}
         for name, rows in self.rows.items():
             inputs[name] = rows.upto(ids.shape[1])
@@ -210,7 +205,6 @@ class Decoding:
         config = generation_config
         self.target = target
         self.drafts = drafts
-        self.prompt = input_ids
         self.config = config
         self.synced_gpus = synced_gpus
         self.streamer = streamer
@@ -249,7 +243,7 @@ class Decoding:
                 self._round()
         if self.streamer is not None:
             self.streamer.end()
-        sequences = self.text.upto(self.length).to(self.prompt.device, copy=True)
+        sequences = self.text.upto(self.length).clone()
         if not self.config.return_dict_in_generate:
             return sequences
         return GenerateDecoderOnlyOutput(

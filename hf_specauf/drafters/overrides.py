@@ -263,12 +263,12 @@ class DraftingOverrides:
         generation_config,
         synced_gpus=False,
         streamer=None,
-        inputs_tensor=None,
+        # Named so that the target's passes do not get them. A block drafter needs neither.
         assistant_tokenizer=None,
         tokenizer=None,
         **model_kwargs,
     ):
-        """What `_assisted_decoding` does, by our loop; the arguments are the same."""
+        """What `_assisted_decoding` does, by our loop."""
         check_inputs(self.target, input_ids, model_kwargs)
         check_processors(logits_processor)
         drafts = self.make_drafts(self.target, generation_config, logits_processor=logits_processor)
@@ -289,15 +289,17 @@ def drafting_class(own: type) -> type:
     """A target's class, with drafting. transformers takes it for the target's own, by its name."""
 
     class Drafting(own):
+        """The target's own class, and what is asked of it otherwise while a drafter is attached."""
+
         _attached_drafters: list[DraftingOverrides] = []
 
         def _validate_generation_mode(
             self, generation_mode, generation_config, generation_mode_kwargs
         ):
             given = dict(generation_mode_kwargs)
-            drafter = attached(self, given.get("assistant_model"))
-            if drafter is not None:
-                drafter.validate(generation_mode, generation_config)
+            mine = overrides_for(self, given.get("assistant_model"))
+            if mine is not None:
+                mine.validate(generation_mode, generation_config)
                 # Without it, because transformers asks an assistant for the target's vocabulary,
                 # and this target's may have been resized since the drafter was trained.
                 del given["assistant_model"]
@@ -305,9 +307,9 @@ def drafting_class(own: type) -> type:
             own._validate_generation_mode(self, generation_mode, generation_config, given)
 
         def _assisted_decoding(self, *args, inputs_tensor=None, assistant_model=None, **kwargs):
-            drafter = attached(self, assistant_model)
-            if drafter is not None:
-                return drafter.decode(*args, **kwargs)
+            mine = overrides_for(self, assistant_model)
+            if mine is not None:
+                return mine.decode(*args, **kwargs)
             return own._assisted_decoding(
                 self, *args, inputs_tensor=inputs_tensor, assistant_model=assistant_model, **kwargs
             )
@@ -323,7 +325,7 @@ def drafting_class(own: type) -> type:
     return Drafting
 
 
-def attached(target, assistant_model) -> DraftingOverrides | None:
+def overrides_for(target, assistant_model) -> DraftingOverrides | None:
     """Whoever attached this drafter last; `None` for any other assistant."""
     for one in reversed(getattr(type(target), "_attached_drafters", ())):
         if one.drafter is assistant_model:

@@ -196,8 +196,8 @@ def greedy(logits: torch.Tensor, draft: Draft | None) -> Verdict:
     """The target's own choices, as far as the draft had them: a few operations, and one look.
 
     Args:
-        logits (`torch.Tensor` of shape `(1, d + 1, V)`): in the target's dtype. Its best token is
-            that of their copy in fp32, but for float64's ties there.
+        logits (`torch.Tensor` of shape `(1, d + 1, V)`): in the target's dtype. Plain decoding
+            looks at a copy in fp32, which has the same best token in bf16, fp16 and fp32.
     """
     chosen = logits[0].argmax(-1)  # (d + 1,)
     if draft is None:

@@ -164,8 +164,8 @@ def compare(
 ) -> dict:
     """Decode every prompt plainly and with the drafter, in turn, and compare.
 
-    With `lookup` in two more ways: by transformers' own prompt lookup, and by the drafter and
-    lookup together. tau stays that of the drafter alone.
+    With `lookup` in two more ways: by transformers' own prompt lookup (`prompt_lookup`), and by
+    drafter and lookup together (`drafter_and_lookup`). tau stays that of the drafter alone.
 
     Args:
         target, drafter: as for `attach`.

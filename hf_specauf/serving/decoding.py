@@ -192,8 +192,10 @@ class Attachment:
         return None if self.policy is None else self.policy.costs
 
     def acceptance(self) -> Acceptance:
-        """tau, alpha_k and histogram over all `generate` calls so far."""
-        return summarize(self.rounds, innermost(self.drafter).config.block_size)
+        """tau, alpha_k and histogram over all `generate` calls so far: the drafter's own, without
+        the passes whose drafts were looked up."""
+        own = [r for r in self.rounds if not r.looked_up]
+        return summarize(own, innermost(self.drafter).config.block_size)
 
     def _drafts(self, target, generation_config, logits_processor) -> BlockDrafts:
         """What a `generate` call that begins takes its drafts from."""

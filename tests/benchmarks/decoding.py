@@ -11,7 +11,6 @@ bootstrap draws of the prompts. Without --target it makes the toy pair of the te
 import argparse
 import json
 import random
-import time
 from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -29,8 +28,16 @@ from hf_specauf.data.rows import pad_token_id
 from hf_specauf.data.sources import load_rows
 from hf_specauf.records import environment, write_record
 from hf_specauf.serving.benchmarks import Wording, encode_prompts
-from hf_specauf.serving.compare import count_verdicts, decoding_config, first_difference, repetition
-from hf_specauf.serving.decoding import Attachment, attach
+from hf_specauf.serving.compare import (
+    accepted_by_source,
+    count_verdicts,
+    decoded_in_turn,
+    decoding_config,
+    first_difference,
+    repetition,
+    timed,
+)
+from hf_specauf.serving.decoding import attach
 from hf_specauf.target import load_target
 
 DRAWS = 2000
@@ -69,23 +76,16 @@ class Runner:
     way: Way
     target: torch.nn.Module
     drafter: torch.nn.Module | None
-    attachment: Attachment | None
 
     def __call__(self, prompt: torch.Tensor, config) -> tuple[torch.Tensor, float, int]:
         """-> ids, seconds, passes of the target after the prefill"""
         passes = []
         handle = self.target.register_forward_hook(lambda *_: passes.append(1))
-        given = {"assistant_model": self.drafter} if self.way.drafts else {}
         config = deepcopy(config)
         config.update(**self.way.call)
-        torch.manual_seed(0)
-        start = time.perf_counter()
-        ids = self.target.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=config, **given)
-        if ids.is_cuda:
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - start
+        decoded = timed(self.target, prompt, self.drafter, config, seed=0)
         handle.remove()
-        return ids, seconds, len(passes) - 1
+        return decoded.output, decoded.seconds, len(passes) - 1
 
 
 def ratio(rows: list[dict], way: str) -> float:
@@ -120,26 +120,13 @@ def summary(rows: list[dict], ways: list[str], attachments: dict) -> dict:
             "outputs": count_verdicts(of_way),
         }
         if way in attachments:
-            found[way]["by_source"] = sources(attachments[way].rounds)
+            found[way]["by_source"] = accepted_by_source(attachments[way].rounds)
             costs = attachments[way].costs
             if costs is not None:
                 found[way]["costs_ms"] = {
                     "passes": {d: 1000 * c for d, c in sorted(costs.passes.items())},
                     "drafting": None if costs.drafting is None else 1000 * costs.drafting,
                 }
-    return found
-
-
-def sources(rounds: list) -> dict:
-    """Rounds, drafted and accepted tokens by where drafts came from."""
-    found = {}
-    for name in ("drafter", "lookup", "none"):
-        found[name] = {"rounds": 0, "drafted": 0, "accepted": 0}
-    for one in rounds:
-        name = "lookup" if one.looked_up else "drafter" if one.drafted else "none"
-        found[name]["rounds"] += 1
-        found[name]["drafted"] += one.drafted
-        found[name]["accepted"] += one.accepted
     return found
 
 
@@ -152,20 +139,18 @@ def measure(target, drafter, prompts: list[torch.Tensor], ways: list[str], new_t
             way = WAYS[name]
             # A drafter of its own, because an attachment knows its drafter by the object.
             own = deepcopy(drafter) if way.drafts else None
-            attachment = None
             if way.attached is not None:
-                attachment = attachments[name] = stack.enter_context(attach(target, own, **way.attached))
-            runners[name] = Runner(way, target, own, attachment)
+                attachments[name] = stack.enter_context(attach(target, own, **way.attached))
+            runners[name] = Runner(way, target, own)
         for runner in runners.values():
             runner(prompts[0][:, -32:], decoding_config(target, 8, pad))
         for attachment in attachments.values():
             attachment.generations.clear()
         rows, repeated = [], []
-        for turn, prompt in enumerate(track(prompts, title, transient=True)):
-            row, order = {}, ways[turn % len(ways) :] + ways[: turn % len(ways)]
-            outputs = {}
-            for name in order:
-                ids, seconds, passes = runners[name](prompt, config)
+        shown = track(prompts, title, transient=True)
+        for prompt, made in decoded_in_turn(shown, ways, lambda prompt, name: runners[name](prompt, config)):
+            row, outputs = {}, {}
+            for name, (ids, seconds, passes) in made.items():
                 outputs[name] = ids
                 row[name] = {"tokens": ids.shape[1] - prompt.shape[1], "seconds": seconds, "passes": passes}
             for name in ways:
