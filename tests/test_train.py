@@ -177,9 +177,9 @@ def test_whatever_measurement_fails_the_drafter_and_its_record_are_saved_first(
 
 
 def test_what_would_fail_after_hours_of_tokenizing_is_told_before(command, tokenizer, tmp_path, capsys):
-    recurrent_target(len(tokenizer)).save_pretrained(tmp_path / "recurrent")
+    recurrent_target("jamba", len(tokenizer)).save_pretrained(tmp_path / "recurrent")
     tokenizer.save_pretrained(tmp_path / "recurrent")
-    with pytest.raises(SystemExit, match="keeps a recurrent state .* Set eval_prompts: 0"):
+    with pytest.raises(SystemExit, match="on top of its recurrent state .* Set eval_prompts: 0"):
         main(command(target=tmp_path / "recurrent"))
     with pytest.raises(SystemExit, match="lora_target_modules names 'nowhere'"):
         main(command(use_peft="true", init_from_target_layers="2", lora_target_modules="nowhere"))

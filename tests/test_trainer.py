@@ -443,21 +443,32 @@ def test_auf_starts_on_first_slots_grows_its_support_and_raises_tau(build, pair)
 # ---- targets that cannot be decoded with
 
 
-def recurrent_target(vocab_size: int = 96):
-    """A tiny Qwen3-Next: three of its four layers keep a state that cannot be rolled back."""
+def recurrent_target(architecture: str, vocab_size: int = 96):
+    """A tiny target with a recurrent state. Jamba's cannot be put back, and Qwen3-Next's can."""
+    own = dict(mamba_d_state=8, mamba_dt_rank=4, attn_layer_period=2, attn_layer_offset=1)
+    if architecture == "qwen3_next":
+        own = dict(
+            head_dim=8, linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=8,
+            linear_value_head_dim=8, moe_intermediate_size=16, shared_expert_intermediate_size=16,
+        )  # fmt: skip
     config = AutoConfig.for_model(
-        "qwen3_next", vocab_size=vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=4,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=8, linear_num_value_heads=4, linear_num_key_heads=2,
-        linear_key_head_dim=8, linear_value_head_dim=8, num_experts=4, num_experts_per_tok=2,
-        moe_intermediate_size=16, shared_expert_intermediate_size=16, max_position_embeddings=256,
-        eos_token_id=EOS, pad_token_id=PAD, bos_token_id=None,
+        architecture, vocab_size=vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, num_experts=4, num_experts_per_tok=2,
+        max_position_embeddings=256, eos_token_id=EOS, pad_token_id=PAD, bos_token_id=None, **own,
     )  # fmt: skip
     return AutoModelForCausalLM.from_config(config).eval()
 
 
+def test_a_hybrid_target_is_trained_for_and_measured(build):
+    target = recurrent_target("qwen3_next")
+    trainer = build(model=make_drafter(target), target_model=target, eval_strategy="steps", eval_steps=3)
+    assert len(train(trainer)) == 3
+    assert trainer.state.log_history[-2]["eval_tau"] >= 1
+
+
 @pytest.mark.parametrize("where", ["recurrent", "any other reason"])
 def test_a_target_nobody_can_draft_for_is_told_at_the_start_and_trained_unmeasured(build, pair, where, capsys):
-    target, reason = recurrent_target(), "Qwen3NextForCausalLM cannot be .* it keeps a recurrent state"
+    target, reason = recurrent_target("jamba"), "JambaForCausalLM cannot be .* reads several tokens on top of its"
     if where != "recurrent":
         target, reason = deepcopy(pair.target), "Qwen3ForCausalLM cannot be .* NotImplementedError: no such cache"
 
@@ -475,9 +486,9 @@ def test_a_target_nobody_can_draft_for_is_told_at_the_start_and_trained_unmeasur
 
 
 def test_a_target_nobody_can_draft_for_is_told_before_the_data_is_touched(build, capsys):
-    target = recurrent_target()
+    target = recurrent_target("jamba")
     raw = Dataset.from_dict({"text": ["the quick brown fox jumps over the lazy dog"] * 8})
-    with pytest.raises(ValueError, match="it keeps a recurrent state"):
+    with pytest.raises(ValueError, match="on top of its recurrent state"):
         build(model=make_drafter(target), target_model=target, train_dataset=raw, eval_dataset=raw)
     assert "token rows" not in capsys.readouterr().out
 

@@ -18,7 +18,7 @@ import torch
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMixin
 
 from .drafts import BlockDrafts, Extended, counted, ones
-from .target_parts import Taps, decoder_layers, device_of
+from .target_parts import Mixers, Taps, decoder_layers, device_of
 from .transformers_internals import (
     CACHE,
     EosTokenCriteria,
@@ -98,14 +98,18 @@ class Passes:
         # Where the target's inputs belong. `target.device` may be `meta` (offloaded weights).
         self.device = device_of(target.get_input_embeddings())
         self.outputs = None  # of the last pass
-        self.step = decode_step_of(target, model_kwargs, generation_config)
+        # Of a hybrid target: what keeps a state instead of keys and values.
+        self.mixers = Mixers(target, self.cache) if target._is_stateful else None
+        self.step = target.__call__
+        if self.mixers is None:
+            self.step = decode_step_of(target, model_kwargs, generation_config)
 
     def prefill(self, ids: torch.LongTensor, **more) -> torch.Tensor:
         """Read the prompt. (1, S) -> its last logits (1, 1, V)"""
         outputs = self.target._prefill(ids, self.config, self.kwargs | more)
         # Only now: before, sliding layers would keep the whole prompt.
         self.cache.activate_past_recording()
-        if not getattr(self.cache, "is_croppable", True):
+        if self.mixers is None and not getattr(self.cache, "is_croppable", True):
             raise ValueError(
                 f"{type(self.target).__name__}'s cache cannot be cut back to the accepted tokens:"
                 " its output would be silently wrong. Generate without assistant_model."
@@ -116,6 +120,12 @@ class Passes:
 
     def run(self, ids: torch.LongTensor, count: int, **more) -> torch.Tensor:
         """Verify: read the last `count` tokens of a text. (1, S) -> (1, count, V)"""
+        # The state after one token is never taken back.
+        with self.mixers if self.mixers is not None and count > 1 else nullcontext():
+            return self.read(ids, count, **more)
+
+    def read(self, ids: torch.LongTensor, count: int, **more) -> torch.Tensor:
+        """As `run`, with nothing around it."""
         kwargs = longer_kwargs(self.kwargs, ids.shape[1])
         inputs = self.target.prepare_inputs_for_generation(
             ids.to(self.device), next_sequence_length=count, is_first_iteration=False, **kwargs
@@ -125,6 +135,12 @@ class Passes:
         # Not with the experts' kernels that plain decoding takes: those are for one token.
         self.outputs = self.step(**(inputs | more))
         return self.outputs.logits[:, -count:]
+
+    def cut(self, rows: int, kept: int) -> None:
+        """Forget all but the first `kept` of the last pass's rows, as if they alone were read."""
+        self.cache.crop(kept - rows)
+        if self.mixers is not None and kept < rows:
+            self.mixers.read_again(rows, kept)
 
     def commit(self, count: int) -> None:
         """Go on behind so many new tokens."""
@@ -165,7 +181,7 @@ class LeanPasses(Passes):
     def commit(self, count: int) -> None:
         """Nothing is to be made longer."""
 
-    def run(self, ids: torch.LongTensor, count: int, **more) -> torch.Tensor:
+    def read(self, ids: torch.LongTensor, count: int, **more) -> torch.Tensor:
         """As of [`Passes`]."""
         inputs = {CACHE: self.cache, "use_cache": True}
         for name, rows in self.rows.items():
@@ -262,6 +278,12 @@ class Decoding:
             layers = decoder_layers(self.target)
             self.taps = Taps([layers[i] for i in ids])
             return
+        if self.passes.mixers is not None:
+            raise ValueError(
+                f"a compiled {type(self.target).__name__} and a drafter cannot go together: its"
+                " recurrent state is put back by hooks, which compiled code does not see. Attach"
+                " the target without torch.compile"
+            )
         # Compiled code does not see hooks that are new. Entry 0 is the embedding.
         self.asked = {"output_hidden_states": [i + 1 for i in ids]}
         if self.config.prefill_chunk_size is not None:
@@ -307,7 +329,7 @@ class Decoding:
         verdict = self.verify(logits, draft, ids)
         count = self._commit(logits, verdict)
         # The last committed token was not read yet, and what was rejected is to be forgotten.
-        self.passes.cache.crop(count - drafted - 1)
+        self.passes.cut(drafted + 1, count)
         self.passes.commit(count)
         self.drafts.learn(verdict.tokens[:count], verdict.accepted, draft)
         if not self.done:
@@ -337,6 +359,7 @@ class Decoding:
     def _idle(self) -> None:
         """A pass whose result is not used."""
         self.passes.run(self.text.upto(self.length), 1, **self.asked)
+        # A state stays one token ahead. Nothing reads it any more.
         self.passes.cache.crop(-1)
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 
 from .loop import Decoding
-from .target_parts import decoder_layers
+from .target_parts import check_state, decoder_layers
 from .transformers_internals import (
     OVERRIDDEN,
     GenerationMode,
@@ -43,11 +43,10 @@ def check_generation(target, generation_mode, generation_config) -> None:
             f"generation mode {generation_mode.value!r} cannot be drafted for, and transformers"
             " would silently ignore the drafter: set num_beams=1, or leave assistant_model out"
         )
-    if target._is_stateful:
+    if generation_config.num_return_sequences > 1:
         raise ValueError(
-            f"{type(target).__name__} keeps a recurrent state that cannot be rolled back to the"
-            " accepted tokens; its output would be silently wrong. Generate without"
-            " assistant_model."
+            "a drafter serves one sequence a call: set num_return_sequences to 1 and call generate"
+            " once for each, or leave assistant_model out"
         )
     if generation_config.output_hidden_states:
         raise ValueError(
@@ -114,7 +113,7 @@ def check_inputs(target, input_ids: torch.Tensor, model_kwargs: dict) -> None:
             " and the output would be silently wrong: pass the full conversation as input_ids and"
             " no cache (past_key_values)."
         )
-    check_cache(target_cache)
+    check_cache(target_cache, target._is_stateful)
     # transformers has encoded images and videos by now, where the target lets it.
     media = [*(model_kwargs.get("mm_encoder_outputs") or {})]
     media += [name for name in model_kwargs if name.startswith(NO_TEXT)]
@@ -222,12 +221,14 @@ class DraftingOverrides:
 
     Raises:
         RuntimeError: this version of transformers has no such methods, or other arguments.
-        ValueError: the target has no list of decoder layers.
+        ValueError: the target has no list of decoder layers, or keeps a state that cannot be
+            brought back to the accepted tokens.
     """
 
     def __init__(self, target, drafter, make_drafts: Callable):
         check_methods(type(target), OVERRIDDEN)
         decoder_layers(target)
+        check_state(target)
         self.target = target
         self.drafter = drafter
         self.make_drafts = make_drafts
@@ -303,6 +304,9 @@ def drafting_class(own: type) -> type:
                 # Without it, because transformers asks an assistant for the target's vocabulary,
                 # and this target's may have been resized since the drafter was trained.
                 del given["assistant_model"]
+                # As plain decoding, because its assisted decoding refuses targets with a state.
+                # All else that it would ask there was asked.
+                generation_mode = GenerationMode.GREEDY_SEARCH
             # Not by `super`, because another thread may give the target its own class back.
             own._validate_generation_mode(self, generation_mode, generation_config, given)
 

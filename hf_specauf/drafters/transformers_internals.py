@@ -196,8 +196,12 @@ def the_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | Non
     return past_key_values if cache is None else cache
 
 
-def check_cache(target_cache: Cache) -> None:
+def check_cache(target_cache: Cache, has_state: bool = False) -> None:
     """Raise unless a target's cache can be cut back to the accepted tokens after each pass.
+
+    Args:
+        target_cache (`Cache`): empty.
+        has_state (`bool`): whether a part of it is a recurrent state.
 
     Raises:
         ValueError: it cannot, and what to use instead.
@@ -213,6 +217,11 @@ def check_cache(target_cache: Cache) -> None:
         )
     # 5.24 knows only after the prefill pass, too, and does not say what to use instead.
     for layer in target_cache.layers:
+        if has_state and isinstance(layer, StaticLayer):
+            raise ValueError(
+                "a static cache and a target with a recurrent state cannot go together with a"
+                f" drafter. {advice}"
+            )
         if isinstance(layer, StaticLayer) and not layer.is_croppable:
             raise ValueError(
                 "this static cache cannot be cut back to the accepted tokens, since its"

@@ -284,9 +284,8 @@ def check_decoding(target: FrozenTarget, drafter, args: AUFConfig, *, measured: 
     """
     will_decode = measured and args.eval_prompts > 0
     reason = None
-    if getattr(target.model, "_is_stateful", False):
-        reason = "it keeps a recurrent state that cannot be rolled back to the accepted tokens"
-    elif will_decode:
+    # Of targets with a recurrent state some cannot be, so whoever trains for one is told.
+    if will_decode or getattr(target.model, "_is_stateful", False):
         reason = _why_decoding_fails(target, drafter, args.device)
     if reason is None:
         return
