@@ -36,8 +36,18 @@ TINY = {
     "llama": {},
     "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16},
     "gemma3": {"sliding_window": 16, "query_pre_attn_scalar": 8},
+    "qwen3_5": dict(
+        linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=8, linear_value_head_dim=8,
+        layer_types=["linear_attention", "full_attention"] * 4,
+    ),
+}  # fmt: skip
+TEMPLATES = {
+    "qwen3": GOLDEN["qwen3, thinking off"][:2],
+    "llama": GOLDEN["llama-3.1"][:2],
+    "gpt_oss": GOLDEN["gpt-oss"][:2],
+    "gemma3": GOLDEN["gemma-3"][:2],
+    "qwen3_5": ("qwen3_5_nothink.jinja", GOLDEN["qwen3, thinking off"][1]),
 }
-TEMPLATES = {"qwen3": "qwen3, thinking off", "llama": "llama-3.1", "gpt_oss": "gpt-oss", "gemma3": "gemma-3"}
 TABLE = (ROOT / "recipes/README.md").read_text()
 each_recipe = pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.name}")
 
@@ -97,18 +107,19 @@ def test_recipe_fits_the_published_config_of_its_target(path):
 
 def tiny_target(folder: Path, model_type: str, layers: int, hidden: int = 32):
     """A tiny target folder of an architecture, with the chat template of its family."""
-    template, special = GOLDEN[TEMPLATES[model_type]][:2]
-    tokenizer = model_tokenizer(template, special)
+    tokenizer = model_tokenizer(*TEMPLATES[model_type])
     shape = dict(
         hidden_size=hidden, num_attention_heads=4, num_key_value_heads=2, head_dim=hidden // 4,
         intermediate_size=2 * hidden, num_hidden_layers=layers, vocab_size=len(tokenizer),
         max_position_embeddings=512, **TINY[model_type],
     )  # fmt: skip
     ids = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None)
-    if model_type == "gemma3":
-        vision = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
-        vision |= dict(image_size=28, patch_size=14)
-        config = AutoConfig.for_model("gemma3", text_config=shape | ids, vision_config=vision, **ids)
+    if model_type in ("gemma3", "qwen3_5"):
+        vision = {}  # Qwen3.5's text model is loaded alone
+        if model_type == "gemma3":
+            vision = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+            vision |= dict(image_size=28, patch_size=14)
+        config = AutoConfig.for_model(model_type, text_config=shape | ids, vision_config=vision, **ids)
         target = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     else:
         config = AutoConfig.for_model(model_type, **shape, **ids)
