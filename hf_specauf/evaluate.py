@@ -151,11 +151,11 @@ class EvaluateArguments:
             " decides by what passes cost and drafts bring."
         },
     )
-    lookup: str | None = field(
-        default=None,
+    lookup: str = field(
+        default=AUTO,
         metadata={
             "help": "auto, or a number of tokens: also decode by transformers' prompt lookup, and"
-            " by the drafter with such drafts beside its own."
+            " by the drafter with such drafts beside its own and lengths that pay; off: neither."
         },
     )
     temperature: float = field(
@@ -178,10 +178,11 @@ class EvaluateArguments:
                     " to K - 1"
                 )
             self.draft_length = int(self.draft_length)
-        if self.lookup not in (None, AUTO):
+        if self.lookup not in ("off", AUTO):
             if not self.lookup.isdecimal() or int(self.lookup) < 1:
                 raise ValueError(
-                    f"--lookup is {self.lookup!r}; it must be auto, or a number of tokens from 1 on"
+                    f"--lookup is {self.lookup!r}; it must be auto, off, or a number of tokens from"
+                    " 1 on"
                 )
             self.lookup = int(self.lookup)
         check_device(self.device)
@@ -274,7 +275,7 @@ def measure(
         temperature=args.temperature,
         pad_token_id=pad,
         draft_length=args.draft_length,
-        lookup=False if args.lookup is None else args.lookup,
+        lookup=False if args.lookup == "off" else args.lookup,
     )
     return evaluation_record(
         results,

@@ -27,6 +27,7 @@ import hf_specauf  # noqa: F401  registers the drafter
 from hf_specauf.drafters.modeling_dflash import DFlashDraftModel
 from hf_specauf.drafters.modeling_domino import DominoDraftModel
 from hf_specauf.losses.blocks import make_blocks, sample_anchors
+from hf_specauf.serving import decoding
 from hf_specauf.target import FrozenTarget, drafter_config
 
 atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
@@ -120,6 +121,12 @@ def make_domino(target, block_size: int = 4, layers: int = 1, taps=(0, 2), seed:
     )  # fmt: skip
     set_seed(seed)
     return DominoDraftModel(config).to(dtype).eval()
+
+
+def attach(target, drafter, **options) -> decoding.Attachment:
+    """`hf_specauf.attach` that verifies whole blocks and looks nothing up, unless a test says otherwise: no clock then
+    decides what a round is."""
+    return decoding.attach(target, drafter, **(dict(draft_length=None, lookup=False) | options))
 
 
 def random_prompts(count: int, length: int = 12, seed: int = 0) -> torch.Tensor:

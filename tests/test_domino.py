@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import MASK, make_domino, make_target, overfit, random_prompts
+from conftest import MASK, attach, make_domino, make_target, overfit, random_prompts
 from peft import LoraConfig, get_peft_model
 from test_generate import GREEDY, NEW, PROMPT, SAMPLING, FollowOn, decode, plain, recorded, sampled_p_value
 from torch import nn
@@ -23,7 +23,6 @@ from hf_specauf.drafters.verification import Draft
 from hf_specauf.losses.blocks import make_blocks
 from hf_specauf.losses.branches import branch_losses
 from hf_specauf.losses.objectives import OBJECTIVES, LossSpec, objectives_for
-from hf_specauf.serving.decoding import attach
 from hf_specauf.target import FrozenTarget
 
 pytestmark = pytest.mark.internals
@@ -364,7 +363,7 @@ def test_generate_in_one_call_gives_the_targets_text_and_leaves_nothing_behind(s
     passes = []
     handle = p.target.register_forward_hook(lambda *_: passes.append(1))
     try:
-        output = hf_specauf.generate(p.target, p.drafter, p.prompts[0], **GREEDY)
+        output = hf_specauf.generate(p.target, p.drafter, p.prompts[0], draft_length=None, lookup=False, **GREEDY)
     finally:
         handle.remove()
     assert torch.equal(output, p.plain[0]) and set(vars(p.target)) == before

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import make_domino, make_drafter, make_target, overfit
+from conftest import attach, make_domino, make_drafter, make_target, overfit
 from peft import LoraConfig
 from test_domino import ADAPTERS
 from test_trainer import BASE as DFLASH_BASE
@@ -18,7 +18,6 @@ from transformers import AutoModel
 from hf_specauf import AUFConfig, AUFTrainer, DominoDraftModel
 from hf_specauf.losses.blocks import EVALUATION_STEP, make_blocks, sample_anchors
 from hf_specauf.losses.objectives import objectives_for
-from hf_specauf.serving.decoding import attach
 from hf_specauf.train import main
 
 pytestmark = pytest.mark.internals

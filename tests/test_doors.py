@@ -4,11 +4,10 @@ import json
 
 import pytest
 import torch
-from conftest import make_drafter, make_target, random_prompts
+from conftest import attach, make_drafter, make_target, random_prompts
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from hf_specauf import attach
 from hf_specauf.drafters import DRAFTERS
 from hf_specauf.drafters.configuration_dflash import REQUIRED_KEYS, DFlashConfig
 from hf_specauf.drafters.modeling_dflash import DFlashDraftModel

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import MASK, VOCAB, make_domino, make_drafter, make_target, overfit, random_prompts, warm_python
+from conftest import MASK, VOCAB, attach, make_domino, make_drafter, make_target, overfit, random_prompts, warm_python
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, DynamicCache
 from transformers.cache_utils import DFlashCache
@@ -21,7 +21,6 @@ from hf_specauf.drafters.configuration_dflash import REQUIRED_KEYS, DFlashConfig
 from hf_specauf.drafters.modeling_dflash import DFlashDraftModel
 from hf_specauf.drafters.target_parts import embed_noise
 from hf_specauf.losses.blocks import make_blocks
-from hf_specauf.serving.decoding import attach
 from hf_specauf.target import FrozenTarget
 
 pytestmark = pytest.mark.internals

@@ -15,6 +15,7 @@ from conftest import (
     EOS,
     MASK,
     PAD,
+    attach,
     make_domino,
     make_drafter,
     make_target,
@@ -43,7 +44,6 @@ from hf_specauf.serving.compare import (
     show,
     totals,
 )
-from hf_specauf.serving.decoding import attach
 from hf_specauf.target import drafter_config
 
 PROMPT, NEW, K = 12, 24, 4

@@ -15,6 +15,7 @@ from conftest import (
     MASK,
     PAD,
     VOCAB,
+    attach,
     byte_level_tokenizer,
     make_domino,
     make_drafter,
@@ -58,7 +59,6 @@ from hf_specauf.layouts.adapters import AdapterBase, borrow
 from hf_specauf.losses.blocks import make_blocks
 from hf_specauf.serving.acceptance import accepted_prefix, summarize
 from hf_specauf.serving.compare import compare
-from hf_specauf.serving.decoding import attach
 from hf_specauf.target import FrozenTarget, decoder_layers, drafter_config
 
 pytestmark = pytest.mark.internals

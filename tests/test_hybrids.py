@@ -9,6 +9,7 @@ from conftest import (
     GATED,
     PAD,
     VOCAB,
+    attach,
     make_domino,
     make_drafter,
     make_target,
@@ -21,7 +22,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, StoppingCriteria, set
 import hf_specauf
 from hf_specauf.drafters import target_parts
 from hf_specauf.drafters.target_parts import Mixers, check_state, recurrent_mixers
-from hf_specauf.serving.decoding import attach
 
 pytestmark = pytest.mark.internals
 

@@ -7,11 +7,11 @@ from copy import deepcopy
 
 import pytest
 import torch
-from conftest import BASE, make_drafter, make_target
+from conftest import BASE, attach, make_drafter, make_target
 from peft import TrainableTokensConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from hf_specauf import add_adapter, attach, load_drafter
+from hf_specauf import add_adapter, load_drafter
 from hf_specauf.data.on_policy import written_by
 from hf_specauf.evaluate import main as evaluate
 from hf_specauf.identity import (

@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from conftest import make_domino, make_drafter, make_target, random_prompts
+from conftest import attach, make_domino, make_drafter, make_target, random_prompts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
@@ -13,9 +13,9 @@ from transformers.generation import LogitsProcessorList
 
 import hf_specauf
 from hf_specauf.drafters.draft_length import Costs, DraftLength, Round
+from hf_specauf.drafters.drafts import BlockDrafts
 from hf_specauf.drafters.lookup import BINS, LONGEST, SHORTEST, Continuation, Lookup, LookupChoice, LookupSurvival
 from hf_specauf.drafters.verification import Draft, Verifier
-from hf_specauf.serving.decoding import attach
 
 pytestmark = pytest.mark.internals
 
@@ -144,6 +144,38 @@ def test_greedy_text_is_the_targets_own_with_drafts_from_both(lookup, length):
     if isinstance(lookup, int) and lookup is not True:
         longest = min(longest, lookup)
     assert max(r.drafted for r in looked_up) <= longest
+
+
+def test_length_and_lookup_are_decided_by_what_pays_where_nobody_says():
+    p = pair()
+    with hf_specauf.attach(p.target, p.drafter) as attachment:
+        for prompt, text in zip(p.prompts, p.plain):
+            assert torch.equal(p.target.generate(prompt, **GREEDY, assistant_model=p.drafter), text)
+    assert attachment.costs.passes[0] > 0  # the first round is plain
+    assert isinstance(attachment.lookup, LookupChoice)
+    assert torch.equal(hf_specauf.generate(p.target, p.drafter, p.prompts[0], **GREEDY), p.plain[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "drafted"),
+    [({}, 0), (dict(draft_length=None, lookup=False), K - 1), (dict(draft_length=1, lookup=2), 1)],
+    ids=["by default", "whole blocks", "numbers"],
+)
+def test_what_the_hubs_generate_drafts_can_be_said_and_is_learned_from_call_to_call(options, drafted, monkeypatch):
+    target = make_target()
+    drafter = make_domino(target)
+    prompt = random_prompts(1, PROMPT)
+    kept = []
+    own = BlockDrafts.learn
+    monkeypatch.setattr(BlockDrafts, "learn", lambda self, *args: (own(self, *args), kept.append(self))[0])
+    expected = target.generate(prompt, **GREEDY)
+    for _ in range(2):
+        assert torch.equal(drafter.generate_for(target, prompt, **options, **GREEDY), expected)
+    first, last = kept[0], kept[-1]
+    assert first is not last
+    assert (first.draft_length is last.draft_length) and (first.draft_length is None) == bool(options)
+    assert (first.lookup is None) == (options.get("lookup") is False)
+    assert first.rounds[0].drafted == drafted
 
 
 def test_without_lookup_nothing_is_looked_up():

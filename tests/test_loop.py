@@ -9,7 +9,7 @@ from copy import deepcopy
 
 import pytest
 import torch
-from conftest import make_domino, make_target, overfit, random_prompts
+from conftest import attach, make_domino, make_target, overfit, random_prompts
 from scipy.stats import chisquare
 from test_generate import GREEDY, NEW, PROMPT, inside_a_draft, pair, plain, sampled_p_value, sampling_pair, state_of
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -29,7 +29,6 @@ from hf_specauf.drafters.loop import Decoding, LeanPasses
 from hf_specauf.drafters.overrides import DraftingOverrides
 from hf_specauf.drafters.transformers_internals import CACHE
 from hf_specauf.drafters.verification import Draft, Verifier
-from hf_specauf.serving.decoding import attach
 
 pytestmark = pytest.mark.internals
 
@@ -458,7 +457,8 @@ def test_where_processes_must_call_together_a_finished_one_goes_on_calling(monke
     monkeypatch.setattr(GenerationMixin, "_has_unfinished_sequences", unfinished)
     handle = p.target.register_forward_hook(lambda *_: passes.append(1))
     try:
-        output = hf_specauf.generate(p.target, p.drafter, p.prompts[0], **GREEDY, synced_gpus=True)
+        whole = dict(draft_length=None, lookup=False, synced_gpus=True)
+        output = hf_specauf.generate(p.target, p.drafter, p.prompts[0], **GREEDY, **whole)
     finally:
         handle.remove()
     assert torch.equal(output, p.plain[0])

@@ -9,6 +9,7 @@ from conftest import (
     BASE,
     MASK,
     SHAPE,
+    attach,
     load_rows_file,
     make_domino,
     make_drafter,
@@ -22,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from test_convert import z_lab
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from hf_specauf import AUFConfig, AUFTrainer, DFlashDraftModel, add_adapter, attach, from_target, load_drafter
+from hf_specauf import AUFConfig, AUFTrainer, DFlashDraftModel, add_adapter, from_target, load_drafter
 from hf_specauf.identity import target_fingerprint
 from hf_specauf.layouts.adapters import AdapterBase, borrow, finish_adapter
 from hf_specauf.publishing.card_training import changed_recipe

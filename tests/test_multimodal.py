@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import trl
-from conftest import MASK, PAD, byte_level_tokenizer, make_drafter, overfit, random_prompts
+from conftest import MASK, PAD, attach, byte_level_tokenizer, make_drafter, overfit, random_prompts
 from datasets import Dataset
 from transformers import (
     AutoConfig,
@@ -25,7 +25,6 @@ from hf_specauf.identity import target_fingerprint
 from hf_specauf.identity.multimodal import auto_class, placeholder_tokens
 from hf_specauf.publishing.card import render
 from hf_specauf.regenerate import main as regenerate
-from hf_specauf.serving.decoding import attach
 from hf_specauf.target import FrozenTarget, decoder_layers, default_mask_token_id, drafter_config, load_target
 from hf_specauf.train import main as train
 from hf_specauf.training.preflight import check_packing

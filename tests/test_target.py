@@ -3,7 +3,7 @@
 import pytest
 import torch
 from accelerate import cpu_offload
-from conftest import ARCHITECTURES, MASK, VOCAB, make_domino, make_drafter, make_target, random_prompts
+from conftest import ARCHITECTURES, MASK, VOCAB, attach, make_domino, make_drafter, make_target, random_prompts
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
@@ -11,7 +11,6 @@ from transformers.models.muse_glimmer.modeling_muse_glimmer import MuseGlimmerTe
 
 from hf_specauf.drafters.target_parts import embed_noise
 from hf_specauf.identity import Identity, check_pair, embedding_rows
-from hf_specauf.serving.decoding import attach
 from hf_specauf.target import (
     FrozenTarget,
     decoder_layers,

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import EOS, MASK, PAD, ROOT, make_drafter, make_target, overfit, random_prompts
+from conftest import EOS, MASK, PAD, ROOT, attach, make_drafter, make_target, overfit, random_prompts
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
@@ -25,7 +25,6 @@ from hf_specauf.data.rows import RowCollator, pad_token_id
 from hf_specauf.layouts.adapters import AdapterBase
 from hf_specauf.losses.blocks import EVALUATION_STEP, make_blocks, sample_anchors
 from hf_specauf.losses.objectives import LossSpec
-from hf_specauf.serving.decoding import attach
 from hf_specauf.target import drafter_config
 from hf_specauf.train import resume_folder
 from hf_specauf.training.callbacks import Interruption, signals

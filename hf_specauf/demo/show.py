@@ -252,8 +252,7 @@ def main(argv: list[str] | None = None) -> None:
             target,
             drafter,
             tokenizer=tokenizer,
-            draft_length=AUTO,
-            lookup=not args.no_lookup,
+            lookup=False if args.no_lookup else AUTO,
         ) as attachment,
     ):
         pair = Pair(target, tokenizer, attachment, config)

@@ -6,7 +6,7 @@ decodes tells it what each round cost and brought, and asks it before the next.
 
 Letters: c(d) is the seconds of one target pass over the anchor and d drafted tokens, drafting not
 included; q_j the chance that slot j is accepted once the slots before it were; S_k = q_1 .. q_k the
-survival of slot k; rho the tokens a second lately.
+survival of slot k; rho the tokens a second lately, of rounds that were not looked up.
 
 Three questions, in this order:
 
@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 LENGTHS = (0, 1, 2, 3, 5, 7, 11, 15)  # candidates for d; 0 is plain decoding
-FIRST_LENGTH = 3  # the first draft is no longer
+FIRST_LENGTH = 7  # the first draft is no longer
 
 COST_DECAY = 0.9  # weight that a moving average keeps of its past, a round
 LONGEST_STALL = 1.5  # a pass that took longer than so many times its average counts as that
@@ -82,7 +82,7 @@ class Costs:
     frozen: bool = False
 
     def of_pass(self, length: int) -> float:
-        """c(d): measured, or on the line through the two measured lengths nearest to it.
+        """c(d): measured, or on a line between the measured lengths around it, or beyond them.
 
         Raises:
             ValueError: nothing was measured.
@@ -91,20 +91,22 @@ class Costs:
             raise ValueError("no pass of the target was measured yet: the first round is plain")
         if length in self.passes:
             return self.passes[length]
-        lengths = list(self.passes)  # another thread may add one
-        shorter = sorted(known for known in lengths if known < length)
-        longer = sorted(known for known in lengths if known > length)
-        if shorter and longer:
-            low, high = shorter[-1], longer[0]
-        elif len(shorter) > 1:
-            low, high = shorter[-2:]
+        lengths = sorted(self.passes)  # a copy, because another thread may add one
+        if len(lengths) == 1 or length < lengths[0]:
+            # Nothing else is known: as cheap as that.
+            return self.passes[lengths[0]]
+        low = max(known for known in lengths if known < length)
+        longer = [known for known in lengths if known > length]
+        if longer:
+            start, end = low, longer[0]
         else:
-            # One length is known: as cheap as that.
-            return self.passes[(shorter or longer)[-1]]
-        share = (length - low) / (high - low)
-        found = self.passes[low] + share * (self.passes[high] - self.passes[low])
+            # The average of a token over all that was measured. On CPUs the first token of a draft
+            # is much the dearest, and the last two lengths may be 0 and 1.
+            start, end = lengths[0], lengths[-1]
+        slope = (self.passes[end] - self.passes[start]) / (end - start)
+        found = self.passes[start] + (length - start) * slope
         # A noisy clock may say that longer is cheaper. It is not.
-        return max(found, self.passes[low])
+        return max(found, self.passes[start])
 
     def learn(self, length: int, seconds: float, drafting: float | None) -> None:
         """Take one round in, unless frozen. `drafting` is `None` where the drafter did not run."""
@@ -282,10 +284,11 @@ class DraftLength:
         shorter = (0,) if whole else LENGTHS
         lengths = [length for length in shorter if length < len(survival)] + [len(survival)]
         length = self.best_length(survival, rate, lengths, drafting=0.0)
-        worth = 1 + sum(survival[:length]) - rate * self.costs.of_pass(length)
-        if length > 0 and worth >= self.promised():
+        if length == 0 or not self.wants_draft():
+            # More than a plain round, and that would be the other choice.
             return length
-        return 0
+        worth = 1 + sum(survival[:length]) - rate * self.costs.of_pass(length)
+        return length if worth >= self.promised() else 0
 
     def rate(self) -> float:
         """rho, tokens a second; never below plain decoding's."""
@@ -353,9 +356,11 @@ class DraftLength:
         seconds = pass_seconds + (drafting_seconds or 0.0)
         self.spent += seconds
         if round.looked_up:
-            # It says nothing of the drafter, but what it lost is lost.
+            # It says nothing of the drafter, but what it lost is lost. Nor does rho count it: how
+            # many tokens can be looked up does not depend on what is done between them.
             self._count(round.emitted, seconds)
-        elif drafting_seconds is None:
+            return
+        if drafting_seconds is None:
             self._learn_plain()
         else:
             self.survival.learn(round.accepted, round.tested, confidences)

@@ -20,9 +20,10 @@ from .draft_length import Count, DraftLength, Round, Survival, products
 SHORTEST, LONGEST = 2, 4  # n-grams that are indexed
 BINS = 12  # of match lengths; longer ones count as the last
 MOST_TOKENS = 15  # of a continuation
-PRIOR = 0.4  # chance of a token after the shortest match, before anything is known ...
-PRIOR_STEP = 0.05  # ... and so much more for each token of a longer one
-HIGHEST_PRIOR = 0.8
+# The chance that the token after the shortest match is wrong, before anything is known, and what is
+# left of it with each token of a longer one. Of 58,000 tokens that SmolLM2-135M-Instruct answered
+# ShareGPT's questions with, 0.52, 0.66, 0.75, 0.82 were right after matches of 2, 4, 6 and 8.
+DOUBT, DOUBT_DECAY = 0.5, 0.86
 UNLIKELY = 0.25  # tokens that are reached and right less often are not verified, without costs
 
 
@@ -96,7 +97,7 @@ class LookupSurvival:
         chances = []
         for slot in range(len(found.tokens)):
             match = found.match + slot
-            prior = min(PRIOR + PRIOR_STEP * (match - SHORTEST), HIGHEST_PRIOR)
+            prior = 1 - DOUBT * DOUBT_DECAY ** (min(match, SHORTEST + BINS) - SHORTEST)
             chances.append(self._bin(match).chance(prior))
         return products(chances)
 

@@ -10,9 +10,12 @@ import copyreg
 import threading
 import warnings
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
+from .draft_length import DraftLength
+from .lookup import LookupChoice
 from .loop import Decoding
 from .target_parts import check_state, decoder_layers
 from .transformers_internals import (
@@ -337,13 +340,18 @@ def overrides_for(target, assistant_model) -> DraftingOverrides | None:
     return None
 
 
-def generate_with_drafter(target, drafter, *args, **kwargs):
+def generate_with_drafter(target, drafter, *args, draft_length="auto", lookup="auto", **kwargs):
     """`target.generate(*args, **kwargs)` with `drafter` as its assistant; nothing is left on the
     target.
 
     Args:
         target (`PreTrainedModel`): the target, no wrapper.
         drafter (`PreTrainedModel`): the drafter, no wrapper.
+        draft_length (`int` or `str`, *optional*): `"auto"` decides before each pass how much to
+            draft, by what passes cost here. What it learns is kept on the drafter for the next
+            call. A number: at most so many tokens; `None`: all K - 1.
+        lookup (`int`, `str` or `bool`): `"auto"` also drafts what followed an earlier occurrence of
+            the text's last tokens; a number of tokens; `False`: never.
 
     Returns:
         What `target.generate` returns: the target's own output.
@@ -352,7 +360,18 @@ def generate_with_drafter(target, drafter, *args, **kwargs):
         ValueError: the drafter was trained for a model of another shape.
     """
     check_shape(target, drafter.config)
-    overrides = DraftingOverrides(target, drafter, drafter.eval().get_drafts)
+    longest = drafter.config.block_size - 1
+    given = {}
+    if draft_length == "auto":
+        given["draft_length"] = vars(drafter).setdefault("_length", DraftLength(longest))
+    else:
+        given["max_draft_tokens"] = draft_length
+    if lookup is True or lookup == "auto":
+        given["lookup"] = vars(drafter).setdefault("_lookup", LookupChoice(longest))
+    elif lookup is not False:
+        given["lookup"] = LookupChoice(longest, lookup)
+    make_drafts = partial(drafter.eval().get_drafts, **given)
+    overrides = DraftingOverrides(target, drafter, make_drafts)
     try:
         return target.generate(*args, **kwargs, assistant_model=drafter)
     finally:

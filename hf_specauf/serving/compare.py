@@ -19,7 +19,7 @@ from ..drafters.draft_length import Round
 from ..identity import Identity, innermost, unwrapped
 from ..records import environment
 from .acceptance import TAU_DEFINITION, number
-from .decoding import Attachment, attach
+from .decoding import AUTO, Attachment, attach
 
 # Tokens of transformers' own prompt lookup, which needs no drafter: what a drafter has to beat.
 LOOKED_UP = 10
@@ -165,7 +165,8 @@ def compare(
     """Decode every prompt plainly and with the drafter, in turn, and compare.
 
     With `lookup` in two more ways: by transformers' own prompt lookup (`prompt_lookup`), and by
-    drafter and lookup together (`drafter_and_lookup`). tau stays that of the drafter alone.
+    drafter and lookup together (`drafter_and_lookup`), with the draft length of each pass decided
+    by what pays unless one is given. tau stays that of the drafter alone.
 
     Args:
         target, drafter: as for `attach`.
@@ -235,13 +236,16 @@ def attached_ways(
 ) -> tuple[dict, Attachment, Attachment]:
     """The ways that `compare` decodes in, each with the assistant of its calls, and the attachments
     of the drafter alone and with lookup (the same one where nothing is looked up)."""
-    alone = stack.enter_context(attach(target, drafter, draft_length=draft_length))
+    alone = attach(target, drafter, draft_length=draft_length, lookup=False)
+    stack.enter_context(alone)
     calls = {"plain": None, "drafter": drafter}
     if lookup is False:
         return calls, alone, alone
     # Another object with the same weights, because an attachment knows its drafter by the object.
     twin = copy.copy(drafter)
-    both = stack.enter_context(attach(target, twin, draft_length=draft_length, lookup=lookup))
+    # tau is that of whole blocks, and people decode by what pays.
+    length = AUTO if draft_length is None else draft_length
+    both = stack.enter_context(attach(target, twin, draft_length=length, lookup=lookup))
     calls["prompt_lookup"] = None
     calls["drafter_and_lookup"] = twin
     return calls, alone, both

@@ -22,15 +22,15 @@ from ..drafters.overrides import DraftingOverrides
 from ..identity import as_called, check_pair, innermost, unwrapped
 from .acceptance import Acceptance, summarize
 
-AUTO = "auto"  # the draft length that is decided before each pass
+AUTO = "auto"  # decided before each pass
 
 
 def generate(
     target: PreTrainedModel | PeftModel,
     drafter: PreTrainedModel | PeftModel,
     *args,
-    draft_length: int | str | None = None,
-    lookup: int | str | bool = False,
+    draft_length: int | str | None = AUTO,
+    lookup: int | str | bool = AUTO,
     **kwargs,
 ):
     """`target.generate(*args, **kwargs)`, faster, with a block drafter of any kind.
@@ -59,9 +59,9 @@ def attach(
     drafter: PreTrainedModel | PeftModel,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    draft_length: int | str | None = None,
+    draft_length: int | str | None = AUTO,
     costs: Costs | None = None,
-    lookup: int | str | bool = False,
+    lookup: int | str | bool = AUTO,
     skip_round: Callable[[list[Round]], bool] | None = None,
 ) -> "Attachment":
     """Make `target.generate(**inputs, assistant_model=drafter)` work, and record what it accepts.
@@ -79,14 +79,15 @@ def attach(
         drafter (`PreTrainedModel` or `PeftModel`): a block drafter trained for it, on any device,
             fp32 or bf16. One from `torch.compile` runs compiled.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): checked against the one of training.
-        draft_length (`int` or `str`, *optional*): verify at most this many drafted tokens a pass
-            (default K - 1). `"auto"` decides it before each pass, by what passes cost and what the
-            drafter brings, and drafts nothing where that is faster.
+        draft_length (`int` or `str`, *optional*, defaults to `"auto"`): decided before each pass,
+            by what passes cost here and what the drafter brings: nothing is drafted where that is
+            faster. A number: at most so many drafted tokens a pass. `None`: all K - 1, whatever
+            they cost; so tau is measured.
         costs (`Costs`, *optional*): for `"auto"`: `attachment.costs` of an earlier run. Frozen ones
             (`costs.frozen = True`) make its decisions those of no clock.
-        lookup (`int`, `str` or `bool`): `"auto"` verifies what followed an earlier occurrence of
-            the text's last tokens, where that promises more than the drafter. A number: so many
-            tokens of it. `False`: the drafter alone.
+        lookup (`int`, `str` or `bool`, *optional*, defaults to `"auto"`): verify what followed an
+            earlier occurrence of the text's last tokens, where that promises more than the drafter.
+            A number: so many tokens of it. `False`: the drafter alone.
         skip_round (`Callable[[list[Round]], bool]`, *optional*): told the rounds so far before each
             draft; true leaves the round to the target alone.
 

@@ -47,7 +47,8 @@ def decode(
     config = decoding_config(target, new_tokens, pad_token_id)
     was_training = drafter.training
     try:
-        with attach(target, drafter) as attachment, torch.no_grad():
+        attachment = attach(target, drafter, draft_length=None, lookup=False)
+        with attachment, torch.no_grad():
             for prompt in prompts:
                 target.generate(prompt, generation_config=config, assistant_model=drafter)
     finally:

@@ -229,7 +229,7 @@ def check_replay(folder: Path, bench: Bench) -> dict:
     found = {"prompts": 0, "equal": 0, "rounds": 0}
     for prompts in bench.prompts.values():
         for prompt in prompts[: args.check]:
-            with attach(target, drafter) as attachment:
+            with attach(target, drafter, draft_length=None, lookup=False) as attachment:
                 output = target.generate(prompt, generation_config=config, assistant_model=drafter)
             rounds = replay(frozen, drafter, output, prompt_tokens=prompt.shape[1], max_new_tokens=args.new_tokens)
             found["prompts"] += 1

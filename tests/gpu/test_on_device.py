@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from conftest import MASK, PAD, VOCAB, make_domino, make_drafter, make_target, overfit, random_prompts
+from conftest import MASK, PAD, VOCAB, attach, make_domino, make_drafter, make_target, overfit, random_prompts
 from datasets import Dataset
 from torch.nn.attention.flex_attention import create_mask
 from transformers import CompileConfig, GenerationConfig
@@ -19,7 +19,6 @@ from hf_specauf.data.answers import generate_continuously, generate_in_batches
 from hf_specauf.drafters.transformers_internals import STATIC_CACHES_CROP
 from hf_specauf.losses.blocks import make_blocks, sample_anchors
 from hf_specauf.serving.compare import compare
-from hf_specauf.serving.decoding import attach
 from hf_specauf.training.optimizer import MuonWithAdamW, orthogonalize
 
 on_cuda = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))
