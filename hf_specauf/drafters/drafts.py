@@ -12,7 +12,9 @@ tokens, V vocabulary.
 """
 
 import time
+import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -71,6 +73,35 @@ def counted(last: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
 def ones(last: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
     """How an attention mask goes on. (..., 1), (n,) -> (n,)"""
     return torch.ones_like(steps)
+
+
+@dataclass
+class Past:
+    """What a drafter knows of the text in a target's cache, on which it lies: a chat may give the
+    cache back, and only its new turn is read.
+
+    Attributes:
+        drafter (`weakref.ref`): to the drafter.
+        ids (`torch.LongTensor` of shape `(1, C)`): the tokens in the target's cache.
+        cache (`DynamicCache`): the drafter's.
+        pending (`list[torch.Tensor]`): taps of tokens that are not in it yet, each (1, C, L * H).
+    """
+
+    drafter: weakref.ref
+    ids: torch.LongTensor
+    cache: DynamicCache
+    pending: list[torch.Tensor]
+
+    def cut(self, length: int) -> None:
+        """Forget all tokens after the first `length`."""
+        surplus = self.ids.shape[1] - length
+        self.ids = self.ids[:, :length]
+        while surplus > 0 and self.pending:
+            last = self.pending.pop()
+            if last.shape[1] > surplus:
+                self.pending.append(last[:, :-surplus])
+            surplus -= min(surplus, last.shape[1])
+        self.cache.crop(-surplus)
 
 
 class BlockDrafts:
@@ -166,33 +197,41 @@ class BlockDrafts:
         taps: list[torch.Tensor],
         positions: torch.LongTensor | None,
         mask: torch.LongTensor | None,
+        ids: torch.LongTensor,
         tokens: list[int],
+        past: Past | None = None,
     ) -> None:
         """Take in the prompt, once the target has read it.
 
         Args:
-            taps (`list[torch.Tensor]`): of each tapped layer, (1, S, H).
+            taps (`list[torch.Tensor]`): of each tapped layer, (1, S, H); of the tokens after `past`
+                where there is one.
             positions (`torch.LongTensor` of shape `(1, S)` or `(axes, 1, S)`, *optional*): those
                 that the target was given.
             mask (`torch.LongTensor` of shape `(1, S)`, *optional*): attention mask of the prompt;
                 `None` where nothing is padded.
-            tokens (`list[int]`): the prompt and the token after it; empty where nothing is looked
-                up.
+            ids (`torch.LongTensor` of shape `(1, S)`): the prompt.
+            tokens (`list[int]`): the same and the token after it; empty where nothing is looked up.
+            past (`Past`, *optional*): of the prompt's first tokens.
         """
+        if past is not None:
+            self.cache, self.pending = past.cache, past.pending
         if positions is not None and positions.dim() == 3:
             # M-RoPE (Qwen-VL): the count of tokens, and then a row for each axis of an image.
             positions = positions[0]
         if positions is None:
             # Built-in: it needs position ids. Targets without any (Bloom) are served here.
-            seen = mask
-            if mask is None:
-                seen = torch.ones(taps[0].shape[:2], dtype=torch.long, device=self.device)
+            seen = torch.ones_like(ids) if mask is None else mask
             positions = (seen.cumsum(-1) - 1).clamp(min=0)
         self.positions = Extended(positions.to(self.device), counted)
         if mask is not None:
             self.mask = Extended(mask.to(self.device), ones)
         self.index.extend(tokens)
         self.keep(taps)
+
+    def past(self, ids: torch.LongTensor) -> Past:
+        """What is known of a text (1, C), all of whose taps were kept."""
+        return Past(weakref.ref(self.drafter), ids, self.cache, self.pending)
 
     def keep(self, taps: list[torch.Tensor]) -> None:
         """Keep the taps of committed tokens for the next draft: of each layer (1, C, H).
@@ -358,4 +397,4 @@ class BlockDrafts:
             )
 
 
-__all__ = ["BlockDrafts", "Extended", "counted", "ones"]
+__all__ = ["BlockDrafts", "Extended", "Past", "counted", "ones"]

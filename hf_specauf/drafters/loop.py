@@ -26,7 +26,9 @@ from .transformers_internals import (
     MaxTimeCriteria,
     cache_of,
     decode_step_of,
+    keep_past,
     longer_kwargs,
+    take_past,
 )
 from .verification import Verifier
 
@@ -107,8 +109,10 @@ class Passes:
     def prefill(self, ids: torch.LongTensor, **more) -> torch.Tensor:
         """Read the prompt. (1, S) -> its last logits (1, 1, V)"""
         outputs = self.target._prefill(ids, self.config, self.kwargs | more)
-        # Only now: before, sliding layers would keep the whole prompt.
+        # Only now: before, sliding layers would keep the whole prompt. Those of a cache that was
+        # given back keep it, and drop what they do not need here.
         self.cache.activate_past_recording()
+        self.cache.crop(0)
         if self.mixers is None and not getattr(self.cache, "is_croppable", True):
             raise ValueError(
                 f"{type(self.target).__name__}'s cache cannot be cut back to the accepted tokens:"
@@ -226,6 +230,8 @@ class Decoding:
         self.streamer = streamer
         kind = LeanPasses if LeanPasses.serve(target, model_kwargs) else Passes
         self.passes = kind(target, config, model_kwargs)
+        # Of a chat that goes on with a cache. The loop leaves it there anew at the end.
+        self.past = take_past(self.passes.cache)
         self.ends = Ends(stopping_criteria, config.max_length)
         returns = config.return_dict_in_generate
         # of each committed token, (1, V) in fp32; `None` where nobody asked
@@ -259,6 +265,8 @@ class Decoding:
                 self._round()
         if self.streamer is not None:
             self.streamer.end()
+        # All but the last token were read.
+        keep_past(self.passes.cache, self.drafts.past(self.text.upto(self.length - 1)))
         sequences = self.text.upto(self.length).clone()
         if not self.config.return_dict_in_generate:
             return sequences
@@ -311,7 +319,7 @@ class Decoding:
         logits, taps = self._pass(self.passes.prefill, ids)
         verdict = self.verify(logits, None, ids)
         tokens = ids[0].tolist() + verdict.tokens if self.drafts.lookup is not None else []
-        self.drafts.begin(taps, positions, mask, tokens)
+        self.drafts.begin(taps, positions, mask, ids, tokens, self.past)
         self._commit(logits, verdict)
 
     def _round(self) -> None:
@@ -332,8 +340,7 @@ class Decoding:
         self.passes.cut(drafted + 1, count)
         self.passes.commit(count)
         self.drafts.learn(verdict.tokens[:count], verdict.accepted, draft)
-        if not self.done:
-            self.drafts.keep([one[:, :count] for one in taps])
+        self.drafts.keep([one[:, :count] for one in taps])
 
     def _commit(self, logits: torch.Tensor, verdict) -> int:
         """Take tokens into the text, up to its end -> how many."""

@@ -25,6 +25,7 @@ from .transformers_internals import (
     check_cache,
     check_cache_implementation,
     check_methods,
+    cut_to,
 )
 
 # ---- what cannot be drafted for
@@ -109,14 +110,7 @@ def check_inputs(target, input_ids: torch.Tensor, model_kwargs: dict) -> None:
             f"inputs_embeds are {embeds.shape[1]} tokens long and input_ids {input_ids.shape[1]}: a"
             " block drafter needs the id of each, so pass ids of all of them, or no inputs_embeds"
         )
-    target_cache = cache_of(model_kwargs)
-    if target_cache.get_seq_length() > 0:
-        raise ValueError(
-            "the cache given already holds tokens. transformers would feed the whole prompt again"
-            " and the output would be silently wrong: pass the full conversation as input_ids and"
-            " no cache (past_key_values)."
-        )
-    check_cache(target_cache, target._is_stateful)
+    check_cache(cache_of(model_kwargs), target._is_stateful)
     # transformers has encoded images and videos by now, where the target lets it.
     media = [*(model_kwargs.get("mm_encoder_outputs") or {})]
     media += [name for name in model_kwargs if name.startswith(NO_TEXT)]
@@ -276,6 +270,7 @@ class DraftingOverrides:
         check_inputs(self.target, input_ids, model_kwargs)
         check_processors(logits_processor)
         drafts = self.make_drafts(self.target, generation_config, logits_processor=logits_processor)
+        cut_to(cache_of(model_kwargs), input_ids, drafts.drafter)
         return Decoding(
             self.target,
             drafts,

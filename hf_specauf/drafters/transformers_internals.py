@@ -46,6 +46,7 @@ try:
         Cache,
         DFlashCache,
         DynamicCache,
+        DynamicLayer,
         QuantizedCache,
         StaticLayer,
     )
@@ -196,6 +197,60 @@ def the_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | Non
     return past_key_values if cache is None else cache
 
 
+def past_of(target_cache: Cache):
+    """What a drafter knows of the text in a cache that one of its calls returned; else `None`."""
+    return getattr(target_cache, "_drafters_past", None)
+
+
+def take_past(target_cache: Cache):
+    """The same, taken off: a call that fails in the middle leaves a cache which nobody knows."""
+    return vars(target_cache).pop("_drafters_past", None)
+
+
+def keep_past(target_cache: Cache, past) -> None:
+    """Leave that on a cache which grows."""
+    if not any(isinstance(layer, StaticLayer) for layer in target_cache.layers):
+        target_cache._drafters_past = past
+
+
+def cut_to(target_cache: Cache, input_ids: torch.LongTensor, drafter) -> None:
+    """Cut a cache that holds tokens, and what the drafter knows of them, to what a prompt begins
+    with. The prompt's last token is to be read anew in any case.
+
+    Args:
+        target_cache (`Cache`): nothing is done to an empty one.
+        input_ids (`torch.LongTensor` of shape `(1, S)`): the prompt.
+        drafter (`PreTrainedModel`): of this call, no wrapper.
+
+    Raises:
+        ValueError: no call with this drafter returned the cache, or it cannot be cut so far.
+    """
+    advice = (
+        "pass the full conversation as input_ids and no cache (past_key_values), or one that the"
+        " last call with this drafter returned"
+    )
+    length, past = target_cache.get_seq_length(), past_of(target_cache)
+    if length == 0:
+        return
+    if past is None or past.drafter() is not drafter or past.ids.shape[1] != length:
+        raise ValueError(
+            "the cache given already holds tokens, and the drafter knows nothing of them. Their"
+            f" hidden states are what it drafts from: {advice}."
+        )
+    most = min(length, input_ids.shape[1] - 1)
+    equal = (past.ids[:, :most] == input_ids[:, :most].to(past.ids.device))[0]
+    common = most if bool(equal.all()) else int(equal.long().argmin())
+    if common == length:
+        return
+    if any(type(layer) is not DynamicLayer for layer in target_cache.layers):
+        raise ValueError(
+            f"input_ids leave the text in the cache given at token {common} of {length}, and this"
+            f" cache's windows or states cannot go back: {advice}."
+        )
+    target_cache.crop(common - length)
+    past.cut(common)
+
+
 def check_cache(target_cache: Cache, has_state: bool = False) -> None:
     """Raise unless a target's cache can be cut back to the accepted tokens after each pass.
 
@@ -254,7 +309,8 @@ __all__ = [
     "Cache", "DFlashCache", "DynamicCache", "EosTokenCriteria", "GenerationMode",
     "GradientCheckpointingLayer", "MaxLengthCriteria", "MaxTimeCriteria", "PreTrainedModel",
     "Qwen3MLP", "Qwen3RotaryEmbedding", "cache_of", "check_cache", "check_cache_implementation",
-    "check_methods", "decode_step_of", "eager_attention_forward", "longer_kwargs", "rotate_half",
-    "the_cache", "version_error", "warn_if_newer_than_tested",
+    "check_methods", "cut_to", "decode_step_of", "eager_attention_forward", "keep_past",
+    "longer_kwargs", "past_of", "rotate_half", "take_past", "the_cache", "version_error",
+    "warn_if_newer_than_tested",
 ]
 # fmt: on
