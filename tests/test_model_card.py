@@ -100,6 +100,23 @@ def test_only_what_was_seen_to_be_the_same_and_faster_is_called_so(folder, chang
     assert (", 1 different |" in card) == bool(changes and "different" in changes)
 
 
+def test_what_was_measured_beside_stands_beside_and_the_usual_way_decides_what_is_faster(folder):
+    (folder / "eval.json").write_text(json.dumps(evaluation(speedup=0.8)))
+    card = render(folder, "alice/drafter").text
+    assert "other ways" not in card and "the same output, faster" not in card
+    ways = {"drafter_and_lookup": dict(speedup=1.29), "prompt_lookup": dict(speedup=1.06)}
+    for different in (0, 1):
+        lossless = {"identical": 2, "near_tie": 0, "different": different}
+        record = evaluation(speedup=0.8) | {way: found | {"lossless": lossless} for way, found in ways.items()}
+        (folder / "eval.json").write_text(json.dumps(record))
+        card = render(folder, "alice/drafter").text
+        assert (
+            "in the same run | drafter and lookup, where each pays 1.29x; transformers' prompt lookup alone 1.06x |" in card
+        )
+        assert "**, 0.80x the speed of plain" in card
+        assert ("the same output, faster" in card) == (different == 0)
+
+
 @pytest.mark.parametrize(
     "change, problem",
     [
