@@ -178,9 +178,14 @@ def test_overconfidence_is_unlearned():
     assert survival.of([0.15]) == [pytest.approx(0.15)]
 
 
-def test_a_drafter_without_slots_is_refused():
-    with pytest.raises(ValueError, match="longest draft is 0"):
-        DraftLength(0)
+def test_without_slots_nothing_is_drafted_and_lookups_are_decided_on():
+    policy = DraftLength(0)
+    for _ in range(3):
+        policy.learn(Round(1, 0, 0, 0), pass_seconds=1.0)
+    assert not policy.wants_draft()
+    assert policy.lookup_length([0.9, 0.8]) == 2
+    policy.learn(Round(1, 0, 1, 2, True), pass_seconds=1.5)
+    assert policy.lookup_length([0.1, 0.01]) == 0
 
 
 @pytest.mark.parametrize(

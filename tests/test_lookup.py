@@ -15,6 +15,7 @@ import hf_specauf
 from hf_specauf.drafters.draft_length import Costs, DraftLength, Round
 from hf_specauf.drafters.drafts import BlockDrafts
 from hf_specauf.drafters.lookup import BINS, LONGEST, SHORTEST, Continuation, Lookup, LookupChoice, LookupSurvival
+from hf_specauf.drafters.transformers_internals import CACHE
 from hf_specauf.drafters.verification import Draft, Verifier
 
 pytestmark = pytest.mark.internals
@@ -176,6 +177,31 @@ def test_what_the_hubs_generate_drafts_can_be_said_and_is_learned_from_call_to_c
     assert (first.draft_length is last.draft_length) and (first.draft_length is None) == bool(options)
     assert (first.lookup is None) == (options.get("lookup") is False)
     assert first.rounds[0].drafted == drafted
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "gpt2"])
+def test_without_a_drafter_drafts_are_looked_up_alone(architecture):
+    p = pair(architecture)
+    with hf_specauf.attach(p.target, None, lookup=5, draft_length=None) as attachment:
+        for prompt, text in zip(p.prompts, p.plain):
+            assert torch.equal(p.target.generate(prompt, **GREEDY, assistant_model=attachment.drafter), text)
+        first = p.target.generate(
+            p.prompts[0], **GREEDY, assistant_model=attachment.drafter, return_dict_in_generate=True
+        )
+        turn = torch.cat([first.sequences, random_prompts(1, 5)], dim=1)
+        given = {CACHE: first[CACHE], "assistant_model": attachment.drafter}
+        assert torch.equal(p.target.generate(turn, **GREEDY, **given), p.target.generate(turn, **GREEDY))
+    assert all(round.looked_up == (round.drafted > 0) for round in attachment.rounds)
+    assert 0 < sum(round.accepted for round in attachment.rounds)
+    assert torch.equal(hf_specauf.generate(p.target, None, p.prompts[0], **GREEDY), p.plain[0])
+    assert not hasattr(type(p.target), "_attached_drafters")
+
+
+def test_without_drafter_and_lookup_there_is_nothing_to_draft_with():
+    with pytest.raises(ValueError, match="give a drafter, or leave out lookup=False"):
+        hf_specauf.attach(pair().target, None, lookup=False)
+    with pytest.raises(ValueError, match="lookup=3 says how many"):
+        hf_specauf.attach(pair().target, None, draft_length=3)
 
 
 def test_without_lookup_nothing_is_looked_up():

@@ -111,7 +111,8 @@ def test_what_was_measured_beside_stands_beside_and_the_usual_way_decides_what_i
         (folder / "eval.json").write_text(json.dumps(record))
         card = render(folder, "alice/drafter").text
         assert (
-            "in the same run | drafter and lookup, where each pays 1.29x; transformers' prompt lookup alone 1.06x |" in card
+            "in the same run | drafter and lookup, where each pays 1.29x; transformers' prompt lookup alone 1.06x |"
+            in card
         )
         assert "**, 0.80x the speed of plain" in card
         assert ("the same output, faster" in card) == (different == 0)

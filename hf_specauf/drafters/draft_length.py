@@ -200,16 +200,15 @@ class DraftLength:
     One object may serve many texts, and then starts warm.
 
     Args:
-        longest (`int`): K - 1, the longest draft.
+        longest (`int`): K - 1, the longest draft; 0 where there is no drafter, and only looked-up
+            drafts are decided on.
         costs (`Costs`, *optional*): from an earlier run, frozen or not.
 
     Raises:
-        ValueError: `longest` is less than 1; frozen costs lack a plain pass or drafting.
+        ValueError: frozen costs lack a plain pass or drafting.
     """
 
     def __init__(self, longest: int, costs: Costs | None = None):
-        if longest < 1:
-            raise ValueError(f"the longest draft is {longest}; it must be 1 or more (K - 1)")
         self.costs = costs if costs is not None else Costs()
         if self.costs.frozen and (0 not in self.costs.passes or self.costs.drafting is None):
             # They would never be measured, and no round would be drafted.
@@ -235,8 +234,8 @@ class DraftLength:
 
     def wants_draft(self) -> bool:
         """Whether the drafter should run at all."""
-        if 0 not in self.costs.passes:
-            # The first round is plain: all that follows is measured against it.
+        if 0 not in self.costs.passes or len(self.lengths) == 1:
+            # The first round is plain: all that follows is measured against it. Or nobody drafts.
             return False
         if self.price(self.lengths[1]) > self.allowance():
             return False

@@ -21,13 +21,14 @@ from ..drafters.lookup import LookupChoice
 from ..drafters.overrides import DraftingOverrides
 from ..identity import as_called, check_pair, innermost, unwrapped
 from .acceptance import Acceptance, summarize
+from .lookup_alone import NoDrafter
 
 AUTO = "auto"  # decided before each pass
 
 
 def generate(
     target: PreTrainedModel | PeftModel,
-    drafter: PreTrainedModel | PeftModel,
+    drafter: PreTrainedModel | PeftModel | None,
     *args,
     draft_length: int | str | None = AUTO,
     lookup: int | str | bool = AUTO,
@@ -49,14 +50,14 @@ def generate(
     Raises:
         TypeError, ValueError: as [`attach`], or the call is one that [`attach`] cannot serve.
     """
-    with attach(target, drafter, draft_length=draft_length, lookup=lookup):
+    with attach(target, drafter, draft_length=draft_length, lookup=lookup) as attachment:
         # DDP and its like have no `generate` of their own.
-        return unwrapped(target).generate(*args, **kwargs, assistant_model=drafter)
+        return unwrapped(target).generate(*args, **kwargs, assistant_model=attachment.drafter)
 
 
 def attach(
     target: PreTrainedModel | PeftModel,
-    drafter: PreTrainedModel | PeftModel,
+    drafter: PreTrainedModel | PeftModel | None,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     draft_length: int | str | None = AUTO,
@@ -76,8 +77,9 @@ def attach(
     Args:
         target (`PreTrainedModel` or `PeftModel`): the target, also inside `torch.compile`, DDP or
             another wrapper. Only this object is affected, and nothing that is saved with it.
-        drafter (`PreTrainedModel` or `PeftModel`): a block drafter trained for it, on any device,
-            fp32 or bf16. One from `torch.compile` runs compiled.
+        drafter (`PreTrainedModel` or `PeftModel`, *optional*): a block drafter trained for it, on
+            any device, fp32 or bf16. One from `torch.compile` runs compiled. `None`: drafts are
+            looked up alone. Give `assistant_model=attachment.drafter` then.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): checked against the one of training.
         draft_length (`int` or `str`, *optional*, defaults to `"auto"`): decided before each pass,
             by what passes cost here and what the drafter brings: nothing is drafted where that is
@@ -101,7 +103,20 @@ def attach(
             1..K-1, `lookup` is none of those named, or there are costs without `"auto"`. Another
             target's id or commit, or another chat template, is a warning.
     """
-    longest = _check(target, drafter, tokenizer).config.block_size - 1
+    if drafter is None:
+        drafter = NoDrafter()
+        if lookup is False:
+            raise ValueError(
+                'there is nothing to draft with: give a drafter, or leave out lookup=False ("auto")'
+            )
+        if draft_length not in (AUTO, None):
+            raise ValueError(
+                f"draft_length is {draft_length!r} and there is no drafter: lookup={draft_length!r}"
+                " says how many tokens to look up"
+            )
+    else:
+        _check(target, drafter, tokenizer)
+    longest = inside(drafter).config.block_size - 1
     policy = None
     if draft_length == AUTO:
         policy = DraftLength(longest, costs)
@@ -169,7 +184,7 @@ class Attachment:
         self.lookup = lookup
         self.skip_round = skip_round
         self.generations: list[list[Round]] = []
-        innermost(drafter).eval()
+        inside(drafter).eval()
         self._overrides = DraftingOverrides(self.target, drafter, self._drafts)
 
     def __enter__(self) -> "Attachment":
@@ -196,13 +211,13 @@ class Attachment:
         """tau, alpha_k and histogram over all `generate` calls so far: the drafter's own, without
         the passes whose drafts were looked up."""
         own = [r for r in self.rounds if not r.looked_up]
-        return summarize(own, innermost(self.drafter).config.block_size)
+        return summarize(own, inside(self.drafter).config.block_size)
 
     def _drafts(self, target, generation_config, logits_processor) -> BlockDrafts:
         """What a `generate` call that begins takes its drafts from."""
         rounds: list[Round] = []
         self.generations.append(rounds)
-        return innermost(self.drafter).get_drafts(
+        return inside(self.drafter).get_drafts(
             target,
             generation_config,
             logits_processor=logits_processor,
@@ -211,12 +226,17 @@ class Attachment:
             draft_length=self.policy,
             lookup=self.lookup,
             rounds=rounds,
-            run=as_called(self.drafter),
+            run=None if isinstance(self.drafter, NoDrafter) else as_called(self.drafter),
         )
 
 
-def _check(target, drafter, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedModel:
-    """The drafter without its wrapper, or an error where it cannot serve the target."""
+def inside(drafter) -> PreTrainedModel | NoDrafter:
+    """A drafter without its wrapper, or what stands in its place."""
+    return drafter if isinstance(drafter, NoDrafter) else innermost(drafter)
+
+
+def _check(target, drafter, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Raise where a drafter cannot serve the target."""
     base = innermost(drafter)
     if not hasattr(base, "get_drafts"):
         raise TypeError(
@@ -226,7 +246,6 @@ def _check(target, drafter, tokenizer: PreTrainedTokenizerBase | None) -> PreTra
         )
     check_dtype(base.dtype)
     check_pair(target, base.config, tokenizer)
-    return base
 
 
 __all__ = ["Attachment", "BlockDrafts", "attach", "generate"]

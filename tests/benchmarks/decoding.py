@@ -50,22 +50,26 @@ class Way:
     Attributes:
         attached (`dict`, *optional*): arguments of `attach`; `None` for ways of transformers alone.
         call (`dict`): settings of `generate`.
-        drafts (`bool`): whether the drafter is given.
+        drafter (`str`): "none", "given", or "random", one of the same shape with random weights.
     """
 
     attached: dict | None = None
     call: dict = field(default_factory=dict)
-    drafts: bool = False
+    drafter: str = "none"
 
 
+WHOLE = dict(draft_length=None, lookup=False)  # blocks, whatever they cost
 WAYS = {
     "plain": Way(),
     "prompt lookup": Way(call=dict(prompt_lookup_num_tokens=10)),
-    "native": Way(call=dict(speculation_type="dflash"), drafts=True),
-    "ours": Way(attached={}, drafts=True),
-    "ours, auto": Way(attached=dict(draft_length="auto"), drafts=True),
-    "ours, lookup": Way(attached=dict(lookup="auto"), drafts=True),
-    "ours, auto and lookup": Way(attached=dict(draft_length="auto", lookup="auto"), drafts=True),
+    "native": Way(call=dict(speculation_type="dflash"), drafter="given"),
+    "ours": Way(attached=WHOLE, drafter="given"),
+    "ours, auto": Way(attached=dict(lookup=False), drafter="given"),
+    "ours, lookup": Way(attached=dict(draft_length=None), drafter="given"),
+    "ours, auto and lookup": Way(attached={}, drafter="given"),
+    "ours, lookup alone": Way(attached={}),
+    "random drafter, auto": Way(attached=dict(lookup=False), drafter="random"),
+    "random drafter, auto and lookup": Way(attached={}, drafter="random"),
 }
 
 
@@ -130,6 +134,16 @@ def summary(rows: list[dict], ways: list[str], attachments: dict) -> dict:
     return found
 
 
+def drafter_of(way: Way, given):
+    """A drafter of its own for a way, because an attachment knows its drafter by the object."""
+    if way.drafter == "none":
+        return None
+    if way.drafter == "given":
+        return deepcopy(given)
+    torch.manual_seed(0)
+    return type(given)(given.config).to(given.device, given.dtype).eval()
+
+
 def measure(target, drafter, prompts: list[torch.Tensor], ways: list[str], new_tokens: int, pad: int, title: str):
     """Every prompt in every way -> `summary`, and the share of repeated 4-grams in plain text."""
     config = decoding_config(target, new_tokens, pad)
@@ -137,10 +151,10 @@ def measure(target, drafter, prompts: list[torch.Tensor], ways: list[str], new_t
         runners, attachments = {}, {}
         for name in ways:
             way = WAYS[name]
-            # A drafter of its own, because an attachment knows its drafter by the object.
-            own = deepcopy(drafter) if way.drafts else None
+            own = drafter_of(way, drafter)
             if way.attached is not None:
                 attachments[name] = stack.enter_context(attach(target, own, **way.attached))
+                own = attachments[name].drafter
             runners[name] = Runner(way, target, own)
         for runner in runners.values():
             runner(prompts[0][:, -32:], decoding_config(target, 8, pad))

@@ -1,0 +1,79 @@
+"""Decoding without a drafter: drafts are looked up in the text, and nothing was trained.
+
+It takes the place of a block drafter in our loop, with the same costs and the same account.
+"""
+
+from types import SimpleNamespace
+
+import torch
+
+from ..drafters.drafts import BlockDrafts
+from ..drafters.lookup import Lookup
+from ..drafters.transformers_internals import DynamicCache
+from ..drafters.verification import Draft
+
+
+class LookupDrafts(BlockDrafts):
+    """Drafts for one `generate` call, all of them looked up.
+
+    Args:
+        drafter ([`NoDrafter`]): what stands in its place.
+        target, generation_config: not needed.
+        lookup, draft_length, skip_round, rounds: as of [`BlockDrafts`].
+    """
+
+    def __init__(
+        self,
+        drafter,
+        target,
+        generation_config,
+        *,
+        lookup,
+        draft_length=None,
+        skip_round=None,
+        rounds: list | None = None,
+        **not_needed,
+    ):
+        self.drafter = drafter
+        self.taps = []
+        self.lookup = lookup
+        self.index = Lookup()
+        self.draft_length = draft_length
+        self.skip_round = skip_round
+        self.rounds = rounds if rounds is not None else []
+        # A drafter would have read the text into these.
+        self.cache, self.pending = DynamicCache(), []
+        self.confidences = self.drafting_seconds = None
+
+    def begin(self, taps, positions, mask, ids, tokens, past=None) -> None:
+        """Take in the prompt and the token after it."""
+        self.index.extend(tokens)
+
+    def keep(self, taps) -> None:
+        """Nothing is drafted from hidden states."""
+
+    def _propose(self, ids: torch.LongTensor, room: int) -> Draft | None:
+        self.found, self.looked_up = None, False
+        if room <= 0 or (self.skip_round is not None and self.skip_round(self.rounds)):
+            return None
+        tokens = self._look_up(room, 0)
+        if not tokens:
+            return None
+        self.looked_up = True
+        return Draft(torch.tensor([tokens], device=ids.device))
+
+
+class NoDrafter:
+    """What is given as `assistant_model` where there is no drafter."""
+
+    config = SimpleNamespace(block_size=1)
+
+    def get_drafts(self, target, generation_config, **kwargs) -> LookupDrafts:
+        """What drafts for one `generate` call of a target."""
+        return LookupDrafts(self, target, generation_config, **kwargs)
+
+    def eval(self) -> "NoDrafter":
+        return self
+
+
+__all__ = ["LookupDrafts", "NoDrafter"]
