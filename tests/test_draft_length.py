@@ -112,6 +112,48 @@ def test_a_drafter_that_becomes_good_is_found_again():
     assert written / seconds > 0.85 * best_fixed("good", "steep", 256)
 
 
+def looked_up_rate(kind: str | None, shape: str, lookup: bool = True, tokens: int = 512, seeds: int = 4) -> float:
+    """Tokens a plain pass's time over texts of which a third can be looked up, in runs of some tokens. `kind`:
+    of the drafter, `None` for none."""
+    written = seconds = 0
+    for seed in range(seeds):
+        rng = random.Random(seed)
+        policy, position = DraftLength(LONGEST if kind else 0), 0
+        runs = random.Random(seed + 100)
+        # of each token: how many after it stand earlier in the text
+        there = []
+        while len(there) < 2 * tokens:
+            there += [0] * runs.randrange(8, 24) + list(range(runs.randrange(4, 12), 0, -1))
+        while position < tokens:
+            known = [0.75] * 10 if lookup and there[position] else []
+            length = policy.lookup_length([0.75 ** (k + 1) for k in range(len(known))]) if known else 0
+            accepted, drafting, confidences, looked_up = 0, None, None, length > 0
+            if looked_up:
+                accepted = min(there[position], length)
+            elif policy.wants_draft():
+                slots = draw_slots(kind, position, LONGEST, rng)
+                confidences, drafting = [confidence for _, confidence in slots], DRAFTING
+                length = policy.length(confidences)
+                while accepted < length and rng.random() < slots[accepted][0]:
+                    accepted += 1
+            one = SHAPES[shape](length)
+            made = Round(accepted + 1, accepted, min(accepted + 1, length), length, looked_up)
+            policy.learn(made, pass_seconds=one, drafting_seconds=drafting, confidences=confidences)
+            position += accepted + 1
+            seconds += one + (drafting or 0.0)
+        written += position
+    return written / seconds
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_worthless_drafter_costs_lookups_nothing_and_a_good_one_and_lookups_help_each_other(shape):
+    alone = looked_up_rate(None, shape)
+    assert alone > 1.05
+    assert looked_up_rate("random", shape) > 0.97 * alone
+    for kind in ("middling", "good"):
+        assert looked_up_rate(kind, shape) > 0.98 * max(alone, looked_up_rate(kind, shape, lookup=False))
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0, LONGEST), st.lists(st.floats(0, 1), min_size=15, max_size=15)), max_size=150),

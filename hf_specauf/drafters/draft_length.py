@@ -42,7 +42,7 @@ RATE_DECAY = 0.95  # of the tokens and seconds that rho is made of
 VALUE_DECAY = 0.8  # of what drafted rounds brought
 
 LONGEST_PAUSE = 64  # plain rounds between two probes at most
-ALLOWED_LOSS = 0.02  # of all time may be lost by drafting ...
+ALLOWED_LOSS = 0.02  # of all time may be lost by drafting, and as much by looking up ...
 ALLOWED_ROUNDS = 1.0  # ... and so many plain passes beside
 SAVINGS = 2.0  # what was gained counts against later losses, up to so many plain passes
 
@@ -123,6 +123,22 @@ def _moved(average: float | None, value: float) -> float:
         return value
     value = min(value, LONGEST_STALL * average)
     return COST_DECAY * average + (1 - COST_DECAY) * value
+
+
+@dataclass
+class Account:
+    """Seconds that drafts of one source have lost against plain decoding. Each source has its own:
+    what one has gained the other must not lose."""
+
+    lost: float = 0.0
+
+    def allowance(self, spent: float, plain: float) -> float:
+        """Seconds that it may yet lose, where all rounds took `spent` and a plain pass `plain`."""
+        return ALLOWED_LOSS * spent + ALLOWED_ROUNDS * plain - self.lost
+
+    def add(self, seconds: float, plain: float) -> None:
+        """Take a loss in, below 0 where it is a gain."""
+        self.lost = max(self.lost + seconds, -SAVINGS * plain)
 
 
 @dataclass
@@ -227,8 +243,8 @@ class DraftLength:
         self.value: float | None = None
         # plain rounds until the next probe, and the pause after a probe that fails
         self.waiting, self.pause = 0, 1
-        # Seconds lost by drafting, and seconds of all rounds.
-        self.overspent = self.spent = 0.0
+        self.spent = 0.0  # seconds of all rounds
+        self.drafter, self.lookup = Account(), Account()
 
     # ---- before a round
 
@@ -237,14 +253,9 @@ class DraftLength:
         if 0 not in self.costs.passes or len(self.lengths) == 1:
             # The first round is plain: all that follows is measured against it. Or nobody drafts.
             return False
-        if self.price(self.lengths[1]) > self.allowance():
+        if self.price(self.lengths[1]) > self.drafter.allowance(self.spent, self.costs.of_pass(0)):
             return False
         return self.looks_worthwhile() or self.waiting == 0
-
-    def allowance(self) -> float:
-        """Seconds that drafting may lose from here on."""
-        plain = self.costs.of_pass(0)
-        return ALLOWED_LOSS * self.spent + ALLOWED_ROUNDS * plain - self.overspent
 
     def price(self, length: int, drafting: float | None = None) -> float:
         """Seconds that a drafted round loses where it brings its one own token alone. `drafting`:
@@ -282,7 +293,7 @@ class DraftLength:
         rate = self.rate()
         shorter = (0,) if whole else LENGTHS
         lengths = [length for length in shorter if length < len(survival)] + [len(survival)]
-        length = self.best_length(survival, rate, lengths, drafting=0.0)
+        length = self.best_length(survival, rate, lengths, looks_up=True)
         if length == 0 or not self.wants_draft():
             # More than a plain round, and that would be the other choice.
             return length
@@ -301,14 +312,16 @@ class DraftLength:
         survival: Sequence[float],
         rate: float,
         lengths: Sequence[int] | None = None,
-        drafting: float | None = None,
+        looks_up: bool = False,
     ) -> int:
         """The d with the most tokens beyond what its seconds are worth.
 
         All candidates are compared, because c(d) may be a staircase, which has several maxima.
         Those that the account does not cover are left out.
         """
-        lengths, allowance = lengths or self.lengths, self.allowance()
+        lengths = lengths or self.lengths
+        account, drafting = (self.lookup, 0.0) if looks_up else (self.drafter, None)
+        allowance = account.allowance(self.spent, self.costs.of_pass(0))
         if len(self.costs.passes) == 1:
             # Nothing is known of longer passes yet. A short one tells at little cost.
             lengths = [length for length in lengths if length <= FIRST_LENGTH]
@@ -354,29 +367,20 @@ class DraftLength:
                 drafting_seconds = self.costs.drafting or 0.0
         seconds = pass_seconds + (drafting_seconds or 0.0)
         self.spent += seconds
+        plain = self.costs.of_pass(0)
         if round.looked_up:
-            # It says nothing of the drafter, but what it lost is lost. Nor does rho count it: how
-            # many tokens can be looked up does not depend on what is done between them.
-            self._count(round.emitted, seconds)
+            # It says nothing of the drafter. Nor does rho count it: how many tokens can be looked
+            # up does not depend on what is done between them.
+            self.lookup.add(seconds - round.emitted * plain, plain)
             return
         if drafting_seconds is None:
-            self._learn_plain()
+            self.waiting = max(self.waiting - 1, 0)
         else:
             self.survival.learn(round.accepted, round.tested, confidences)
-            self._count(round.emitted, seconds)
+            self.drafter.add(seconds - round.emitted * plain, plain)
             self._learn_drafted(round.emitted, seconds)
         self.tokens = RATE_DECAY * self.tokens + round.emitted
         self.seconds = RATE_DECAY * self.seconds + seconds
-
-    def _learn_plain(self) -> None:
-        if self.waiting > 0:
-            self.waiting -= 1
-
-    def _count(self, emitted: int, seconds: float) -> None:
-        """Write a round that was not plain into the account."""
-        plain = self.costs.of_pass(0)
-        lost = seconds - emitted * plain
-        self.overspent = max(self.overspent + lost, -SAVINGS * plain)
 
     def _learn_drafted(self, emitted: int, seconds: float) -> None:
         plain, rate = self.costs.of_pass(0), self.rate()
