@@ -9,7 +9,7 @@ from copy import deepcopy
 
 import pytest
 import torch
-from conftest import attach, make_domino, make_target, overfit, random_prompts
+from conftest import attach, make_domino, make_drafter, make_target, overfit, random_prompts
 from scipy.stats import chisquare
 from test_generate import GREEDY, NEW, PROMPT, inside_a_draft, pair, plain, sampled_p_value, sampling_pair, state_of
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,8 +25,9 @@ from transformers.generation.streamers import BaseStreamer
 
 import hf_specauf
 from hf_specauf.drafters.drafts import Extended, counted
-from hf_specauf.drafters.loop import Decoding, LeanPasses
+from hf_specauf.drafters.loop import Decoding, LeanPasses, padding
 from hf_specauf.drafters.overrides import DraftingOverrides
+from hf_specauf.drafters.target_parts import pass_mode
 from hf_specauf.drafters.transformers_internals import CACHE
 from hf_specauf.drafters.verification import Draft, Verifier
 
@@ -414,6 +415,35 @@ def test_threads_may_attach_and_detach_while_others_decode():
             thread.join()
         sys.setswitchinterval(switch)
     assert errors == [] and state_of(p.target) == before
+
+
+def test_a_target_can_be_trained_after_it_was_decoded_with():
+    """Passes run in inference mode, whose tensors autograd refuses; this target makes its frequencies anew in them."""
+    rope = dict(rope_type="dynamic", factor=2.0, rope_theta=1e4)
+    target = make_target(dtype=torch.float32, max_position_embeddings=16, rope_parameters=rope)
+    drafter = pair().drafter
+    prompt = random_prompts(1, PROMPT)
+    with pytest.warns(UserWarning, match="beyond 16 tokens, .*rope_type 'dynamic'"):
+        found = hf_specauf.generate(
+            target, drafter, prompt, **GREEDY, return_dict_in_generate=True, output_logits=True
+        )  # fmt: skip
+    assert not any(one.is_inference() for one in (found.sequences, *found.logits))
+    target(found.sequences, labels=found.sequences).loss.backward()
+    assert target.get_input_embeddings().weight.grad.abs().sum() > 0
+
+
+def test_inference_mode_is_for_targets_whose_weights_stay_where_they_are():
+    target = make_target()
+    assert pass_mode(target) is pass_mode(make_drafter(target)) is torch.inference_mode
+    assert pass_mode(torch.compile(target)) is not torch.inference_mode
+    target.hf_device_map = {"": "cpu"}
+    assert pass_mode(target) is not torch.inference_mode
+
+
+def test_a_mask_of_ones_is_no_mask_and_padding_is_one():
+    assert padding(torch.ones(1, 4)) is None and padding(None) is None
+    mask = torch.tensor([[0, 1, 1]])
+    assert padding(mask) is mask
 
 
 def test_an_interrupted_call_leaves_the_target_as_it_was():

@@ -20,7 +20,7 @@ import torch
 
 from .draft_length import DraftLength, Round
 from .lookup import Continuation, Lookup, LookupChoice
-from .target_parts import apply_head, device_of, embed_noise
+from .target_parts import apply_head, device_of, embed_noise, pass_mode
 from .transformers_internals import DynamicCache
 from .verification import Draft
 
@@ -147,6 +147,7 @@ class BlockDrafts:
         config = drafter.config
         self.drafter = drafter
         self.run = drafter if run is None else run
+        self.mode = pass_mode(self.run)
         self.device = drafter.device
         self.embedding = target.get_input_embeddings()
         self.head = target.get_output_embeddings()
@@ -234,10 +235,8 @@ class BlockDrafts:
         return Past(weakref.ref(self.drafter), ids, self.cache, self.pending)
 
     def keep(self, taps: list[torch.Tensor]) -> None:
-        """Keep the taps of committed tokens for the next draft: of each layer (1, C, H).
-
-        Built-in: the drafter reads them at once. A skipped round here leaves them pending.
-        """
+        """Keep the taps of committed tokens for the next draft: of each layer (1, C, H). Built-in:
+        the drafter reads them at once. A skipped round here leaves them pending."""
         # Cat copies, so that a draft's rejected rows are not held.
         self.pending.append(torch.cat([one.to(self.device) for one in taps], dim=-1))
 
@@ -301,17 +300,17 @@ class BlockDrafts:
         # The context's positions, and the block's, whose first is the anchor's.
         end = ids.shape[1] - 1 + self.block_size
         positions = self.positions.upto(end)[:, -self.block_size - context.shape[1] :]
-        mask = None
-        if self.mask is not None:
-            mask = self.mask.upto(end)  # (1, S + K - 1)
+        mask = None if self.mask is None else self.mask.upto(end)  # (1, S + K - 1)
         self.noise_ids[:, :1] = ids[:, -1:]
-        output = self.run(
-            noise_embeds=embed_noise(self.embedding, self.noise_ids).to(self.device),  # (1, K, H)
-            context_hidden_states=context,
-            attention_mask=mask,
-            position_ids=positions,  # (1, C + K)
-            cache=self.cache,
-        )
+        noise_embeds = embed_noise(self.embedding, self.noise_ids).to(self.device)  # (1, K, H)
+        with self.mode():
+            output = self.run(
+                noise_embeds=noise_embeds,
+                context_hidden_states=context,
+                attention_mask=mask,
+                position_ids=positions,  # (1, C + K)
+                cache=self.cache,
+            )
         # The block's own keys and values never become context.
         # Built-in: crops them before its next draft.
         self.cache.crop(-self.block_size)

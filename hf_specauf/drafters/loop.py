@@ -18,7 +18,7 @@ import torch
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMixin
 
 from .drafts import BlockDrafts, Extended, counted, ones
-from .target_parts import Mixers, Taps, decoder_layers, device_of
+from .target_parts import Mixers, Taps, decoder_layers, device_of, pass_mode
 from .transformers_internals import (
     CACHE,
     EosTokenCriteria,
@@ -81,6 +81,14 @@ class Ends:
         now = time.time()
         done = any(now - one.initial_timestamp > one.max_time for one in self.times)
         return len(tokens), done
+
+
+def padding(mask: torch.Tensor | None) -> torch.Tensor | None:
+    """A mask that leaves something out; `None` for any other, which costs a pass time and says
+    nothing: SDPA then copies keys and values for each group of heads."""
+    if mask is not None and bool(mask.all()):
+        return None
+    return mask
 
 
 class Passes:
@@ -175,12 +183,16 @@ class LeanPasses(Passes):
 
     def __init__(self, target, generation_config, model_kwargs: dict):
         super().__init__(target, generation_config, model_kwargs)
+        self.mode = pass_mode(target)
         # From the prompt's on, these two go on by themselves.
         self.rows = {}
-        for name, goes_on in (("position_ids", counted), ("attention_mask", ones)):
-            start = model_kwargs.get(name)
-            if start is not None:
-                self.rows[name] = Extended(start.to(self.device), goes_on)
+        positions, mask = model_kwargs.get("position_ids"), model_kwargs.get("attention_mask")
+        if positions is not None:
+            self.rows["position_ids"] = Extended(positions.to(self.device), counted)
+            # Some targets without positions count them by the mask.
+            mask = padding(mask)
+        if mask is not None:
+            self.rows["attention_mask"] = Extended(mask.to(self.device), ones)
 
     def commit(self, count: int) -> None:
         """Nothing is to be made longer."""
@@ -193,7 +205,8 @@ class LeanPasses(Passes):
         if "position_ids" in inputs:
             inputs["position_ids"] = inputs["position_ids"][..., -count:]
         ids = ids[:, -count:].to(self.device)
-        self.outputs = self.target(input_ids=ids, **inputs, **more)
+        with self.mode():
+            self.outputs = self.target(input_ids=ids, **inputs, **more)
         return self.outputs.logits
 
 
@@ -292,6 +305,7 @@ class Decoding:
                 " recurrent state is put back by hooks, which compiled code does not see. Attach"
                 " the target without torch.compile"
             )
+        self.passes.mode = nullcontext  # nor should it be compiled twice
         # Compiled code does not see hooks that are new. Entry 0 is the embedding.
         self.asked = {"output_hidden_states": [i + 1 for i in ids]}
         if self.config.prefill_chunk_size is not None:
@@ -315,7 +329,7 @@ class Decoding:
         """Read the prompt, and choose the token after it."""
         ids = self.text.upto(self.length)
         first = self.passes.kwargs
-        positions, mask = first.get("position_ids"), first.get("attention_mask")
+        positions, mask = first.get("position_ids"), padding(first.get("attention_mask"))
         logits, taps = self._pass(self.passes.prefill, ids)
         verdict = self.verify(logits, None, ids)
         tokens = ids[0].tolist() + verdict.tokens if self.drafts.lookup is not None else []

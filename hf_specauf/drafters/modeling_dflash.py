@@ -36,6 +36,8 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalise the last dimension. (..., H) -> (..., H)"""
+        if x.dtype == self.weight.dtype:
+            return super().forward(x)
         wide = torch.promote_types(x.dtype, self.weight.dtype)
         return rms_norm(x.to(wide), self.normalized_shape, self.weight.to(wide), self.eps)
 

@@ -79,6 +79,27 @@ def check_generation(target, generation_mode, generation_config) -> None:
         raise ValueError(KEEPS_A_STATE)
 
 
+def warn_of_moving_positions(target, max_length: int) -> None:
+    """Warn where a target's positions depend on how far a pass reaches: drafted tokens then move
+    those of the text before them.
+
+    Args:
+        target (`PreTrainedModel`): the target.
+        max_length (`int`): of the text.
+    """
+    config = target.config.get_text_config(decoder=True)
+    rope = getattr(config, "rope_parameters", None) or {}
+    kind = rope.get("rope_type", "default")
+    trained = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+    if kind in ("dynamic", "longrope") and max_length > trained:
+        warnings.warn(
+            f"this text may grow beyond {trained} tokens, where {type(target).__name__}'s positions"
+            f" change with the length of a pass (rope_type {kind!r}): from there on output may"
+            " leave plain decoding's. Set max_length to that, or leave assistant_model out.",
+            stacklevel=2,
+        )
+
+
 # How the names of a target's inputs begin that hold images, videos or audio.
 NO_TEXT = ("pixel_values", "input_features", "input_values", "audio_values")
 
@@ -268,6 +289,7 @@ class DraftingOverrides:
     ):
         """What `_assisted_decoding` does, by our loop."""
         check_inputs(self.target, input_ids, model_kwargs)
+        warn_of_moving_positions(self.target, generation_config.max_length)
         check_processors(logits_processor)
         drafts = self.make_drafts(self.target, generation_config, logits_processor=logits_processor)
         cut_to(cache_of(model_kwargs), input_ids, drafts.drafter)

@@ -6,11 +6,17 @@ this package's loop with its draft lengths and lookups.
 Every prompt is decoded in every way, one after the other, and each way goes first in turn. So the ratios of one run
 are fair on a machine whose speed changes. A ratio is of tokens/s over all prompts; its interval is over 2,000
 bootstrap draws of the prompts. Without --target it makes the toy pair of the tests.
+
+z-lab's loop is in their package dflash, which asks for another transformers than ours. Its file runs on 5.23:
+    pip download --no-deps dflash==0.1.0 && unzip dflash-0.1.0-py3-none-any.whl -d zlab
+    python tests/benchmarks/decoding.py --zlab zlab --ways plain native ours z-lab      # with transformers 5.23
 """
 
 import argparse
 import json
 import random
+import sys
+import time
 from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -21,7 +27,7 @@ from real_model_data import WORDINGS
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from transformers import AutoModel
+from transformers import AutoModel, Qwen3Config
 
 from hf_specauf.data.conversation import stop_at_both_ends
 from hf_specauf.data.rows import pad_token_id
@@ -41,6 +47,11 @@ from hf_specauf.serving.decoding import attach
 from hf_specauf.target import load_target
 
 DRAWS = 2000
+# what their config shares with ours
+ZLAB_KEYS = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "hidden_act", "rms_norm_eps", "rope_parameters", "max_position_embeddings", "vocab_size",
+)  # fmt: skip
 
 
 @dataclass
@@ -50,7 +61,8 @@ class Way:
     Attributes:
         attached (`dict`, *optional*): arguments of `attach`; `None` for ways of transformers alone.
         call (`dict`): settings of `generate`.
-        drafter (`str`): "none", "given", or "random", one of the same shape with random weights.
+        drafter (`str`): "none", "given", "random", one of the same shape with random weights, or "z-lab", the given
+            one as their class.
     """
 
     attached: dict | None = None
@@ -70,6 +82,7 @@ WAYS = {
     "ours, lookup alone": Way(attached={}),
     "random drafter, auto": Way(attached=dict(lookup=False), drafter="random"),
     "random drafter, auto and lookup": Way(attached={}, drafter="random"),
+    "z-lab": Way(drafter="z-lab"),
 }
 
 
@@ -87,9 +100,42 @@ class Runner:
         handle = self.target.register_forward_hook(lambda *_: passes.append(1))
         config = deepcopy(config)
         config.update(**self.way.call)
-        decoded = timed(self.target, prompt, self.drafter, config, seed=0)
+        if self.way.drafter == "z-lab":
+            output, seconds = zlab_decode(self.target, prompt, self.drafter, config)
+        else:
+            decoded = timed(self.target, prompt, self.drafter, config, seed=0)
+            output, seconds = decoded.output, decoded.seconds
         handle.remove()
-        return decoded.output, decoded.seconds, len(passes) - 1
+        return output, seconds, len(passes) - 1
+
+
+def zlab_drafter(given):
+    """A drafter as the class of z-lab's package, with the same weights."""
+    from dflash.model import DFlashDraftModel
+
+    ours = given.config
+    config = Qwen3Config(
+        **{key: getattr(ours, key) for key in ZLAB_KEYS}, num_target_layers=ours.num_target_layers,
+        dflash_config={key: getattr(ours, key) for key in ("block_size", "mask_token_id", "target_layer_ids")},
+        attn_implementation="sdpa",
+    )  # fmt: skip
+    config.num_target_layers = ours.num_target_layers
+    drafter = DFlashDraftModel(config)
+    drafter.load_state_dict(given.state_dict())
+    return drafter.to(given.device, given.dtype).eval()
+
+
+def zlab_decode(target, prompt: torch.Tensor, drafter, config) -> tuple[torch.Tensor, float]:
+    """Decode by z-lab's loop -> ids, seconds"""
+    from dflash.model import dflash_generate
+
+    ends = config.eos_token_id
+    ends = ends if ends is None or isinstance(ends, list) else [ends]
+    start = time.perf_counter()
+    output = dflash_generate(drafter, target, prompt, config.max_new_tokens, ends)
+    if output.is_cuda:
+        torch.cuda.synchronize()
+    return output, time.perf_counter() - start
 
 
 def ratio(rows: list[dict], way: str) -> float:
@@ -140,6 +186,8 @@ def drafter_of(way: Way, given):
         return None
     if way.drafter == "given":
         return deepcopy(given)
+    if way.drafter == "z-lab":
+        return zlab_drafter(given)
     torch.manual_seed(0)
     return type(given)(given.config).to(given.device, given.dtype).eval()
 
@@ -176,8 +224,6 @@ def measure(target, drafter, prompts: list[torch.Tensor], ways: list[str], new_t
 
 def toy():
     """The tests' toy pair: (target, drafter, prompts by title)."""
-    import sys
-
     sys.path.insert(0, str(Path(__file__).parents[1]))
     from conftest import make_drafter, make_target, overfit, random_prompts
 
@@ -211,13 +257,18 @@ def main(argv: list[str] | None = None) -> None:
     add("--prompts", nargs="+", default=[], metavar="NAME=FILE")
     add("--count", type=int, default=12, help="prompts of each set")
     add("--new_tokens", type=int, default=96)
-    add("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    add("--ways", nargs="+", choices=WAYS, default=[way for way in WAYS if way != "z-lab"])
+    add("--zlab", type=Path, help="folder with z-lab's package dflash, for that way")
     add("--dtype", default="float32", help="of target and drafter")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--json", type=Path, help="file for the result")
     args = parser.parse_args(argv)
     if "plain" not in args.ways:
         parser.error("--ways needs plain: all ratios are over it")
+    if "z-lab" in args.ways:
+        if args.zlab is None:
+            parser.error("the way z-lab needs --zlab, the folder with their package")
+        sys.path.insert(0, str(args.zlab))
     if (args.target is None) != (args.drafter is None):
         parser.error("give --target and --drafter both, or neither for the toy")
     pad = 1
