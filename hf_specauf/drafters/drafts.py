@@ -14,14 +14,13 @@ tokens, V vocabulary.
 import time
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 
 from .draft_length import DraftLength, Round
 from .lookup import Continuation, Lookup, LookupChoice
 from .target_parts import apply_head, device_of, embed_noise, pass_mode
-from .transformers_internals import DynamicCache
+from .transformers_internals import DynamicCache, Past
 from .verification import Draft
 
 # What transformers fills in for `num_assistant_tokens`, so that we cannot tell whether a user did.
@@ -73,35 +72,6 @@ def counted(last: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
 def ones(last: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
     """How an attention mask goes on. (..., 1), (n,) -> (n,)"""
     return torch.ones_like(steps)
-
-
-@dataclass
-class Past:
-    """What a drafter knows of the text in a target's cache, on which it lies: a chat may give the
-    cache back, and only its new turn is read.
-
-    Attributes:
-        drafter (`weakref.ref`): to the drafter.
-        ids (`torch.LongTensor` of shape `(1, C)`): the tokens in the target's cache.
-        cache (`DynamicCache`): the drafter's.
-        pending (`list[torch.Tensor]`): taps of tokens that are not in it yet, each (1, C, L * H).
-    """
-
-    drafter: weakref.ref
-    ids: torch.LongTensor
-    cache: DynamicCache
-    pending: list[torch.Tensor]
-
-    def cut(self, length: int) -> None:
-        """Forget all tokens after the first `length`."""
-        surplus = self.ids.shape[1] - length
-        self.ids = self.ids[:, :length]
-        while surplus > 0 and self.pending:
-            last = self.pending.pop()
-            if last.shape[1] > surplus:
-                self.pending.append(last[:, :-surplus])
-            surplus -= min(surplus, last.shape[1])
-        self.cache.crop(-surplus)
 
 
 class BlockDrafts:
@@ -396,4 +366,4 @@ class BlockDrafts:
             )
 
 
-__all__ = ["BlockDrafts", "Extended", "Past", "counted", "ones"]
+__all__ = ["BlockDrafts", "Extended", "counted", "ones"]

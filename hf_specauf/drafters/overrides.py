@@ -17,7 +17,7 @@ import torch
 from .draft_length import DraftLength
 from .lookup import LookupChoice
 from .loop import Decoding
-from .target_parts import check_state, decoder_layers
+from .target_parts import check_state, decoder_layers, positions_move
 from .transformers_internals import (
     OVERRIDDEN,
     GenerationMode,
@@ -87,15 +87,17 @@ def warn_of_moving_positions(target, max_length: int) -> None:
         target (`PreTrainedModel`): the target.
         max_length (`int`): of the text.
     """
+    if not positions_move(target):
+        return
     config = target.config.get_text_config(decoder=True)
-    rope = getattr(config, "rope_parameters", None) or {}
-    kind = rope.get("rope_type", "default")
+    rope = config.rope_parameters
     trained = rope.get("original_max_position_embeddings") or config.max_position_embeddings
-    if kind in ("dynamic", "longrope") and max_length > trained:
+    if max_length > trained:
         warnings.warn(
             f"this text may grow beyond {trained} tokens, where {type(target).__name__}'s positions"
-            f" change with the length of a pass (rope_type {kind!r}): from there on output may"
-            " leave plain decoding's. Set max_length to that, or leave assistant_model out.",
+            f" change with the length of a pass (rope_type {rope['rope_type']!r}): from there on"
+            " output may leave plain decoding's. Set max_length to that, or leave assistant_model"
+            " out.",
             stacklevel=2,
         )
 
@@ -292,7 +294,7 @@ class DraftingOverrides:
         warn_of_moving_positions(self.target, generation_config.max_length)
         check_processors(logits_processor)
         drafts = self.make_drafts(self.target, generation_config, logits_processor=logits_processor)
-        cut_to(cache_of(model_kwargs), input_ids, drafts.drafter)
+        cut_to(model_kwargs, generation_config, input_ids, drafts.drafter)
         return Decoding(
             self.target,
             drafts,

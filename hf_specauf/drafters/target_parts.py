@@ -195,6 +195,18 @@ def check_state(target) -> None:
     """
     if not target._is_stateful or target in TRIED:
         return
+    # Dropout would make two passes differ.
+    training = [module for module in target.modules() if module.training]
+    target.eval()
+    try:
+        _try_state(target)
+    finally:
+        for module in training:
+            module.training = True
+    TRIED.add(target)
+
+
+def _try_state(target) -> None:
     name = type(target).__name__
     advice = "so drafted output would be silently wrong. Generate without assistant_model"
     if not recurrent_mixers(target):
@@ -217,7 +229,6 @@ def check_state(target) -> None:
                 f"{name} reads several tokens on top of its recurrent state otherwise than a text"
                 f" at once ({what} differ by {error:.1%}), {advice}"
             )
-    TRIED.add(target)
 
 
 def _empty_cache(target) -> DynamicCache:
@@ -302,9 +313,10 @@ def _read_by_parts(target, ids: torch.LongTensor) -> torch.Tensor:
 
 
 def pass_mode(model):
-    """What a model's passes run in: inference mode, which is a twentieth less work of the host than
-    `no_grad`, unless it would make tensors in there that outlive the call: shards that are
-    gathered, weights that are fetched, states that are written into, compiled code.
+    """What a model's passes run in: inference mode, a twentieth less work of the host than
+    `no_grad`. Autograd refuses tensors that were made in it. So it is not for passes in which a
+    model, or a user's hook, makes tensors that stay: shards that are gathered, weights that are
+    fetched, states that are written into, frequencies that are made anew, compiled code.
 
     Args:
         model (`nn.Module`): target or drafter, as it is called.
@@ -313,11 +325,23 @@ def pass_mode(model):
         not isinstance(model, PreTrainedModel)
         or model._compiled_call_impl is not None
         or model._is_stateful
-        or hasattr(model, "hf_device_map")
+        or positions_move(model)
         or any(isinstance(one, DTensor) for one in model.parameters())
+        or any(has_hooks(one) for one in model.modules())
     ):
         return nullcontext
     return torch.inference_mode
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody else's code runs with a module: hooks, or accelerate's around it."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"))
+
+
+def positions_move(model) -> bool:
+    """Whether a model's RoPE depends on how far a pass reaches (dynamic NTK, LongRoPE)."""
+    rope = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    return rope.get("rope_type") in ("dynamic", "longrope")
 
 
 def device_of(module: nn.Module) -> torch.device:

@@ -14,9 +14,12 @@ the other files of this folder, ask for no version.
 The last row needs nothing here: the trainer does what 5.24 does.
 """
 
+import copy
 import inspect
 import re
 import warnings
+import weakref
+from dataclasses import dataclass
 from functools import cache as once
 
 import torch
@@ -197,6 +200,42 @@ def the_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | Non
     return past_key_values if cache is None else cache
 
 
+@dataclass
+class Past:
+    """What a drafter knows of the text in a target's cache, on which it lies: a chat may give the
+    cache back, and only its new turn is read.
+
+    Attributes:
+        drafter (`weakref.ref`): to the drafter.
+        ids (`torch.LongTensor` of shape `(1, C)`): the tokens in the target's cache.
+        cache (`DynamicCache`): the drafter's.
+        pending (`list[torch.Tensor]`): taps of tokens that are not in it yet, each (1, C, L * H).
+    """
+
+    drafter: weakref.ref
+    ids: torch.LongTensor
+    cache: DynamicCache
+    pending: list[torch.Tensor]
+
+    def __reduce__(self):
+        # Pickled, a cache is that of a text which nobody knows: a drafter is not sent along.
+        return type(None), ()
+
+    def __deepcopy__(self, memo) -> "Past":
+        return Past(self.drafter, self.ids, *copy.deepcopy((self.cache, self.pending), memo))
+
+    def cut(self, length: int) -> None:
+        """Forget all tokens after the first `length`."""
+        surplus = self.ids.shape[1] - length
+        self.ids = self.ids[:, :length]
+        while surplus > 0 and self.pending:
+            last = self.pending.pop()
+            if last.shape[1] > surplus:
+                self.pending.append(last[:, :-surplus])
+            surplus -= min(surplus, last.shape[1])
+        self.cache.crop(-surplus)
+
+
 def past_of(target_cache: Cache):
     """What a drafter knows of the text in a cache that one of its calls returned; else `None`."""
     return getattr(target_cache, "_drafters_past", None)
@@ -213,13 +252,15 @@ def keep_past(target_cache: Cache, past) -> None:
         target_cache._drafters_past = past
 
 
-def cut_to(target_cache: Cache, input_ids: torch.LongTensor, drafter) -> None:
+def cut_to(model_kwargs: dict, generation_config, input_ids: torch.LongTensor, drafter) -> None:
     """Cut a cache that holds tokens, and what the drafter knows of them, to what a prompt begins
     with. The prompt's last token is to be read anew in any case.
 
     Args:
-        target_cache (`Cache`): nothing is done to an empty one.
-        input_ids (`torch.LongTensor` of shape `(1, S)`): the prompt.
+        model_kwargs (`dict`): of the target's first pass. Nothing is done to an empty cache.
+        generation_config (`GenerationConfig`): of the call.
+        input_ids (`torch.LongTensor` of shape `(1, S)`): the whole text so far. One that is shorter
+            than the cached text is a text of its own, from where the two part.
         drafter (`PreTrainedModel`): of this call, no wrapper.
 
     Raises:
@@ -229,23 +270,31 @@ def cut_to(target_cache: Cache, input_ids: torch.LongTensor, drafter) -> None:
         "pass the full conversation as input_ids and no cache (past_key_values), or one that the"
         " last call with this drafter returned"
     )
+    target_cache, mask = cache_of(model_kwargs), model_kwargs.get("attention_mask")
     length, past = target_cache.get_seq_length(), past_of(target_cache)
     if length == 0:
         return
+    # 5.24 drops a mask that says nothing, and notes how long it was.
+    noted = getattr(generation_config, "_mask_length", None) or -1
+    masked = noted if mask is None else mask.shape[-1]
+    if masked not in (-1, input_ids.shape[1]):
+        raise ValueError(
+            f"input_ids are {input_ids.shape[1]} tokens and attention_mask {masked}: {advice}."
+        )
     if past is None or past.drafter() is not drafter or past.ids.shape[1] != length:
         raise ValueError(
-            "the cache given already holds tokens, and the drafter knows nothing of them. Their"
-            f" hidden states are what it drafts from: {advice}."
+            "the cache given already holds tokens, and no call with this drafter left it so. It"
+            f" drafts from what it read then: {advice}."
         )
     most = min(length, input_ids.shape[1] - 1)
     equal = (past.ids[:, :most] == input_ids[:, :most].to(past.ids.device))[0]
     common = most if bool(equal.all()) else int(equal.long().argmin())
     if common == length:
         return
-    if any(type(layer) is not DynamicLayer for layer in target_cache.layers):
+    if common == 0 or any(type(layer) is not DynamicLayer for layer in target_cache.layers):
         raise ValueError(
-            f"input_ids leave the text in the cache given at token {common} of {length}, and this"
-            f" cache's windows or states cannot go back: {advice}."
+            f"input_ids leave the text in the cache given at token {common} of {length}, and it"
+            f" cannot go back so far (windows and states never can): {advice}."
         )
     target_cache.crop(common - length)
     past.cut(common)
@@ -255,7 +304,7 @@ def check_cache(target_cache: Cache, has_state: bool = False) -> None:
     """Raise unless a target's cache can be cut back to the accepted tokens after each pass.
 
     Args:
-        target_cache (`Cache`): empty.
+        target_cache (`Cache`): empty, or left by an earlier call.
         has_state (`bool`): whether a part of it is a recurrent state.
 
     Raises:
@@ -307,7 +356,7 @@ def check_cache_implementation(name: str | None) -> None:
 __all__ = [
     "ALL_ATTENTION_FUNCTIONS", "CACHE", "OVERRIDDEN", "STATIC_CACHES_CROP", "TESTED", "VERSION",
     "Cache", "DFlashCache", "DynamicCache", "EosTokenCriteria", "GenerationMode",
-    "GradientCheckpointingLayer", "MaxLengthCriteria", "MaxTimeCriteria", "PreTrainedModel",
+    "GradientCheckpointingLayer", "MaxLengthCriteria", "MaxTimeCriteria", "Past", "PreTrainedModel",
     "Qwen3MLP", "Qwen3RotaryEmbedding", "cache_of", "check_cache", "check_cache_implementation",
     "check_methods", "cut_to", "decode_step_of", "eager_attention_forward", "keep_past",
     "longer_kwargs", "past_of", "rotate_half", "take_past", "the_cache", "version_error",

@@ -174,7 +174,7 @@ def compare(
         max_new_tokens (`int`): tokens generated for each.
         temperature (`float`, *optional*, defaults to 0): 0 is greedy, and outputs must be equal;
             above 0 they are samples, and equality is not asked for.
-        draft_length, lookup: as for `attach`.
+        draft_length, lookup: as for `attach`, and by default whole blocks and no lookup.
 
     Returns:
         dict with `acceptance` (tau, alpha, ...), rates, `speedup`, `lossless` (counts of identical,

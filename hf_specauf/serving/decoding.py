@@ -21,7 +21,7 @@ from ..drafters.lookup import LookupChoice
 from ..drafters.overrides import DraftingOverrides
 from ..identity import as_called, check_pair, innermost, unwrapped
 from .acceptance import Acceptance, summarize
-from .lookup_alone import NoDrafter
+from .lookup_alone import NO_DRAFTER, NoDrafter
 
 AUTO = "auto"  # decided before each pass
 
@@ -67,8 +67,9 @@ def attach(
 ) -> "Attachment":
     """Make `target.generate(**inputs, assistant_model=drafter)` work, and record what it accepts.
 
-    Limits. **Batch size 1**, greedy or sampled. No beams, no filled cache, no `inputs_embeds`
-    without ids, no `output_hidden_states`; static caches from transformers 5.24 on. Such a call
+    Limits. **Batch size 1**, greedy or sampled. No beams, no filled cache but one that the last
+    call with this drafter returned, no `inputs_embeds` without ids, no `output_hidden_states`;
+    static caches from transformers 5.24 on. Such a call
     raises an error that says what to change.
 
     Output is the target's own: greedy decoding gives the same tokens, and sampling draws from the
@@ -104,7 +105,7 @@ def attach(
             target's id or commit, or another chat template, is a warning.
     """
     if drafter is None:
-        drafter = NoDrafter()
+        drafter = NO_DRAFTER
         if lookup is False:
             raise ValueError(
                 'there is nothing to draft with: give a drafter, or leave out lookup=False ("auto")'

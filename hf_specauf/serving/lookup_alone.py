@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import torch
 
-from ..drafters.drafts import BlockDrafts
+from ..drafters.drafts import UNSET_ASSISTANT_TOKENS, BlockDrafts
 from ..drafters.lookup import Lookup
 from ..drafters.transformers_internals import DynamicCache
 from ..drafters.verification import Draft
@@ -18,7 +18,8 @@ class LookupDrafts(BlockDrafts):
 
     Args:
         drafter ([`NoDrafter`]): what stands in its place.
-        target, generation_config: not needed.
+        target: not needed.
+        generation_config (`GenerationConfig`): of the call.
         lookup, draft_length, skip_round, rounds: as of [`BlockDrafts`].
     """
 
@@ -44,6 +45,9 @@ class LookupDrafts(BlockDrafts):
         # A drafter would have read the text into these.
         self.cache, self.pending = DynamicCache(), []
         self.confidences = self.drafting_seconds = None
+        self.longest = lookup.longest
+        if generation_config.num_assistant_tokens not in (None, UNSET_ASSISTANT_TOKENS):
+            self.longest = generation_config.num_assistant_tokens
 
     def begin(self, taps, positions, mask, ids, tokens, past=None) -> None:
         """Take in the prompt and the token after it."""
@@ -56,7 +60,7 @@ class LookupDrafts(BlockDrafts):
         self.found, self.looked_up = None, False
         if room <= 0 or (self.skip_round is not None and self.skip_round(self.rounds)):
             return None
-        tokens = self._look_up(room, 0)
+        tokens = self._look_up(min(room, self.longest), 0)
         if not tokens:
             return None
         self.looked_up = True
@@ -76,4 +80,7 @@ class NoDrafter:
         return self
 
 
-__all__ = ["LookupDrafts", "NoDrafter"]
+# One for all, so that a cache which one call left can be given to another.
+NO_DRAFTER = NoDrafter()
+
+__all__ = ["NO_DRAFTER", "LookupDrafts", "NoDrafter"]
