@@ -55,6 +55,7 @@ keys = dict(max_new_tokens=24, do_sample=False)
 plain = target.generate(prompt, **keys)[0].tolist()
 target.register_forward_hook(lambda *_: passes.append(1))
 more = dict(assistant_model=drafter, custom_generate="alice/domino", trust_remote_code=True)
+more |= dict(draft_length=None, lookup=False)
 assisted = [target.generate(prompt, **keys, **more, **at)[0].tolist() for at in (dict(revision="v1"), dict())]
 try:
     target.generate(prompt, **keys, assistant_model=drafter, speculation_type="dflash")

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, final, make_domino, make_drafter, make_target, overfit, random_prompts, warm_python
+from conftest import ROOT, attach, final, make_domino, make_drafter, make_target, overfit, random_prompts, warm_python
 from loopback_hub import LoopbackHub
 from transformers import AutoModel, AutoModelForCausalLM
 from warm_python import WarmPython
@@ -46,6 +46,8 @@ passes = []
 target.register_forward_hook(lambda *_: passes.append(1))
 if hasattr(drafter, "generate_for"):
     keys |= dict(custom_generate=name, trust_remote_code=True)
+    if hasattr(drafter, "get_drafts"):  # not in 0.1.0
+        keys |= dict(draft_length=None, lookup=False)
 else:
     keys |= dict(speculation_type="dflash")
 tokens = target.generate(torch.tensor(prompt), assistant_model=drafter, **keys)[0].tolist()
@@ -230,7 +232,7 @@ def test_a_folder_of_0_1_0_works_with_this_package_whatever_its_own_code_says(pa
     folder = with_code_of_0_1_0(pair, kind, tmp_path / kind)
     drafter = AutoModel.from_pretrained(folder, dtype=torch.float64, trust_remote_code=trusted)
     assert type(drafter).__module__.startswith("hf_specauf.")
-    with hf_specauf.attach(pair.target, drafter) as attachment:
+    with attach(pair.target, drafter) as attachment:
         output = pair.target.generate(pair.prompt, assistant_model=drafter, **KEYS)
     assert output[0].tolist() == pair.plain and attachment.acceptance().tau > 1.3
     assert hf_specauf.generate(pair.target, drafter, pair.prompt, **KEYS)[0].tolist() == pair.plain
