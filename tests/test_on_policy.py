@@ -117,9 +117,12 @@ def test_raw_logits_have_the_same_best_token_and_the_loss_is_that_of_what_drafts
 
     monkeypatch.setattr(BlockDrafts, "_fill", keep)
     torch.manual_seed(0)
-    generate(target, drafter, texts[:1], do_sample=True, top_k=0, max_new_tokens=12)
+    generate(
+        target, drafter, texts[:1], draft_length=None, lookup=False, do_sample=True, top_k=0, max_new_tokens=12
+    )  # fmt: skip
     hidden, draft, logits = drawn[0]
-    hidden, labels = hidden[:, None].detach().requires_grad_(), draft[:, None]  # (1, 1, P, H), (1, 1, P)
+    # Copied, because decoding runs in inference mode. (1, 1, P, H), (1, 1, P)
+    hidden, labels = hidden[:, None].clone().requires_grad_(), draft[:, None]
     loss = head_loss(
         hidden, frozen.head, labels, torch.ones_like(labels, dtype=torch.bool), LossSpec(OBJECTIVES["uniform"])
     )
