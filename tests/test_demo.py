@@ -109,8 +109,12 @@ def test_recording_keeps_the_pace_and_at_most_its_frames_a_second(tmp_path):
         assert image.size[0] == 20 * 9 + 24
 
 
-def test_without_a_shipped_drafter_the_demo_names_the_flag(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr("hf_specauf.demo.show.SHIPPED", tmp_path)
+def test_without_a_drafter_the_demo_looks_drafts_up_alone(folders, capsys):
+    target = folders[folders.index("--target") + 1]
+    main(["--target", target, "--dtype", "float32", "--new_tokens", str(NEW)])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "drafts are looked up in the text alone" in said and "identical" in said
+    assert "drafter 0 of 0 tokens in 0 passes" in said
     with pytest.raises(SystemExit):
-        main([])
-    assert "give --drafter" in capsys.readouterr().err
+        main(["--target", target, "--no_lookup"])
+    assert "leaves nothing to draft with: give --drafter" in capsys.readouterr().err

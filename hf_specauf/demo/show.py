@@ -1,9 +1,8 @@
 """The demo: a real chat model answers with and without a drafter, side by side.
 
-`specauf demo` fetches SmolLM2-135M-Instruct, loads the drafter that lies in `model_cards/`, and
-streams the answers to a few prompts. Tokens that were drafted and that the model accepted are
-green. Drafts come from the drafter, or are looked up in the text where its last tokens occurred
-before. A table follows: tokens/s of both, tokens a pass, and whether the answers are identical.
+`specauf demo` fetches SmolLM2-135M-Instruct and streams its answers to a few prompts. Tokens that
+were drafted and that the model accepted are green. Drafts come from the drafter that `--drafter`
+names, or are looked up in the text where its last tokens occurred before. A table follows: tokens/s of both, tokens a pass, and whether the answers are identical.
 `--chat` takes your own prompts.
 """
 
@@ -37,7 +36,6 @@ from .recording import Recording
 from .smollm2 import smollm2
 from .stream import Answer, AnswerStreamer
 
-SHIPPED = Path(__file__).parents[2] / "model_cards" / "smollm2-135m-instruct__dflash-auf"
 # Share of passes with a draft, below which the drafter did not decide the speed.
 FEW = 0.1
 # flags that take a number
@@ -207,7 +205,7 @@ def command_parser() -> argparse.ArgumentParser:
     """The command's flags."""
     parser = argparse.ArgumentParser(prog="specauf demo", description=__doc__)
     add = parser.add_argument
-    add("--drafter", help="folder or Hub id (default: the one in model_cards/ of a checkout)")
+    add("--drafter", help="folder or Hub id (default: none, and drafts are looked up alone)")
     add("--target", help="folder or Hub id (default: SmolLM2-135M-Instruct, fetched)")
     add(
         "--dtype",
@@ -236,15 +234,16 @@ def main(argv: list[str] | None = None) -> None:
     parser = command_parser()
     args = parser.parse_args(under_new_spelling(argv))
     check_keys(args, NUMBERS)
-    if args.drafter is None and not (SHIPPED / "config.json").is_file():
-        parser.error(
-            f"no drafter lies in {SHIPPED}: give --drafter, a folder that `specauf train` made for"
-            " this target"
-        )
+    if args.drafter is None and args.no_lookup:
+        parser.error("--no_lookup leaves nothing to draft with: give --drafter, or leave it out")
     console = Console()
+    if args.drafter is None:
+        console.print("No --drafter was given, so drafts are looked up in the text alone.")
     path = args.target or str(smollm2())
     target, tokenizer = load_target(path, dtype=getattr(torch, args.dtype or fast_dtype()))
-    drafter = load_drafter(args.drafter or SHIPPED, dtype=target.dtype)
+    drafter = None
+    if args.drafter is not None:
+        drafter = load_drafter(args.drafter, dtype=target.dtype)
     config = decoding_config(target, args.new_tokens, tokenizer.pad_token_id)
     with (
         torch.no_grad(),
@@ -263,7 +262,7 @@ def main(argv: list[str] | None = None) -> None:
         # The first calls of a process are slow, so that neither way may be the first.
         warm_up = pair.prompt([{"role": "user", "content": "Hello"}])
         pair.write(warm_up, None)
-        pair.write(warm_up, drafter)
+        pair.write(warm_up, attachment.drafter)
         attachment.generations.clear()
         rows = [answer_both(pair, question, console, recording) for question in PROMPTS]
         table = summary(rows, attachment.rounds, target.dtype)
