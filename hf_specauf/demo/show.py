@@ -2,8 +2,8 @@
 
 `specauf demo` fetches SmolLM2-135M-Instruct and streams its answers to a few prompts. Tokens that
 were drafted and that the model accepted are green. Drafts come from the drafter that `--drafter`
-names, or are looked up in the text where its last tokens occurred before. A table follows: tokens/s of both, tokens a pass, and whether the answers are identical.
-`--chat` takes your own prompts.
+names, or are looked up in the text where its last tokens occurred before. A table follows: tokens/s
+of both, tokens a pass, and whether the answers are identical. `--chat` takes your own prompts.
 """
 
 import argparse
