@@ -137,8 +137,7 @@ class BlockDrafts:
         self.is_capped = len(caps) > 1
         self.skip_round = skip_round
         self.draft_length = draft_length
-        self.lookup = lookup
-        self.index = Lookup()
+        self.lookup, self.index = lookup, Lookup()
         # What was looked up for the pass under way, and whether that is its draft.
         self.found: Continuation | None = None
         self.looked_up = False
