@@ -7,6 +7,7 @@ import torch
 from conftest import attach, make_domino, make_drafter, make_target, random_prompts
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import PromptTuningConfig, get_peft_model
 from scipy.stats import chisquare
 from test_generate import GREEDY, PROMPT, Enough, K, pair, plain, sampled_p_value, sampling_pair
 from transformers.generation import LogitsProcessorList
@@ -213,6 +214,13 @@ def test_costs_of_lookups_alone_can_be_frozen():
     with hf_specauf.attach(p.target, None, costs=attachment.costs) as again:
         found = p.target.generate(p.prompts[0], **GREEDY, assistant_model=again.drafter)
     assert torch.equal(found, p.plain[0])
+
+
+def test_virtual_tokens_are_refused_without_a_drafter_too():
+    settings = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    target = get_peft_model(make_target(), settings)
+    with pytest.raises(ValueError, match="PROMPT_TUNING puts virtual tokens before the prompt"):
+        hf_specauf.attach(target, None)
 
 
 def test_without_drafter_and_lookup_there_is_nothing_to_draft_with():

@@ -259,7 +259,7 @@ def _mixers_error(target, calls: list[tuple], cache) -> tuple[float, float]:
         calls (`list[tuple]`): of mixers, in a pass over 14 rows: module, args, kwargs.
         cache (`Cache`): of that pass.
     """
-    errors, allowed = [0.0], WRONG
+    errors, allowed = [], WRONG
     first_calls = {type(module): (module, *given) for module, *given in reversed(calls)}
     for module, args, kwargs in first_calls.values():
         if all(one.is_floating_point() and not one.is_meta for one in module.parameters()):
@@ -270,7 +270,8 @@ def _mixers_error(target, calls: list[tuple], cache) -> tuple[float, float]:
         whole = _after(target, module, args, kwargs, cache, [(0, 14)])
         parts = _after(target, module, args, kwargs, cache, [(0, 9), (9, 13), (13, 14)])
         errors += [_distance(found, right) for found, right in zip(parts, whole)]
-    return max(errors), allowed
+    # Where no mixer was seen to run, nothing is known.
+    return max(errors, default=float("inf")), allowed
 
 
 def _after(target, module, args, kwargs, cache, parts) -> list[torch.Tensor]:
@@ -279,6 +280,7 @@ def _after(target, module, args, kwargs, cache, parts) -> list[torch.Tensor]:
     new, outputs = _empty_cache(target), []
 
     def part_of(value, start: int, end: int):
+        """An argument of the call, for some of its rows."""
         if value is cache:
             return new
         if torch.is_tensor(value) and value.is_floating_point():

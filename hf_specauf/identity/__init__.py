@@ -14,7 +14,7 @@ from .fingerprints import (
     weights_fingerprint,
 )
 from .origins import Origin, cached_commit, note_origin, origin_of
-from .pairs import check_pair, refuse_activated_lora, warn
+from .pairs import check_pair, refuse_activated_lora, refuse_virtual_tokens, warn
 from .record import CONFIG_KEYS, SHAPE_KEYS, Identity
 from .wrappers import as_called, innermost, unwrapped
 
@@ -31,6 +31,7 @@ __all__ = [
     "note_origin",
     "origin_of",
     "refuse_activated_lora",
+    "refuse_virtual_tokens",
     "same_weights",
     "target_fingerprint",
     "tokenizer_hashes",

@@ -26,7 +26,7 @@ def check_pair(
         TypeError: the target is no model of transformers.
         ValueError: what differs, and what to do.
     """
-    _refuse_virtual_tokens(target)
+    refuse_virtual_tokens(target)
     target = innermost(target)
     check_shape(target, config)
     if target.config.is_encoder_decoder or target.get_output_embeddings() is None:
@@ -45,7 +45,7 @@ def check_pair(
         _check_words(tokenizer, found, meant, config.mask_token_id)
 
 
-def _refuse_virtual_tokens(target: PreTrainedModel | PeftModel) -> None:
+def refuse_virtual_tokens(target: PreTrainedModel | PeftModel) -> None:
     """Raise where PEFT puts tokens before the prompt that are no words."""
     for wrapper in wrappers_of_peft(target):
         for name in wrapper.active_adapters:

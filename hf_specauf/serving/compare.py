@@ -204,12 +204,19 @@ def compare(
                 rows[way].append(prompt_row(prompt, plain, other, rounds, difference))
         acceptance = attachment.acceptance()
     results = {"acceptance": acceptance.to_dict()} | totals(rows.pop("drafter"), greedy)
+    return results | ways_beside(rows, greedy, both.rounds)
+
+
+def ways_beside(rows: dict[str, list[dict]], greedy: bool, rounds: list[Round]) -> dict[str, dict]:
+    """What `compare` returns of the ways beside the drafter, by name. `rounds`: of drafter and
+    lookup together."""
+    found = {}
     for way, of_way in rows.items():
         whole = totals(of_way, greedy)
-        results[way] = {key: whole[key] for key in ("tokens_per_second", "speedup", "lossless")}
-    if "drafter_and_lookup" in results:
-        results["drafter_and_lookup"]["accepted"] = accepted_by_source(both.rounds)
-    return results
+        found[way] = {key: whole[key] for key in ("tokens_per_second", "speedup", "lossless")}
+    if "drafter_and_lookup" in found:
+        found["drafter_and_lookup"]["accepted"] = accepted_by_source(rounds)
+    return found
 
 
 def config_of(way: str, config: GenerationConfig) -> GenerationConfig:

@@ -19,7 +19,7 @@ from ..drafters.draft_length import Costs, DraftLength, Round
 from ..drafters.drafts import BlockDrafts
 from ..drafters.lookup import LookupChoice
 from ..drafters.overrides import DraftingOverrides
-from ..identity import as_called, check_pair, innermost, unwrapped
+from ..identity import as_called, check_pair, innermost, refuse_virtual_tokens, unwrapped
 from .acceptance import Acceptance, summarize
 from .lookup_alone import NO_DRAFTER, NoDrafter
 
@@ -105,16 +105,8 @@ def attach(
             target's id or commit, or another chat template, is a warning.
     """
     if drafter is None:
+        _check_lookup_alone(target, draft_length, lookup)
         drafter = NO_DRAFTER
-        if lookup is False:
-            raise ValueError(
-                'there is nothing to draft with: give a drafter, or leave out lookup=False ("auto")'
-            )
-        if draft_length not in (AUTO, None):
-            raise ValueError(
-                f"draft_length is {draft_length!r} and there is no drafter: lookup={draft_length!r}"
-                " says how many tokens to look up"
-            )
     else:
         _check(target, drafter, tokenizer)
     longest = inside(drafter).config.block_size - 1
@@ -234,6 +226,20 @@ class Attachment:
 def inside(drafter) -> PreTrainedModel | NoDrafter:
     """A drafter without its wrapper, or what stands in its place."""
     return drafter if isinstance(drafter, NoDrafter) else innermost(drafter)
+
+
+def _check_lookup_alone(target, draft_length, lookup) -> None:
+    """Raise where there is no drafter, and drafts cannot be looked up alone."""
+    refuse_virtual_tokens(target)
+    if lookup is False:
+        raise ValueError(
+            'there is nothing to draft with: give a drafter, or leave out lookup=False ("auto")'
+        )
+    if draft_length not in (AUTO, None):
+        raise ValueError(
+            f"draft_length is {draft_length!r} and there is no drafter: lookup={draft_length!r}"
+            " says how many tokens to look up"
+        )
 
 
 def _check(target, drafter, tokenizer: PreTrainedTokenizerBase | None) -> None:

@@ -21,6 +21,8 @@ class LookupDrafts(BlockDrafts):
         target: not needed.
         generation_config (`GenerationConfig`): of the call.
         lookup, draft_length, skip_round, rounds: as of [`BlockDrafts`].
+        not_needed: its others, which are about a drafter. A looked-up token was drawn from nothing,
+            so that no logits processor touches it.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class NoDrafter:
         return LookupDrafts(self, target, generation_config, **kwargs)
 
     def eval(self) -> "NoDrafter":
+        """As a module's, because whoever attaches calls it."""
         return self
 
 
