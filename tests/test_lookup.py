@@ -230,6 +230,20 @@ def test_without_drafter_and_lookup_there_is_nothing_to_draft_with():
         hf_specauf.attach(pair().target, None, draft_length=3)
 
 
+@pytest.mark.parametrize(
+    ("options", "advice"),
+    [
+        (dict(draft_length=K), r"must be in 1\.\.3"),
+        (dict(draft_length="most"), 'or "auto"'),
+        (dict(lookup=0), "or False"),
+    ],
+)
+def test_the_hubs_generate_refuses_what_attach_refuses(options, advice):
+    target = make_target()
+    with pytest.raises(ValueError, match=advice):
+        make_domino(target).generate_for(target, random_prompts(1, PROMPT), **options, **GREEDY)
+
+
 def test_without_lookup_nothing_is_looked_up():
     p = pair()
     with attach(p.target, p.drafter) as attachment:

@@ -25,6 +25,19 @@ from .verification import Draft
 
 # What transformers fills in for `num_assistant_tokens`, so that we cannot tell whether a user did.
 UNSET_ASSISTANT_TOKENS = 20
+AUTO = "auto"  # decided before each pass
+
+
+def check_draft_length(draft_length: int | str, longest: int) -> None:
+    """Raise unless a draft length is a number that a drafter can draft.
+
+    Raises:
+        ValueError: it is not in 1..`longest`, K - 1.
+    """
+    if type(draft_length) is not int or not 1 <= draft_length <= longest:
+        raise ValueError(
+            f'draft_length is {draft_length!r}; it must be in 1..{longest} (K - 1), or "{AUTO}"'
+        )
 
 
 def confidences(logits: torch.Tensor) -> list[float]:

@@ -27,6 +27,21 @@ DOUBT, DOUBT_DECAY = 0.5, 0.86
 UNLIKELY = 0.25  # tokens that are reached and right less often are not verified, without costs
 
 
+def check_lookup(lookup: int | str | bool) -> int | None:
+    """The looked-up tokens of a round, `None` for as many as promise something.
+
+    Raises:
+        ValueError: it is neither "auto" nor a number of 1 or more.
+    """
+    if lookup is True or lookup == "auto":
+        return None
+    if type(lookup) is not int or lookup < 1:
+        raise ValueError(
+            f'lookup is {lookup!r}; it must be "auto", a number of tokens from 1 on, or False'
+        )
+    return lookup
+
+
 class Continuation(NamedTuple):
     """What followed a match.
 

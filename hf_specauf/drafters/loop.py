@@ -117,15 +117,15 @@ class Passes:
     def prefill(self, ids: torch.LongTensor, **more) -> torch.Tensor:
         """Read the prompt. (1, S) -> its last logits (1, 1, V)"""
         outputs = self.target._prefill(ids, self.config, self.kwargs | more)
-        # Only now: before, sliding layers would keep the whole prompt. Those of a cache that was
-        # given back keep it, and drop what they do not need here.
+        # Only now: before, sliding layers would keep the whole prompt.
         self.cache.activate_past_recording()
-        self.cache.crop(0)
         if self.mixers is None and not getattr(self.cache, "is_croppable", True):
             raise ValueError(
                 f"{type(self.target).__name__}'s cache cannot be cut back to the accepted tokens:"
                 " its output would be silently wrong. Generate without assistant_model."
             )
+        # Those of a cache that was given back recorded it, and drop what they do not need.
+        self.cache.crop(0)
         self.outputs = outputs
         self.commit(1)
         return outputs.logits[:, -1:]

@@ -15,7 +15,8 @@ from functools import partial
 import torch
 
 from .draft_length import DraftLength
-from .lookup import LookupChoice
+from .drafts import AUTO, check_draft_length
+from .lookup import LookupChoice, check_lookup
 from .loop import Decoding
 from .target_parts import check_state, decoder_layers, positions_move
 from .transformers_internals import (
@@ -359,7 +360,7 @@ def overrides_for(target, assistant_model) -> DraftingOverrides | None:
     return None
 
 
-def generate_with_drafter(target, drafter, *args, draft_length="auto", lookup="auto", **kwargs):
+def generate_with_drafter(target, drafter, *args, draft_length=AUTO, lookup=AUTO, **kwargs):
     """`target.generate(*args, **kwargs)` with `drafter` as its assistant; nothing is left on the
     target.
 
@@ -376,19 +377,21 @@ def generate_with_drafter(target, drafter, *args, draft_length="auto", lookup="a
         What `target.generate` returns: the target's own output.
 
     Raises:
-        ValueError: the drafter was trained for a model of another shape.
+        ValueError: the drafter was trained for a model of another shape, or `draft_length` or
+            `lookup` is none of those named.
     """
     check_shape(target, drafter.config)
     longest = drafter.config.block_size - 1
     given = {}
-    if draft_length == "auto":
+    if draft_length == AUTO:
         given["draft_length"] = vars(drafter).setdefault("_length", DraftLength(longest))
-    else:
+    elif draft_length is not None:
+        check_draft_length(draft_length, longest)
         given["max_draft_tokens"] = draft_length
-    if lookup is True or lookup == "auto":
+    if lookup is True or lookup == AUTO:
         given["lookup"] = vars(drafter).setdefault("_lookup", LookupChoice(longest))
     elif lookup is not False:
-        given["lookup"] = LookupChoice(longest, lookup)
+        given["lookup"] = LookupChoice(longest, check_lookup(lookup))
     make_drafts = partial(drafter.eval().get_drafts, **given)
     overrides = DraftingOverrides(target, drafter, make_drafts)
     try:

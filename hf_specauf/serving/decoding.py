@@ -16,14 +16,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..drafters.configuration_dflash import check_dtype
 from ..drafters.draft_length import Costs, DraftLength, Round
-from ..drafters.drafts import BlockDrafts
-from ..drafters.lookup import LookupChoice
+from ..drafters.drafts import AUTO, BlockDrafts, check_draft_length
+from ..drafters.lookup import LookupChoice, check_lookup
 from ..drafters.overrides import DraftingOverrides
 from ..identity import as_called, check_pair, innermost, refuse_virtual_tokens, unwrapped
 from .acceptance import Acceptance, summarize
 from .lookup_alone import NO_DRAFTER, NoDrafter
-
-AUTO = "auto"  # decided before each pass
 
 
 def generate(
@@ -122,33 +120,6 @@ def attach(
     if lookup is not False:
         choice = LookupChoice(longest, check_lookup(lookup))
     return Attachment(target, drafter, draft_length, policy, choice, skip_round)
-
-
-def check_draft_length(draft_length: int | str, longest: int) -> None:
-    """Raise unless a draft length is a number that a drafter can draft.
-
-    Raises:
-        ValueError: it is not in 1..`longest`, K - 1.
-    """
-    if type(draft_length) is not int or not 1 <= draft_length <= longest:
-        raise ValueError(
-            f'draft_length is {draft_length!r}; it must be in 1..{longest} (K - 1), or "{AUTO}"'
-        )
-
-
-def check_lookup(lookup: int | str | bool) -> int | None:
-    """The looked-up tokens of a round, `None` for as many as promise something.
-
-    Raises:
-        ValueError: it is neither "auto" nor a number of 1 or more.
-    """
-    if lookup is True or lookup == AUTO:
-        return None
-    if type(lookup) is not int or lookup < 1:
-        raise ValueError(
-            f'lookup is {lookup!r}; it must be "{AUTO}", a number of tokens from 1 on, or False'
-        )
-    return lookup
 
 
 class Attachment:
@@ -255,4 +226,4 @@ def _check(target, drafter, tokenizer: PreTrainedTokenizerBase | None) -> None:
     check_pair(target, base.config, tokenizer)
 
 
-__all__ = ["Attachment", "BlockDrafts", "attach", "generate"]
+__all__ = ["AUTO", "Attachment", "BlockDrafts", "attach", "generate"]
