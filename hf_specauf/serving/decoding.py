@@ -108,18 +108,24 @@ def attach(
     else:
         _check(target, drafter, tokenizer)
     longest = inside(drafter).config.block_size - 1
-    policy = None
-    if draft_length == AUTO:
-        policy = DraftLength(longest, costs)
-        draft_length = None
-    elif costs is not None:
-        raise ValueError(f'costs are for draft_length="{AUTO}": give both, or leave out costs')
-    elif draft_length is not None:
-        check_draft_length(draft_length, longest)
+    cap, policy = _lengths(draft_length, costs, longest)
     choice = None
     if lookup is not False:
         choice = LookupChoice(longest, check_lookup(lookup))
-    return Attachment(target, drafter, draft_length, policy, choice, skip_round)
+    return Attachment(target, drafter, cap, policy, choice, skip_round)
+
+
+def _lengths(
+    draft_length, costs: Costs | None, longest: int
+) -> tuple[int | None, DraftLength | None]:
+    """The most drafted tokens of a pass, `None` for all K - 1, and what decides on fewer."""
+    if draft_length == AUTO:
+        return None, DraftLength(longest, costs)
+    if costs is not None:
+        raise ValueError(f'costs are for draft_length="{AUTO}": give both, or leave out costs')
+    if draft_length is not None:
+        check_draft_length(draft_length, longest)
+    return draft_length, None
 
 
 class Attachment:
