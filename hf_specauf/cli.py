@@ -45,6 +45,7 @@ COMMANDS = {
     ),
     "regenerate": Command("regenerate", "let the target answer a dataset's prompts"),
     "evaluate": Command("evaluate", "compare plain decoding with a drafter's"),
+    "doctor": Command("doctor.command", "find what makes a drafter slow, before or after training"),
     "check": Command("hub", "do everything that push does but the upload", ("check",)),
     "push": Command("hub", "publish a drafter on the Hub", ("push",)),
     "pull": Command("hub", "fetch a drafter from the Hub", ("pull",)),

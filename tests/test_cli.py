@@ -45,7 +45,9 @@ def test_the_package_installs_the_command():
 def test_help_lists_the_commands_with_a_line_each_and_says_how_to_go_on(words, capsys):
     main(words)
     printed = capsys.readouterr().out
-    assert set(COMMANDS) == set("train regenerate evaluate check push pull convert card quickstart demo".split())
+    assert set(COMMANDS) == set(
+        "train regenerate evaluate doctor check push pull convert card quickstart demo".split()
+    )
     for name, command in COMMANDS.items():
         assert f"  {name:<12}{command.says}\n" in printed
     assert printed.strip().endswith("specauf COMMAND --help explains the command's flags.")

@@ -85,7 +85,7 @@ def drafter_config(
     target = innermost(target)
     check_is_no_placeholder(mask_token_id, target.config)
     identity = Identity.of(target, tokenizer, revision=target_revision)
-    keys = identity.config_keys() | _widths(target.config.get_text_config(decoder=True))
+    keys = identity.config_keys() | widths(target.config.get_text_config(decoder=True))
     if intermediate_size:
         keys["intermediate_size"] = intermediate_size
     if target_layer_ids is None:
@@ -105,7 +105,7 @@ def drafter_config(
     )
 
 
-def _widths(text: PreTrainedConfig) -> dict[str, Any]:
+def widths(text: PreTrainedConfig) -> dict[str, Any]:
     """What a drafter's layers take from the config of the target's text model.
 
     Configs of other architectures lack some of these keys: GPT-2's has no `intermediate_size`,
