@@ -13,6 +13,10 @@ from trl import TrlParser
 
 from .cli import OneSpelling, errors_in_one_line
 from .data.conversation import stop_at_both_ends
+from .evaluation.compare import compare
+from .evaluation.plots import plot_alpha
+from .evaluation.record import evaluation_record
+from .evaluation.table import show
 from .identity import Identity
 from .keys import ONE_OR_MORE, Numbers, check_keys
 from .layouts.folders import fetch
@@ -27,7 +31,6 @@ from .serving.benchmarks import (
     encode_prompts,
     load_prompts,
 )
-from .serving.compare import compare, evaluation_record, plot_alpha, show
 from .serving.decoding import AUTO
 from .target import check_device, check_revision, load_target
 

@@ -32,18 +32,14 @@ from hf_specauf import load_drafter
 from hf_specauf.data.sources import load_rows
 from hf_specauf.drafters.modeling_dflash import DFlashDraftModel
 from hf_specauf.evaluate import encode_prompts, main, transfer_verdict
+from hf_specauf.evaluation.compare import compare
+from hf_specauf.evaluation.differences import first_difference, near_tie_bound
+from hf_specauf.evaluation.rows import prompt_row, repetition
+from hf_specauf.evaluation.summary import totals
+from hf_specauf.evaluation.table import show
+from hf_specauf.evaluation.ways import Decoded
 from hf_specauf.recipe import parse
 from hf_specauf.serving.acceptance import TAU_DEFINITION
-from hf_specauf.serving.compare import (
-    Decoded,
-    compare,
-    first_difference,
-    near_tie_bound,
-    prompt_row,
-    repetition,
-    show,
-    totals,
-)
 from hf_specauf.target import drafter_config
 
 PROMPT, NEW, K = 12, 24, 4
