@@ -27,3 +27,23 @@ def evaluation_record(results: dict, target, *, prompts: str, **conditions) -> d
         "environment": found,
         **results,
     }
+
+
+def way_of(record: dict, name: str) -> dict | None:
+    """What a record says of a way; `None` where that was not measured. Before 0.2 two ways beside
+    the drafter stood among the record's own keys."""
+    return record.get("ways", {}).get(name) or record.get(name)
+
+
+def differing_conditions(record: dict, reference: dict) -> list[str]:
+    """The conditions of two evaluations that tau depends on and that differ, in words."""
+    here, there = record["conditions"], reference["conditions"]
+    here = here | {"number of prompts": len(record["prompts"])}
+    there = there | {"number of prompts": len(reference["prompts"])}
+    # a figure from another machine is comparable: these two change the clock, and tau hardly
+    keys = sorted({*here, *there} - {"hardware", "dtype"})
+    return [
+        f"{key} {there.get(key)} there, {here.get(key)} here"
+        for key in keys
+        if here.get(key) != there.get(key)
+    ]

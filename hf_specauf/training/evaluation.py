@@ -124,5 +124,5 @@ def measure_decoding(trainer, prompts: str) -> None:
         )
         write_record(out / "eval.json", record)
         plot_alpha({args.objective: results["acceptance"]["alpha"]}, out / "alpha.png")
-        show(results, Console())
+        show(record, Console())
     wait_for_everyone()
