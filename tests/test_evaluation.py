@@ -319,6 +319,8 @@ def test_the_verdict_says_faster_only_where_the_interval_does(record, interval, 
     usual = record["ways"]["drafter_and_lookup"] | {"speedup": 1.2, "speedup_interval": interval}
     found = verdict(record | {"ways": record["ways"] | {"drafter_and_lookup": usual}})
     assert said in found[0] and ("SLOWER" in found[0]) == (said == "SLOWER")
+    assert found[-1].startswith("Too few prompts (3)")
+    assert "Too few" not in " ".join(verdict(record | {"prompts": record["prompts"] * 4}))
 
 
 def test_what_no_pass_reached_still_makes_a_page(pair):

@@ -8,6 +8,8 @@ from .summary import SAMPLED
 
 # The way that only shows what rounding does. Its speed says nothing.
 PAIR = "plain_in_a_pair"
+# With fewer prompts than these a bootstrap sees too little of how prompts differ.
+FEW = 10
 # The way that people decode in: what a verdict is about, where it was measured.
 USUAL = ("drafter_and_lookup", "drafter")
 
@@ -54,6 +56,9 @@ def verdict(record: dict) -> list[str]:
             " times of 20."
         )
     words.append(lossless_words(record, usual))
+    prompts = len(record["prompts"])
+    if prompts < FEW:
+        words.append(f"Too few prompts ({prompts}) to trust these intervals: they come out narrow.")
     return words
 
 
