@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import test_evaluate
 from conftest import PAD, make_target, random_prompts, warm_python
-from test_evaluate import NEW, K, arguments, strict_json, untimed
+from test_evaluate import NEW, PROMPT, K, arguments, strict_json, untimed
 
 from hf_specauf.drafters.draft_length import Round
 from hf_specauf.evaluate import main
@@ -23,7 +23,7 @@ from hf_specauf.evaluation.rows import passes_as_text, passes_from_text, prompt_
 from hf_specauf.evaluation.summary import tau_by_place
 from hf_specauf.evaluation.table import verdict
 from hf_specauf.evaluation.two_records import compare_records, comparison_words
-from hf_specauf.evaluation.ways import ASSISTANT, GIVEN, WAYS, choose_ways
+from hf_specauf.evaluation.ways import ASSISTANT, GIVEN, WAYS, choose_ways, decoding_config, opened
 from hf_specauf.serving.acceptance import summarize
 
 pair, folders = test_evaluate.pair, test_evaluate.folders
@@ -260,6 +260,17 @@ def test_in_bf16_plain_decoding_beside_a_copy_shows_what_rounding_does(folders, 
     assert "plain, beside a copy" not in printed  # its speed is nobody's
     main(arguments(folders, tmp_path / "out", lookup="off", dtype="float32"))
     assert list(json.loads((tmp_path / "out" / "eval.json").read_text())["ways"]) == ["plain", "drafter"]
+
+
+def test_a_prompt_beside_its_copy_is_read_in_a_batch_of_two_and_gives_one_output(pair):
+    ways, widths = choose_ways(["plain_in_a_pair"]), []
+    hook = pair.target.register_forward_pre_hook(
+        lambda module, args, kwargs: widths.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    with opened(ways, pair.target, {GIVEN: pair.drafter}) as decoders:
+        decoded = decoders["plain_in_a_pair"](pair.prompts[0], decoding_config(pair.target, 4, PAD), seed=0)
+    hook.remove()
+    assert set(widths) == {2} and decoded.output.shape == (1, PROMPT + 4)
 
 
 # ---- the page
