@@ -1,7 +1,6 @@
-"""The command that compares plain decoding with a drafter's, in one run -> eval.json, a plot, a
-verdict: `specauf evaluate`."""
+"""The command that compares plain decoding with a drafter's, in one run -> eval.json, a page,
+pictures and a verdict: `specauf evaluate`."""
 
-import shlex
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,13 +12,36 @@ from trl import TrlParser
 
 from .cli import OneSpelling, errors_in_one_line
 from .data.conversation import stop_at_both_ends
+from .evaluation.compare import compare
+from .evaluation.differences import is_low_precision
+from .evaluation.intervals import DRAWS
+from .evaluation.kept import KeptRows, is_first_process, join_processes, open_rows
+from .evaluation.page import page
+from .evaluation.plots import save_pictures
+from .evaluation.record import evaluation_record
+from .evaluation.table import PAIR, show
+from .evaluation.two_records import (
+    adapting,
+    compare_files,
+    refuse_to_overwrite,
+    transfer_verdict,
+)
+from .evaluation.ways import (
+    ALWAYS,
+    ASSISTANT,
+    DEFAULT_WAYS,
+    GIVEN,
+    WAYS,
+    Way,
+    choose_ways,
+    names_of,
+)
 from .identity import Identity
 from .keys import ONE_OR_MORE, Numbers, check_keys
 from .layouts.folders import fetch
 from .layouts.load import load_drafter, torch_dtype
 from .recipe import CHOICES, TargetArguments
-from .records import read_record, write_record
-from .serving.acceptance import number
+from .records import read_record, write_record, write_whole
 from .serving.benchmarks import (
     BENCHMARKS,
     DEFAULT_COUNT,
@@ -27,72 +49,19 @@ from .serving.benchmarks import (
     encode_prompts,
     load_prompts,
 )
-from .serving.compare import compare, evaluation_record, plot_alpha, show
 from .serving.decoding import AUTO
 from .target import check_device, check_revision, load_target
 
-# A drafter that keeps this share of its accepted tokens on another target has little to win.
-ENOUGH = 0.95
+SEED = 0  # of every sampled output
 # Flags that take a number.
 NUMBERS = {
     "count": ONE_OR_MORE,
+    "draft_lengths": ONE_OR_MORE,
     "prompt_tokens": ONE_OR_MORE,
     # the first token comes from the prefill, so one token says nothing of a drafter
     "max_new_tokens": Numbers(2, whole=True),
     "temperature": Numbers(0, hint="; 0 is greedy"),
 }
-
-
-def transfer_verdict(record: dict, config, reference: dict | None, command: str) -> str:
-    """Whether a drafter is worth adapting to a target that it was not trained for; empty for its
-    own target.
-
-    Args:
-        record (`dict`): from `evaluation_record`, on that target.
-        config (`DFlashConfig`): of the drafter.
-        reference (`dict`, *optional*): the `eval.json` beside the drafter.
-        command (`str`): that adapts it.
-    """
-    meant = Identity.of_target_of(config)
-    # by the weights where both are known, so a copy under another name is the drafter's own target
-    if Identity.read(record).is_same_model(meant):
-        return ""
-    own = config.target_model_name_or_path
-    adapt = f"where tau is clearly higher, adapt it: {command}"
-    again = f"Evaluate it on {own or 'its own target'} with the same prompts and settings: {adapt}"
-    if reference is None or own is None or not Identity.read(reference).is_same_model(meant):
-        known = f"was trained for {own}" if own else "does not say which target it was trained for"
-        return f"This drafter {known}, and what it reaches there is not known. {again}"
-    here, there = (part["acceptance"]["tau"] for part in (record, reference))
-    said = (
-        f"This drafter was trained for {own} and reached tau {number(there)} there "
-        f"({reference['conditions']['prompts']}). Here it reaches {number(here)}"
-    )
-    other = differing_conditions(record, reference)
-    if other:
-        return f"{said}, but tau depends on what differed ({'; '.join(other)}). {again}"
-    if here is None or there is None:
-        return f"{said}. {again}"
-    # Of tau, 1 is the target's own token. A drafter that had nothing accepted there has lost none.
-    kept = (here - 1) / (there - 1) if there > 1 else 1.0
-    said += f", so {kept:.0%} of the accepted tokens are kept."
-    if kept >= ENOUGH:
-        return f"{said} Adapting it has little to win."
-    return f"{said} Adapting is worth a try: {command}"
-
-
-def differing_conditions(record: dict, reference: dict) -> list[str]:
-    """The conditions of two evaluations that tau depends on and that differ, in words."""
-    here, there = record["conditions"], reference["conditions"]
-    here = here | {"number of prompts": len(record["prompts"])}
-    there = there | {"number of prompts": len(reference["prompts"])}
-    # a figure from another machine is comparable: these two change the clock, and tau hardly
-    keys = sorted({*here, *there} - {"hardware", "dtype"})
-    return [
-        f"{key} {there.get(key)} there, {here.get(key)} here"
-        for key in keys
-        if here.get(key) != there.get(key)
-    ]
 
 
 @dataclass
@@ -158,6 +127,25 @@ class EvaluateArguments:
             " by the drafter with such drafts beside its own and lengths that pay; off: neither."
         },
     )
+    ways: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": f"Ways to decode beside plain and drafter (default {' '.join(DEFAULT_WAYS)}):"
+            f" {', '.join(WAYS)}."
+        },
+    )
+    draft_lengths: list[int] | None = field(
+        default=None, metadata={"help": "Fixed draft lengths, each of them one more way."}
+    )
+    also: list[str] | None = field(
+        default=None, metadata={"help": "Other drafters, each one more way: Hub ids or folders."}
+    )
+    assistant: str | None = field(
+        default=None,
+        metadata={
+            "help": "A small model of the target's vocabulary, which drafts in one more way."
+        },
+    )
     temperature: float = field(
         default=0.0, metadata={"help": "0 is greedy and checks equality; 1 samples."}
     )
@@ -167,7 +155,9 @@ class EvaluateArguments:
     device: str = field(
         default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "cuda or cpu."}
     )
-    out: str = field(default="eval", metadata={"help": "Folder for eval.json and alpha.png."})
+    out: str = field(
+        default="eval", metadata={"help": "Folder for eval.json, report.html and plots."}
+    )
 
     def __post_init__(self):
         check_keys(self, NUMBERS, CHOICES | {"dtype": CHOICES["target_dtype"]})
@@ -185,37 +175,40 @@ class EvaluateArguments:
                     " 1 on"
                 )
             self.lookup = int(self.lookup)
+        self.choose_ways()
         check_device(self.device)
         check_revision("--target", self.target, self.target_revision)
         if Path(self.out).is_file():
             raise ValueError(f"--out {self.out} is a file: name a folder for eval.json")
+
+    def choose_ways(self) -> dict[str, Way]:
+        """The ways to decode, by name.
+
+        Raises:
+            ValueError: there is no such way, or it lacks something.
+        """
+        names = self.ways
+        if names is None:
+            names = ALWAYS if self.lookup == "off" else DEFAULT_WAYS
+        if self.lookup == "off" and {"drafter_and_lookup", "lookup_alone"} & {*names}:
+            raise ValueError("--lookup off, and --ways that look up: leave out one of the two")
+        if self.assistant is not None:
+            names = [*names, ASSISTANT]
+        elif ASSISTANT in names:
+            raise ValueError(f"--ways {ASSISTANT} needs a small model: --assistant ID")
+        return choose_ways(
+            names,
+            draft_length=self.draft_length,
+            lookup=self.lookup,
+            draft_lengths=self.draft_lengths or (),
+            others=names_of(self.also or ()),
+        )
 
 
 class EvaluateParser(OneSpelling, TrlParser):
     """The parser of `specauf evaluate`; `--config FILE` may hold the flags."""
 
     renamed = {"--max_draft_tokens": "--draft_length"}
-
-
-def adapting(args: EvaluateArguments) -> str:
-    """The command that adapts the drafter to the target, by LoRA."""
-    keys = {
-        # as the user named it, so that the command works where this one did
-        "drafter": args.drafter,
-        "drafter_revision": args.drafter_revision,
-        "target": args.target,
-        "target_revision": args.target_revision,
-        "dataset_name": "YOUR_DATA",
-        "use_peft": "true",
-        # LoRA learns at a higher rate than a whole drafter
-        "learning_rate": 2e-3,
-        "output_dir": "adapted",
-    }
-    words = ["accelerate", "launch", "-m", "hf_specauf.train"]
-    for key, value in keys.items():
-        if value is not None:
-            words += [f"--{key}", str(value)]
-    return shlex.join(words)
 
 
 def load_models(
@@ -238,16 +231,33 @@ def load_models(
     return target, tokenizer, drafter
 
 
-def refuse_to_overwrite(out: Path, folder: Path, target: Identity, config) -> None:
-    """Raise where a measurement on another target would replace the drafter's own `eval.json`."""
-    own = config.target_model_name_or_path
-    if own is None or target.is_same_model(Identity.of_target_of(config)):
-        return
-    if out.resolve() == folder.resolve():
-        raise ValueError(
-            f"--out {out} is the drafter's own folder, whose eval.json is what it reaches on its"
-            f" own target {own}, and {target.name_or_path} is another one: give another --out"
-        )
+def load_others(args: EvaluateArguments, target: PreTrainedModel) -> dict[str, PreTrainedModel]:
+    """The assistant and the other drafters, by the names that ways give them."""
+    models = {}
+    if args.assistant is not None:
+        small, _ = load_target(args.assistant, None, key="--assistant", dtype=args.dtype)
+        models[ASSISTANT] = small.to(args.device)
+    also = args.also or []
+    for name, drafter in zip(names_of(also), also):
+        folder, _ = fetch(drafter, None, "--also")
+        loaded = load_drafter(folder, target=target, dtype=torch_dtype(args.dtype), key="--also")
+        models[name] = loaded.to(args.device)
+    return models
+
+
+def conditions_of(args: EvaluateArguments, source: PromptSet, drafter) -> dict:
+    """What a measurement is made under, as `eval.json` says it."""
+    return {
+        "temperature": args.temperature,
+        "max_new_tokens": args.max_new_tokens,
+        "draft_length": args.draft_length,
+        "lookup": args.lookup,
+        "chat_template_kwargs": drafter.config.chat_template_kwargs,
+        "target_quantization": args.target_quantization,
+        # of chats, the question is the prompt, whatever its length
+        "prompt_tokens": args.prompt_tokens if source.is_text else None,
+        **source.conditions,
+    }
 
 
 def measure(
@@ -256,17 +266,36 @@ def measure(
     target: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     drafter: PreTrainedModel,
-) -> dict:
-    """Decode the prompts plainly and with the drafter -> the record of both, with its
-    conditions."""
-    count = source.count if args.count is None else args.count
-    template_kwargs = drafter.config.chat_template_kwargs
+    identity: Identity,
+) -> tuple[dict, KeptRows]:
+    """Decode the prompts in all ways -> the record, with its conditions, and the rows on disk,
+    which it makes superfluous."""
+    conditions = conditions_of(args, source, drafter)
     prompts = encode_prompts(
-        source.rows, tokenizer, count, args.prompt_tokens, template_kwargs, source.wording
+        source.rows,
+        tokenizer,
+        source.count if args.count is None else args.count,
+        args.prompt_tokens,
+        drafter.config.chat_template_kwargs,
+        source.wording,
     )
     pad = tokenizer.pad_token_id
     if pad is None:
         pad = tokenizer.eos_token_id
+    ways = args.choose_ways()
+    if args.temperature == 0 and is_low_precision(target.dtype):
+        # Near-ties are to be expected. This way shows that they need no drafter.
+        ways |= {PAIR: WAYS[PAIR]}
+    models = load_others(args, target) | {GIVEN: drafter}
+    rows = open_rows(
+        Path(args.out),
+        ways,
+        models,
+        target=identity.record() | {"dtype": target.dtype},
+        conditions=conditions,
+        seed=SEED,
+        device=args.device.partition(":")[0],
+    )
     results = compare(
         target,
         drafter,
@@ -274,30 +303,24 @@ def measure(
         args.max_new_tokens,
         temperature=args.temperature,
         pad_token_id=pad,
-        draft_length=args.draft_length,
-        lookup=False if args.lookup == "off" else args.lookup,
+        ways=ways,
+        models=models,
+        teacher_forced=True,
+        rows=rows,
+        seed=SEED,
+        show_progress=is_first_process(),
     )
-    return evaluation_record(
-        results,
-        target,
-        temperature=args.temperature,
-        max_new_tokens=args.max_new_tokens,
-        draft_length=args.draft_length,
-        lookup=args.lookup,
-        chat_template_kwargs=template_kwargs,
-        target_quantization=args.target_quantization,
-        # of chats, the question is the prompt, whatever its length
-        prompt_tokens=args.prompt_tokens if source.is_text else None,
-        **source.conditions,
-    )
+    return evaluation_record(results, target, **conditions), rows
 
 
 def evaluate(args: EvaluateArguments) -> tuple[dict, str]:
-    """Measure a drafter; write `eval.json` and `alpha.png`.
+    """Measure a drafter; write `eval.json`, `report.html` and the pictures. All processes call it,
+    and the first one writes.
 
     Returns:
         the record in `eval.json`, and the verdict of `transfer_verdict`.
     """
+    join_processes(args)
     # Before the models, because they may take minutes to load.
     source = load_prompts(
         args.prompts,
@@ -318,7 +341,7 @@ def evaluate(args: EvaluateArguments) -> tuple[dict, str]:
     # read before it is written, because --out may be the drafter's own folder
     path = folder / "eval.json"
     reference = read_record(path) if path.is_file() else None
-    record = measure(args, source, target, tokenizer, drafter)
+    record, rows = measure(args, source, target, tokenizer, drafter, identity)
     record["target"] |= identity.record()
     # by the name the user gave, where the drafter was loaded from a folder of the cache
     record["drafter"] = {
@@ -326,29 +349,45 @@ def evaluate(args: EvaluateArguments) -> tuple[dict, str]:
         "revision": commit,
         "dtype": str(drafter.dtype),
     }
-    write_record(out / "eval.json", record)
-    plot_alpha({Path(args.drafter).name: record["acceptance"]["alpha"]}, out / "alpha.png")
+    record["measuring"] = {"seed": SEED, "bootstrap_draws": DRAWS, "also": args.also}
+    record["measuring"] |= {"assistant": args.assistant}
+    if is_first_process():
+        write_record(out / "eval.json", record)
+        save_pictures(record, out)
+        write_whole(out / "report.html", page(record))
+        rows.remove()
     return record, transfer_verdict(record, drafter.config, reference, adapting(args))
 
 
 @errors_in_one_line()
 def main(argv: list[str] | None = None) -> None:
     """Command line of `specauf evaluate` and of `python -m hf_specauf.evaluate`."""
+    argv = sys.argv[1:] if argv is None else argv
+    if "--compare" in argv:
+        compare_files(argv)
+        return
     parser = EvaluateParser(
         EvaluateArguments,
         prog="specauf evaluate",
         description="Decode prompts plainly and with a drafter, and compare: tau, tokens a second,"
-        " and whether the outputs are equal.",
+        " and whether the outputs are equal. --compare A/eval.json B/eval.json compares two such"
+        " files of the same prompts.",
     )
     (args,) = parser.parse_args_and_config(argv)
-    record, verdict = evaluate(args)
+    try:
+        record, verdict = evaluate(args)
+    except KeyboardInterrupt as stop:
+        # It is no success: a script must not go on to publish.
+        raise SystemExit("stopped: what was measured is kept. The same command goes on.") from stop
+    if not is_first_process():
+        return
     console = Console()
     show(record, console)
     if verdict:
         # soft_wrap, because the command in it must stay one line to be copied
         console.print(verdict, markup=False, soft_wrap=True)
     out = Path(args.out)
-    console.print(f"written: {out / 'eval.json'}, {out / 'alpha.png'}")
+    console.print(f"written: {out / 'report.html'}, {out / 'eval.json'} and the plots beside them")
 
 
 if __name__ == "__main__":

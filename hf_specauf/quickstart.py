@@ -18,11 +18,13 @@ from transformers import AutoModel, AutoModelForCausalLM
 from .cli import errors_in_one_line
 from .demo.rows import heldout_prompts, heldout_rows, training_rows
 from .demo.target import TargetSettings, quickstart_target
+from .evaluation.compare import compare
+from .evaluation.plots import plot_alpha, plot_curves
+from .evaluation.record import evaluation_record
 from .keys import ONE_OR_MORE, SEED, Numbers, check_keys
 from .recipe import parse
 from .records import write_record
 from .serving.acceptance import TAU_DEFINITION
-from .serving.compare import compare, evaluation_record, plot_alpha, plot_curves
 from .train import train
 
 # what DFlash was published with, and what replaces it

@@ -8,7 +8,8 @@ from conftest import make_drafter
 from loopback_hub import LoopbackHub, Repository
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from hf_specauf.evaluate import differing_conditions, main
+from hf_specauf.evaluate import main
+from hf_specauf.evaluation.record import differing_conditions
 from hf_specauf.serving.benchmarks import BENCHMARKS, encode_prompts, load_prompts
 
 # Two rows of each set, in its own columns. The first row's question is in `QUESTIONS`.

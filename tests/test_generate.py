@@ -53,12 +53,12 @@ from hf_specauf.drafters.drafts import BlockDrafts
 from hf_specauf.drafters.modeling_dflash import DFlashDraftModel
 from hf_specauf.drafters.transformers_internals import CACHE, STATIC_CACHES_CROP, check_cache
 from hf_specauf.drafters.verification import Draft
+from hf_specauf.evaluation.compare import compare
 from hf_specauf.identity import Origin, note_origin, origin_of, target_fingerprint, tokenizer_hashes, unwrapped
 from hf_specauf.identity.origins import _ORIGINS
 from hf_specauf.layouts.adapters import AdapterBase, borrow
 from hf_specauf.losses.blocks import make_blocks
 from hf_specauf.serving.acceptance import accepted_prefix, summarize
-from hf_specauf.serving.compare import compare
 from hf_specauf.target import FrozenTarget, decoder_layers, drafter_config
 
 pytestmark = pytest.mark.internals

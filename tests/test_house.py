@@ -21,6 +21,7 @@ FLOORS = [
     "training.config",
     "training.callbacks",
     "training.waiting",
+    "evaluation",
     "target_states",
     "recipe",
     "publishing",

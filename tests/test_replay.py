@@ -5,7 +5,7 @@ import torch
 from conftest import EOS, attach, make_domino, make_drafter, make_target, overfit, random_prompts
 
 from hf_specauf.drafters.draft_length import Round
-from hf_specauf.serving.compare import decoding_config
+from hf_specauf.evaluation.ways import decoding_config
 from hf_specauf.serving.replay import replay, walk
 from hf_specauf.target import FrozenTarget
 

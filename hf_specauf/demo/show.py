@@ -19,17 +19,13 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from ..cli import errors_in_one_line, under_new_spelling
 from ..drafters.draft_length import Round
+from ..evaluation.differences import first_difference
+from ..evaluation.rows import accepted_by_source, prompt_row
+from ..evaluation.summary import totals
+from ..evaluation.ways import decoding_config, timed
 from ..keys import Numbers, check_keys
 from ..layouts.load import load_drafter
 from ..serving.acceptance import number
-from ..serving.compare import (
-    accepted_by_source,
-    decoding_config,
-    first_difference,
-    prompt_row,
-    timed,
-    totals,
-)
 from ..serving.decoding import AUTO, Attachment, attach
 from ..target import load_target
 from .recording import Recording

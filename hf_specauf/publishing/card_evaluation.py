@@ -2,6 +2,7 @@
 
 from huggingface_hub import EvalResult
 
+from ..evaluation.record import way_of
 from ..serving.acceptance import NOT_MEASURED, TAU_DEFINITION, number
 from .card_data import on_hub, prompts_words
 
@@ -79,9 +80,9 @@ def beside(record: dict) -> str | None:
         "transformers' prompt lookup alone": "prompt_lookup",
     }
     found = [
-        f"{words} {number(record[way]['speedup'], '.2f', 'x')}"
+        f"{words} {number(way_of(record, way)['speedup'], '.2f', 'x')}"
         for words, way in ways.items()
-        if way in record
+        if way_of(record, way) is not None
     ]
     return "; ".join(found) or None
 
@@ -132,7 +133,7 @@ def measured_words(records: list[dict]) -> dict:
         words["speedup"] = first["speedup"]
         # "the same output, faster" is a claim, so both halves must have been seen, of the way in
         # which people decode
-        usual = first.get("drafter_and_lookup", first)
+        usual = way_of(first, "drafter_and_lookup") or first
         different = different_outputs(first) + different_outputs(usual)
         words["faster"] = usual["speedup"] > 1 and not different
         words["headline_conditions"] = (

@@ -133,6 +133,8 @@ class Attachment:
 
     Attributes:
         generations (`list[list[Round]]`): the verification passes of each `generate` call so far.
+        on_drafts (`Callable[[BlockDrafts], None]`, *optional*): told what a call that begins takes
+            its drafts from. An evaluation times it.
     """
 
     def __init__(
@@ -154,6 +156,7 @@ class Attachment:
         self.lookup = lookup
         self.skip_round = skip_round
         self.generations: list[list[Round]] = []
+        self.on_drafts: Callable[[BlockDrafts], None] | None = None
         inside(drafter).eval()
         self._overrides = DraftingOverrides(self.target, drafter, self._drafts)
 
@@ -187,7 +190,7 @@ class Attachment:
         """What a `generate` call that begins takes its drafts from."""
         rounds: list[Round] = []
         self.generations.append(rounds)
-        return inside(self.drafter).get_drafts(
+        drafts = inside(self.drafter).get_drafts(
             target,
             generation_config,
             logits_processor=logits_processor,
@@ -198,6 +201,9 @@ class Attachment:
             rounds=rounds,
             run=None if isinstance(self.drafter, NoDrafter) else as_called(self.drafter),
         )
+        if self.on_drafts is not None:
+            self.on_drafts(drafts)
+        return drafts
 
 
 def inside(drafter) -> PreTrainedModel | NoDrafter:

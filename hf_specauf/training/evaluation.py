@@ -13,9 +13,13 @@ from transformers import AutoModel
 
 from ..data.rows import prompt_length
 from ..drafters.draft_length import Round
+from ..evaluation.compare import compare
+from ..evaluation.plots import plot_alpha
+from ..evaluation.record import evaluation_record
+from ..evaluation.table import show
+from ..evaluation.ways import decoding_config
 from ..records import write_record
 from ..serving.acceptance import summarize
-from ..serving.compare import compare, decoding_config, evaluation_record, plot_alpha, show
 from ..serving.decoding import attach
 from .config import AUFConfig
 from .waiting import wait_for_everyone
@@ -120,5 +124,5 @@ def measure_decoding(trainer, prompts: str) -> None:
         )
         write_record(out / "eval.json", record)
         plot_alpha({args.objective: results["acceptance"]["alpha"]}, out / "alpha.png")
-        show(results, Console())
+        show(record, Console())
     wait_for_everyone()

@@ -32,17 +32,12 @@ from transformers import AutoModel, Qwen3Config
 from hf_specauf.data.conversation import stop_at_both_ends
 from hf_specauf.data.rows import pad_token_id
 from hf_specauf.data.sources import load_rows
+from hf_specauf.evaluation.compare import decoded_in_turn
+from hf_specauf.evaluation.differences import count_verdicts, first_difference
+from hf_specauf.evaluation.rows import accepted_by_source, repetition
+from hf_specauf.evaluation.ways import decoding_config, timed
 from hf_specauf.records import environment, write_record
 from hf_specauf.serving.benchmarks import Wording, encode_prompts
-from hf_specauf.serving.compare import (
-    accepted_by_source,
-    count_verdicts,
-    decoded_in_turn,
-    decoding_config,
-    first_difference,
-    repetition,
-    timed,
-)
 from hf_specauf.serving.decoding import attach
 from hf_specauf.target import load_target
 

@@ -22,9 +22,9 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from hf_specauf.demo.rows import heldout_prompts
 from hf_specauf.demo.target import TargetSettings, quickstart_target
+from hf_specauf.evaluation.compare import compare
 from hf_specauf.quickstart import last, recipes_folder, train_drafter
 from hf_specauf.records import environment
-from hf_specauf.serving.compare import compare
 
 # the published head has a state of H / 4 and rank H / 16; H is 192 here, so that both are kept from being tiny
 HEAD = ["--drafter_type", "domino", "--gru_hidden_dim", "96", "--emb_dim", "48"]

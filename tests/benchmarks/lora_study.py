@@ -33,9 +33,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingA
 from hf_specauf import DFlashConfig, DFlashDraftModel, load_drafter
 from hf_specauf.demo.rows import heldout_prompts, heldout_rows, training_rows
 from hf_specauf.demo.target import TargetSettings, quickstart_target
+from hf_specauf.evaluation.compare import compare
 from hf_specauf.quickstart import recipes_folder, train_drafter
 from hf_specauf.records import environment, write_record
-from hf_specauf.serving.compare import compare
 from hf_specauf.training.optimizer import MuonWithAdamW
 
 RECIPE = recipes_folder() / "quickstart/dflash_auf.yaml"

@@ -25,10 +25,10 @@ from hf_specauf.data.conversation import stop_at_both_ends
 from hf_specauf.data.rows import pad_token_id
 from hf_specauf.data.sources import load_rows
 from hf_specauf.demo.smollm2 import NO_HUB, NotFetched, downloaded, smollm2
+from hf_specauf.evaluation.ways import decoding_config
 from hf_specauf.identity import Identity
 from hf_specauf.records import write_whole
 from hf_specauf.serving.benchmarks import BENCHMARKS, Wording, encode_prompts
-from hf_specauf.serving.compare import decoding_config
 from hf_specauf.target import load_target
 
 # Each set: the file of a dataset on the Hub, and the file in a package that holds the same.

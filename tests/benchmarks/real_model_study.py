@@ -33,13 +33,14 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 from hf_specauf.data.rows import RowCollator, pad_token_id, prepare_rows
 from hf_specauf.data.sources import load_data
 from hf_specauf.demo.smollm2 import HUB_ID
+from hf_specauf.evaluation.compare import compare
+from hf_specauf.evaluation.ways import decoding_config
 from hf_specauf.identity import Identity
 from hf_specauf.losses.blocks import anchor_candidates
 from hf_specauf.quickstart import recipes_folder
 from hf_specauf.recipe import parse
 from hf_specauf.records import environment, read_record, write_record
 from hf_specauf.serving.acceptance import summarize
-from hf_specauf.serving.compare import compare, decoding_config
 from hf_specauf.serving.decoding import attach
 from hf_specauf.serving.replay import replay
 from hf_specauf.target import FrozenTarget

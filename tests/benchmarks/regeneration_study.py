@@ -31,9 +31,9 @@ from hf_specauf.data.rows import prepare_rows
 from hf_specauf.data.sources import load_rows
 from hf_specauf.demo.rows import PROMPT_TOKENS, ROW_TOKENS, cut, heldout_prompts, heldout_rows, read_texts, save_rows
 from hf_specauf.demo.target import TargetSettings, quickstart_target
+from hf_specauf.evaluation.compare import compare
 from hf_specauf.quickstart import recipes_folder
 from hf_specauf.records import environment
-from hf_specauf.serving.compare import compare
 from hf_specauf.target import FrozenTarget, drafter_config
 
 

@@ -33,8 +33,8 @@ from transformers import (
 )
 
 from hf_specauf import AUFConfig, AUFTrainer
+from hf_specauf.evaluation.compare import compare
 from hf_specauf.records import write_record
-from hf_specauf.serving.compare import compare
 from hf_specauf.target import drafter_config
 
 sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))

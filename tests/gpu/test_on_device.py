@@ -17,8 +17,8 @@ from transformers import CompileConfig, GenerationConfig
 from hf_specauf import AUFConfig, AUFTrainer
 from hf_specauf.data.answers import generate_continuously, generate_in_batches
 from hf_specauf.drafters.transformers_internals import STATIC_CACHES_CROP
+from hf_specauf.evaluation.compare import compare
 from hf_specauf.losses.blocks import make_blocks, sample_anchors
-from hf_specauf.serving.compare import compare
 from hf_specauf.training.optimizer import MuonWithAdamW, orthogonalize
 
 on_cuda = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))

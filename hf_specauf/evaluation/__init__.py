@@ -1,0 +1,1 @@
+"""A drafter measured: prompts decoded in several ways, and what that says to people."""
