@@ -66,6 +66,15 @@ def supervised_text(row: dict, tokenizer) -> str:
 # ---- text
 
 
+def test_rows_with_a_cut_answer_are_counted_and_named(prepare, capsys):
+    whole = [{"role": "user", "content": "Go"}, {"role": "assistant", "content": "one two three four"}]
+    cut = [whole[0], {"role": "assistant", "content": "one two three five"}]
+    prepare(messages=[whole, cut], finish_reason=["stop", "MAX_TOKENS"])
+    assert "1 rows say that an answer of theirs was cut, first: row 1" in capsys.readouterr().out
+    prepare(text=["one two three four " * 20] * 2, truncated=[True, False])
+    assert "1 rows say that an answer of theirs was cut, first: row 0" in capsys.readouterr().out
+
+
 def test_text_is_cut_into_rows_all_supervised_with_eos_at_the_end(prepare, tokenizer):
     rows = prepare(text=[TEXT, "the fox"], max_length=16)
     ids = tokenizer(TEXT)["input_ids"] + [tokenizer.eos_token_id]
