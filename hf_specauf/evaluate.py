@@ -29,7 +29,7 @@ from .serving.benchmarks import (
 )
 from .serving.compare import compare, evaluation_record, plot_alpha, show
 from .serving.decoding import AUTO
-from .target import check_device, check_revision, load_target
+from .target import check_device, check_revision, load_target, room_for_prompt
 
 # A drafter that keeps this share of its accepted tokens on another target has little to win.
 ENOUGH = 0.95
@@ -261,8 +261,9 @@ def measure(
     conditions."""
     count = source.count if args.count is None else args.count
     template_kwargs = drafter.config.chat_template_kwargs
+    room = room_for_prompt(target, args.max_new_tokens)
     prompts = encode_prompts(
-        source.rows, tokenizer, count, args.prompt_tokens, template_kwargs, source.wording
+        source.rows, tokenizer, count, args.prompt_tokens, template_kwargs, source.wording, room
     )
     pad = tokenizer.pad_token_id
     if pad is None:

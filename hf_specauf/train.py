@@ -226,6 +226,7 @@ def token_rows(
         "vocab_size": config.vocab_size,
         "chat_template_kwargs": config.chat_template_kwargs,
         "placeholders": target.placeholders,
+        "positions": target.positions,
         "num_proc": data.dataset_num_proc,
     }
     verbose = args.process_index == 0

@@ -176,6 +176,27 @@ def test_whatever_measurement_fails_the_drafter_and_its_record_are_saved_first(
     assert same(final(out), final(tmp_path / "whole"))
 
 
+@pytest.mark.parametrize("packing", ["true", "false"])
+def test_rows_longer_than_the_targets_positions_are_cut_and_trained_on(command, tokenizer, tmp_path, capsys, packing):
+    ids = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None)
+    # positions that are learned: past the last one there is nothing
+    for part in (make_target("gpt2", dtype=torch.float32, vocab_size=len(tokenizer), **ids), tokenizer):
+        part.save_pretrained(tmp_path / "target")
+    said = [" ".join(f"sheep {i + k}" for k in range(5 if i < 20 else 90)) for i in range(24)]
+    # the last one is held out, and its question has no room
+    turns = [(("user", "Count"), ("assistant", text)) for text in said[:-1]]
+    turns.append((("user", said[-1]), ("assistant", "done")))
+    rows = [{"messages": [{"role": role, "content": text} for role, text in pair]} for pair in turns]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    keys = dict(target=tmp_path / "target", max_length=3072, eval_rows=2, packing=packing)
+    main(command(dataset_name=tmp_path / "rows.jsonl", **keys))
+    printed = capsys.readouterr().out
+    assert "cut 2 rows at the target's 256 positions, below max_length" in printed
+    assert strict((tmp_path / "out" / "eval.json").read_text())["prompts"]
+    with pytest.raises(SystemExit, match="eval_new_tokens is 256, and the target has 256 positions"):
+        main(command(target=tmp_path / "target", eval_new_tokens=256))
+
+
 def test_what_would_fail_after_hours_of_tokenizing_is_told_before(command, tokenizer, tmp_path, capsys):
     recurrent_target("jamba", len(tokenizer)).save_pretrained(tmp_path / "recurrent")
     tokenizer.save_pretrained(tmp_path / "recurrent")

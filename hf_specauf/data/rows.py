@@ -102,6 +102,7 @@ def prepare_rows(
     vocab_size: int,
     chat_template_kwargs: dict | None = None,
     placeholders: dict[int, str] | None = None,
+    positions: int | None = None,
     num_proc: int | None = None,
     packing: bool = False,
     heldout: list[Dataset] | None = None,
@@ -115,6 +116,8 @@ def prepare_rows(
         datasets (`Dataset` or `list[Dataset]`): one source or several, each in a format of its own.
         vocab_size (`int`): rows of the target's embedding.
         placeholders (`dict[int, str]`, *optional*): of a target that also sees images.
+        positions (`int`, *optional*): the most tokens of a document, where the target has no more
+            positions. Packed rows may be longer.
         num_proc (`int`, *optional*): processes that tokenize; `datasets` caches the result.
         packing (`bool`, *optional*): put several short rows into one of up to `max_length`.
         heldout (`list[Dataset]`, *optional*): raw rows whose token rows are not trained on.
@@ -126,10 +129,12 @@ def prepare_rows(
     """
     if isinstance(datasets, Dataset):
         datasets = [datasets]
+    # Past its positions a target fails or says what it never learned to say.
+    most = min(max_length, positions or max_length)
     encode = partial(
         encode_sources,
         tokenizer=tokenizer,
-        max_length=max_length,
+        max_length=most,
         chat_template_kwargs=chat_template_kwargs,
         num_proc=num_proc,
         mask_token_id=mask_token_id,
@@ -141,9 +146,12 @@ def prepare_rows(
         # `datasets` keeps these token rows, so preparing them does not make them again.
         _, held_out = encode(heldout)
         found.leave_out(held_out.digest[held_out.keep])
-    refuse_unusable(found, [len(one) for one in datasets], max_length, block_size, mask_token_id)
+    refuse_unusable(found, [len(one) for one in datasets], most, block_size, mask_token_id)
     if verbose:
-        show_findings(found, datasets, max_length)
+        limit = f"max_length, {most} tokens"
+        if most < max_length:
+            limit = f"the target's {most} positions, below max_length"
+        show_findings(found, datasets, limit)
     keep = np.flatnonzero(found.keep)
     rows = rows.select(keep).select_columns(["input_ids", "supervised"])
     return finish(rows, found.tokens[keep].tolist(), max_length, packing=packing, verbose=verbose)
@@ -202,8 +210,8 @@ def refuse_unusable(
         )
 
 
-def show_findings(found: Findings, datasets: list[Dataset], max_length: int) -> None:
-    """Print what was recognised, what was left out and why, and how much was cut."""
+def show_findings(found: Findings, datasets: list[Dataset], limit: str) -> None:
+    """Print what was recognised, what was left out and why, and how much was cut at a limit."""
     # Each format once, in the order of the sources.
     kinds = ", ".join(dict.fromkeys(row_format(dataset.column_names) for dataset in datasets))
     raw_rows = sum(map(len, datasets))
@@ -220,7 +228,7 @@ def show_findings(found: Findings, datasets: list[Dataset], max_length: int) -> 
         )
     cut = found.cut[found.keep].sum()
     if cut:
-        print(f"cut {cut} rows at max_length, {max_length} tokens")
+        print(f"cut {cut} rows at {limit}")
     apart = found.apart.sum()
     if apart:
         print(

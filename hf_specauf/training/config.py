@@ -128,7 +128,7 @@ class AUFConfig(TrainingArguments):
         },
     )
     max_length: int = field(
-        default=3072, metadata={"help": "S, tokens of a row; longer conversations are truncated."}
+        default=3072, metadata={"help": "S, tokens of a row; longer conversations are cut."}
     )
     head_rows_per_chunk: int = field(
         default=256,

@@ -283,6 +283,12 @@ def check_decoding(target: FrozenTarget, drafter, args: AUFConfig, *, measured: 
         measured (`bool`): whether there are held-out rows.
     """
     will_decode = measured and args.eval_prompts > 0
+    positions = target.positions
+    if will_decode and positions is not None and args.eval_new_tokens >= positions:
+        raise ValueError(
+            f"eval_new_tokens is {args.eval_new_tokens}, and the target has {positions} positions,"
+            " its prompt's among them: lower it, or leave decoding out by eval_prompts: 0"
+        )
     reason = None
     # Of targets with a recurrent state some cannot be, so whoever trains for one is told.
     if will_decode or getattr(target.model, "_is_stateful", False):
