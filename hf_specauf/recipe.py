@@ -5,7 +5,6 @@ The keys of the target and of the drafter are here. Those of the data are `DataA
 (`data/config.py`), those of training are `AUFConfig` (`training/config.py`).
 """
 
-import json
 import os
 from dataclasses import dataclass, field, fields, make_dataclass
 from typing import Any
@@ -20,7 +19,7 @@ from .cli import OneSpelling
 from .data.config import DataArguments
 from .drafters import DRAFTERS
 from .drafters.configuration_dflash import DFlashConfig
-from .keys import ONE_OR_MORE, Numbers, check_keys
+from .keys import ONE_OR_MORE, Numbers, check_keys, template_arguments
 from .target import check_revision
 from .training.config import AUFConfig
 
@@ -48,26 +47,6 @@ NUMBERS = {
     "lora_alpha": Numbers(0, inside=True),
     "lora_dropout": Numbers(0, 1),
 }
-
-
-def json_mapping(key: str, value: str | dict | None) -> dict | None:
-    """A mapping as YAML gives it, or as JSON text from the command line.
-
-    Raises:
-        ValueError: the text is no JSON object.
-    """
-    found, reason = value, ""
-    if isinstance(value, str):
-        try:
-            found = json.loads(value)
-        except json.JSONDecodeError as error:
-            reason = f" ({error})"
-    if found is None or isinstance(found, dict):
-        return found
-    raise ValueError(
-        f"{key} is {value!r}, which is no JSON object{reason}: write it like"
-        ' {"enable_thinking": false}'
-    )
 
 
 @dataclass
@@ -233,7 +212,7 @@ class DrafterArguments:
 
     def __post_init__(self):
         check_keys(self, NUMBERS, CHOICES)
-        self.chat_template_kwargs = json_mapping("chat_template_kwargs", self.chat_template_kwargs)
+        self.chat_template_kwargs = template_arguments(self.chat_template_kwargs)
         if self.use_peft and self.init_from_target_layers and self.lora_modules_to_save is None:
             # What starts at random, because nothing but the adapter's folder would hold it. And the
             # norms, because they see other inputs than they saw in the target.

@@ -34,8 +34,8 @@ from .data.on_policy import written_by
 from .data.server import ServerWriter, check_endpoint
 from .data.sources import load_rows, rows_hash
 from .identity import Identity
-from .keys import ONE_OR_MORE, SEED, Numbers, check_keys
-from .recipe import CHOICES, DataArguments, TargetArguments, json_mapping
+from .keys import ONE_OR_MORE, SEED, Numbers, check_keys, template_arguments
+from .recipe import CHOICES, DataArguments, TargetArguments
 from .target import check_device, check_revision, load_target
 from .training.callbacks import Interruption
 
@@ -127,7 +127,7 @@ class RegenerateArguments:
 
     def __post_init__(self):
         check_keys(self, NUMBERS, CHOICES)
-        self.chat_template_kwargs = json_mapping("chat_template_kwargs", self.chat_template_kwargs)
+        self.chat_template_kwargs = template_arguments(self.chat_template_kwargs)
         if not self.out.endswith(".jsonl"):
             raise ValueError(
                 f"out is {self.out!r}; it must end in .jsonl, so that a recipe can read it"

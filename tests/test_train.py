@@ -197,6 +197,12 @@ def test_rows_longer_than_the_targets_positions_are_cut_and_trained_on(command, 
         main(command(target=tmp_path / "target", eval_new_tokens=256))
 
 
+def test_arguments_that_the_chat_template_never_reads_are_named_once(command, capsys):
+    main(command("chat", max_steps=1, eval_prompts=0, chat_template_kwargs='{"enable_thinkin":false}'))
+    said = "the chat template never reads enable_thinkin of chat_template_kwargs, so that changes nothing"
+    assert capsys.readouterr().out.count(said) == 1
+
+
 def test_what_would_fail_after_hours_of_tokenizing_is_told_before(command, tokenizer, tmp_path, capsys):
     recurrent_target("jamba", len(tokenizer)).save_pretrained(tmp_path / "recurrent")
     tokenizer.save_pretrained(tmp_path / "recurrent")
