@@ -20,7 +20,7 @@ from .data.config import DataArguments
 from .drafters import DRAFTERS
 from .drafters.configuration_dflash import DFlashConfig
 from .keys import ONE_OR_MORE, Numbers, check_keys, template_arguments
-from .target import check_revision
+from .target import check_device, check_revision
 from .training.config import AUFConfig
 
 # Keys that take one of a few words. They are no `choices` in the fields' metadata: argparse would
@@ -32,6 +32,8 @@ CHOICES = {
     "draft_attn_implementation": ("sdpa", "eager", "flex_attention"),
     "save_dtype": ("auto", "bfloat16", "float32"),
 }
+# Of target_device_map, the words that are no device.
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 # Keys that take a number, of single drafters too. What depends on the target is checked later.
 NUMBERS = {
     "num_draft_layers": ONE_OR_MORE,
@@ -45,7 +47,7 @@ NUMBERS = {
     "pure_draft_prefix_len": Numbers(0, whole=True),
     "lora_r": ONE_OR_MORE,
     "lora_alpha": Numbers(0, inside=True),
-    "lora_dropout": Numbers(0, 1),
+    "lora_dropout": Numbers(0, 0.999999),
 }
 
 
@@ -96,8 +98,12 @@ class TargetArguments:
         """What `from_pretrained` is told, beside name and revision.
 
         Raises:
-            ValueError: quantisation is asked for and bitsandbytes is not installed.
+            ValueError: quantisation is asked for and bitsandbytes is not installed, or a device
+                that is not here.
         """
+        # Only now, because a recipe may be read on another machine than it runs on.
+        if self.target_device_map not in (None, *DEVICE_MAPS):
+            check_device(self.target_device_map, "target_device_map")
         found = {
             "dtype": self.target_dtype,
             "attn_implementation": self.target_attn_implementation,

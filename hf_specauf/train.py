@@ -34,7 +34,7 @@ from .target import FrozenTarget, default_mask_token_id, drafter_config, load_ta
 from .training.checkpoints import resume_folder, save_final
 from .training.config import AUFConfig
 from .training.evaluation import evaluate_last_step, measure_decoding
-from .training.preflight import ask_target, check_start
+from .training.preflight import ask_target, check_best_metric, check_start
 from .training.trainer import AUFTrainer
 from .training.waiting import first_process_first
 
@@ -200,6 +200,7 @@ def ask_first(
     decode with it. The trainer would ask the same, but after hours of tokenizing."""
     adapter_base = base if draft.use_peft else None
     check_start(drafter, args, tokenizer, draft.peft_config(), adapter_base)
+    check_best_metric(args, drafter.config.block_size)
     return ask_target(target, drafter, args, measured=measured)
 
 

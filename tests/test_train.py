@@ -197,6 +197,56 @@ def test_rows_longer_than_the_targets_positions_are_cut_and_trained_on(command, 
         main(command(target=tmp_path / "target", eval_new_tokens=256))
 
 
+ASKED_FIRST = [
+    (
+        dict(report_to="wandb"),
+        "report_to names wandb, which is not installed: `pip install wandb`",
+    ),
+    (dict(report_to="nonsense"), "report_to names 'nonsense', and Trainer reports to none but"),
+    (dict(optim="galore_adamw", optim_target_modules="attn"), "optim is galore_adamw, which cannot be made here"),
+    (dict(lr_scheduler_kwargs='{"nonsense":1}'), "lr_scheduler_kwargs: {'nonsense': 1}"),
+    (
+        dict(lr_scheduler_type="cosine_with_min_lr"),
+        "lr_scheduler_type is cosine_with_min_lr, which cannot be made",
+    ),
+    (dict(lr_scheduler_type="warmup_stable_decay"), "lr_scheduler_type is warmup_stable_decay, which cannot be made"),
+    (dict(adam_beta2=1.0), "adam_beta2 is 1.0; it must be a finite number of at least 0 and at most 0.999999"),
+    (dict(eval_rows=0, eval_strategy="steps"), "eval_strategy is steps, and there are no held-out rows"),
+    (dict(gamma=3), "objective 'auf' has no decay and would ignore it"),
+    (
+        dict(metric_for_best_model="accuracy", eval_strategy="steps"),
+        "metric_for_best_model is 'accuracy', which no evaluation gives",
+    ),
+    (dict(output_dir="text.jsonl"), "output_dir text.jsonl is a file: name a folder"),
+    (dict(output_dir="text.jsonl/out"), "lies under text.jsonl, which is a file"),
+    (dict(output_dir="/proc/out"), "output_dir /proc/out cannot be written, because /proc takes no file"),
+    (dict(push_to_hub="true", hub_model_id="a/b/c"), "hub_model_id is 'a/b/c', which no repository can be called"),
+    (dict(hub_model_id="a/b/c"), "hub_model_id is 'a/b/c', which no repository can be called"),
+    (dict(target_states_cache="text.jsonl"), "target_states_cache text.jsonl is a file: name a folder"),
+    (dict(block_size=200), "block_size is 200, and no row of max_length 96 holds such a block"),
+    (dict(block_size=100000, max_length=3072), "block_size is 100000, and no row of max_length 3072"),
+    (dict(fsdp="full_shard"), "fsdp shards the drafter over processes, and there is one"),
+    # what asked for a module or a device that is not here had a traceback
+    (
+        dict(target_attn_implementation="flash_attention_2"),
+        "cannot be loaded as asked, because something is not installed",
+    ),
+    (dict(target_device_map="cuda:9"), "target_device_map is 'cuda:9', and torch"),
+    (dict(deepspeed="/nope.json"), "deepspeed is given, and DeepSpeed is not installed"),
+]
+
+
+@pytest.mark.parametrize("keys, said", ASKED_FIRST, ids=[" ".join(keys) for keys, _ in ASKED_FIRST])
+def test_what_a_run_would_end_on_later_is_asked_before_the_data_is_tokenized(
+    command, files, monkeypatch, capsys, keys, said
+):
+    monkeypatch.chdir(files)
+    with pytest.raises(SystemExit) as stop:
+        main(command(**keys))
+    assert stop.value.code.startswith("error: ") and said in stop.value.code
+    assert "token rows" not in capsys.readouterr().out
+
+
 def test_arguments_that_the_chat_template_never_reads_are_named_once(command, capsys):
     main(command("chat", max_steps=1, eval_prompts=0, chat_template_kwargs='{"enable_thinkin":false}'))
     said = "the chat template never reads enable_thinkin of chat_template_kwargs, so that changes nothing"

@@ -138,7 +138,7 @@ class AUFTrainer(DrafterCheckpoints, Publishing, Trainer):
             callbacks=[self._interrupt, *(callbacks or [])],
         )
         wait_for_everyone()  # with push_to_hub, the first process has just asked the Hub
-        preflight.check_best_metric(self)
+        preflight.check_best_metric(args, self.block_size, eval_dataset)
         preflight.check_sharding(self)
         self._keep_sharded_sums_in_fp32()
         # None is popped with disable_tqdm, where there is no bar to replace
