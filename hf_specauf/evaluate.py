@@ -18,7 +18,7 @@ from .keys import ONE_OR_MORE, Numbers, check_keys
 from .layouts.folders import fetch
 from .layouts.load import load_drafter, torch_dtype
 from .recipe import CHOICES, TargetArguments
-from .records import read_record, write_record
+from .records import check_can_write, read_record, write_record
 from .serving.acceptance import number
 from .serving.benchmarks import (
     BENCHMARKS,
@@ -187,8 +187,7 @@ class EvaluateArguments:
             self.lookup = int(self.lookup)
         check_device(self.device)
         check_revision("--target", self.target, self.target_revision)
-        if Path(self.out).is_file():
-            raise ValueError(f"--out {self.out} is a file: name a folder for eval.json")
+        check_can_write("--out", self.out)
 
 
 class EvaluateParser(OneSpelling, TrlParser):

@@ -20,7 +20,7 @@ from .demo.rows import heldout_prompts, heldout_rows, training_rows
 from .demo.target import TargetSettings, quickstart_target
 from .keys import ONE_OR_MORE, SEED, Numbers, check_keys
 from .recipe import parse
-from .records import write_record
+from .records import check_can_write, write_record
 from .serving.acceptance import TAU_DEFINITION
 from .serving.compare import compare, evaluation_record, plot_alpha, plot_curves
 from .train import train
@@ -236,8 +236,7 @@ def main(argv: list[str] | None = None, settings: TargetSettings | None = None) 
     # Before anything is trained: a wrong number of prompts would be noticed only at the end.
     check_keys(args, NUMBERS)
     out = Path(args.out)
-    if out.is_file():
-        raise ValueError(f"--out {out} is a file: name a folder for report, plots and drafters")
+    check_can_write("--out", out)
     out.mkdir(parents=True, exist_ok=True)
     target = quickstart_target(settings or TargetSettings())
     overrides = ["--seed", str(args.seed)]

@@ -22,7 +22,7 @@ from trl import TrlParser
 
 from .cli import OneSpelling, errors_in_one_line
 from .data.answers import ROWS_PER_BATCH, TargetWriter
-from .data.chunks import ChunkFiles, chunk_seed, number_of_process
+from .data.chunks import ChunkFiles, check_out, chunk_seed, number_of_process
 from .data.conversation import (
     Sampling,
     Writer,
@@ -128,10 +128,7 @@ class RegenerateArguments:
     def __post_init__(self):
         check_keys(self, NUMBERS, CHOICES)
         self.chat_template_kwargs = template_arguments(self.chat_template_kwargs)
-        if not self.out.endswith(".jsonl"):
-            raise ValueError(
-                f"out is {self.out!r}; it must end in .jsonl, so that a recipe can read it"
-            )
+        check_out(self.out)
         if self.top_p == 0:
             raise ValueError("top_p is 0, which leaves no token: temperature: 0 is greedy")
         if self.temperature == 0 and (self.top_p < 1 or self.top_k):

@@ -32,7 +32,7 @@ from ..serving.compare import (
 )
 from ..serving.decoding import AUTO, Attachment, attach
 from ..target import load_target
-from .recording import Recording
+from .recording import Recording, check_record
 from .smollm2 import smollm2
 from .stream import Answer, AnswerStreamer
 
@@ -236,6 +236,10 @@ def main(argv: list[str] | None = None) -> None:
     check_keys(args, NUMBERS)
     if args.drafter is None and args.no_lookup:
         parser.error("--no_lookup leaves nothing to draft with: give --drafter, or leave it out")
+    if args.record and args.chat:
+        parser.error("--record keeps the demo's own prompts, and --chat asks yours: leave one out")
+    if args.record:
+        check_record(args.record)
     console = Console()
     if args.drafter is None:
         console.print("No --drafter was given, so drafts are looked up in the text alone.")
