@@ -44,7 +44,7 @@ NUMBERS = {
     "max_rows": Numbers(1, whole=True, hint=", or left out"),
     "max_new_tokens": ONE_OR_MORE,
     "prompt_tokens": ONE_OR_MORE,
-    "temperature": Numbers(0, hint="; 0 is greedy"),
+    "temperature": Numbers(0, 100, hint="; 0 is greedy"),
     "top_p": Numbers(0, 1, hint="; 1 is off"),
     "top_k": Numbers(0, whole=True, hint="; 0 is off"),
     "seed": SEED,

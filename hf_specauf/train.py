@@ -367,6 +367,9 @@ def main(argv: list[str] | None = None) -> None:
         # torch deadlocks if gloo's thread lets go of the last collective as its group is destroyed.
         time.sleep(0.5)
     trainer.accelerator.end_training()
+    if trainer.state.global_step < trainer.state.max_steps:
+        # It is no success: a script must not go on to evaluate.
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -201,6 +201,11 @@ class ServerWriter:
             try:
                 reply = self.client.post(self.url, json=body)
             except httpx2.HTTPError as error:  # no connection, or it broke off
+                if "Name or service not known" in str(error):
+                    raise OSError(
+                        f"the endpoint {self.endpoint} is at a host that nobody knows ({error}):"
+                        " check its address. What was answered is kept"
+                    ) from error
                 said = " ".join(str(error).split())
                 continue
             said = in_short(reply)

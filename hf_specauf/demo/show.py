@@ -244,10 +244,12 @@ def main(argv: list[str] | None = None) -> None:
     if args.drafter is None:
         console.print("No --drafter was given, so drafts are looked up in the text alone.")
     path = args.target or str(smollm2())
-    target, tokenizer = load_target(path, dtype=getattr(torch, args.dtype or fast_dtype()))
+    target, tokenizer = load_target(
+        path, key="--target", dtype=getattr(torch, args.dtype or fast_dtype())
+    )
     drafter = None
     if args.drafter is not None:
-        drafter = load_drafter(args.drafter, dtype=target.dtype)
+        drafter = load_drafter(args.drafter, dtype=target.dtype, key="--drafter")
     config = decoding_config(target, args.new_tokens, tokenizer.pad_token_id)
     with (
         torch.no_grad(),

@@ -84,6 +84,11 @@ def load_target(
     """
     check_revision(key, name_or_path, revision)
     trust = {"trust_remote_code": kwargs.get("trust_remote_code", False)}
+    if Path(name_or_path).is_dir() and not Path(name_or_path, "config.json").is_file():
+        raise OSError(
+            f"{key}: the folder {name_or_path!r} has no config.json, so it holds no model: give the"
+            " folder that save_pretrained wrote, or a Hub id"
+        )
     tokenizer = load(load_tokenizer, key, name_or_path, revision, **trust)
     kwargs = {"dtype": "auto"} | kwargs
     model = load(load_language_model, key, name_or_path, revision, **kwargs)
