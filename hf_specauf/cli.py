@@ -197,7 +197,11 @@ def words_for(error: Exception) -> str | None:
             f"a file of weights (*.safetensors) is cut off or damaged ({error}): fetch it again, or"
             " save it again with save_pretrained"
         )
-    mendable = ValueError | TypeError | OSError | FloatingPointError | yaml.YAMLError
+    # An optional package that is not installed can be. A module of ours must not be missing.
+    ours = isinstance(error, ImportError) and (error.name or "").startswith(__package__)
+    mendable = ValueError | TypeError | OSError | FloatingPointError | ImportError | yaml.YAMLError
+    if ours:
+        return None
     if isinstance(error, mendable):
         return " ".join(str(error).split())
     return None

@@ -11,6 +11,7 @@ from .cli import errors_in_one_line, under_new_spelling
 from .keys import check_keys
 from .layouts import LAYOUTS, Layout
 from .layouts.load import load_drafter
+from .records import check_can_write
 
 
 def writable(name: str) -> Layout:
@@ -51,9 +52,8 @@ def main(argv: list[str] | None = None) -> None:
     check_keys(args)
     layout = writable(args.to)
     out = Path(args.out)
-    # `save_pretrained` would write nothing, and only log it
-    if out.is_file():
-        raise ValueError(f"--out {out} is a file: name a folder to write the drafter into")
+    # of a file in its place, `save_pretrained` would write nothing, and only log it
+    check_can_write("--out", out)
     drafter = load_drafter(args.drafter, args.drafter_revision, key="--drafter")
     config = drafter.config
     # other layouts do not name their target, and push needs it

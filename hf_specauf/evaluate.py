@@ -41,7 +41,7 @@ from .keys import ONE_OR_MORE, Numbers, check_keys
 from .layouts.folders import fetch
 from .layouts.load import load_drafter, torch_dtype
 from .recipe import CHOICES, TargetArguments
-from .records import read_record, write_record, write_whole
+from .records import check_can_write, read_record, write_record, write_whole
 from .serving.benchmarks import (
     BENCHMARKS,
     DEFAULT_COUNT,
@@ -50,7 +50,7 @@ from .serving.benchmarks import (
     load_prompts,
 )
 from .serving.decoding import AUTO
-from .target import check_device, check_revision, load_target
+from .target import check_device, check_revision, load_target, room_for_prompt
 
 SEED = 0  # of every sampled output
 # Flags that take a number.
@@ -178,8 +178,7 @@ class EvaluateArguments:
         self.choose_ways()
         check_device(self.device)
         check_revision("--target", self.target, self.target_revision)
-        if Path(self.out).is_file():
-            raise ValueError(f"--out {self.out} is a file: name a folder for eval.json")
+        check_can_write("--out", self.out)
 
     def choose_ways(self) -> dict[str, Way]:
         """The ways to decode, by name.
@@ -278,6 +277,7 @@ def measure(
         args.prompt_tokens,
         drafter.config.chat_template_kwargs,
         source.wording,
+        room_for_prompt(target, args.max_new_tokens),
     )
     pad = tokenizer.pad_token_id
     if pad is None:

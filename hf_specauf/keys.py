@@ -1,6 +1,7 @@
 """What a command's keys and flags may be: numbers, names and words that cannot be right are told
 before anything heavy is loaded."""
 
+import json
 import math
 from argparse import Namespace
 from collections.abc import Iterable
@@ -132,3 +133,53 @@ def check_words(arguments: Any) -> None:
             raise ValueError(f"{key} is {value!r}, which is no text: put it between quotes")
         if not value.strip():
             raise ValueError(f"{key} is empty: give it a value, or leave it out")
+
+
+# Arguments of `apply_chat_template` itself, and what it gives to each template.
+RESERVED = (
+    "add_generation_prompt",
+    "chat_template",
+    "continue_final_message",
+    "conversation",
+    "max_length",
+    "messages",
+    "padding",
+    "return_assistant_tokens_mask",
+    "return_dict",
+    "return_tensors",
+    "sanitize_control_tokens",
+    "template",
+    "tokenize",
+    "tokenizer",
+    "tokenizer_kwargs",
+    "tools",
+    "truncation",
+    "turns",
+)
+
+
+def template_arguments(value: str | dict | None) -> dict | None:
+    """`chat_template_kwargs`, a mapping as YAML gives it, or its JSON text from the command line.
+
+    Raises:
+        ValueError: the text is no JSON object, or names what is no argument of a template's own.
+    """
+    found, reason = value, ""
+    if isinstance(value, str):
+        try:
+            found = json.loads(value)
+        except json.JSONDecodeError as error:
+            reason = f" ({error})"
+    if found is not None and not isinstance(found, dict):
+        raise ValueError(
+            f"chat_template_kwargs is {value!r}, which is no JSON object{reason}: write it like"
+            ' {"enable_thinking": false}'
+        )
+    reserved = [key for key in found or {} if key in RESERVED]
+    if reserved:
+        raise ValueError(
+            f"chat_template_kwargs names {', '.join(reserved)}, which this package gives to the"
+            " chat template itself, row by row: remove what is named, and keep arguments of the"
+            ' template\'s own, like {"enable_thinking": false}'
+        )
+    return found

@@ -11,6 +11,7 @@ from .cli import errors_in_one_line, parse_with_drafter, under_new_spelling
 from .keys import check_keys
 from .publishing.card import render
 from .publishing.validate import validate
+from .records import check_can_write
 
 
 def command_parser() -> argparse.ArgumentParser:
@@ -45,6 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.command == "render":
         drafter = Path(args.drafter)
         out = Path(args.out or drafter / "README.md")
+        check_can_write("--out", out, is_file=True)
         render(drafter, args.repo, args.revision, args.licence).save(out)
         print(f"written: {out}")
         return

@@ -23,7 +23,7 @@ from .evaluation.plots import plot_alpha, plot_curves
 from .evaluation.record import evaluation_record
 from .keys import ONE_OR_MORE, SEED, Numbers, check_keys
 from .recipe import parse
-from .records import write_record
+from .records import check_can_write, write_record
 from .serving.acceptance import TAU_DEFINITION
 from .train import train
 
@@ -238,8 +238,7 @@ def main(argv: list[str] | None = None, settings: TargetSettings | None = None) 
     # Before anything is trained: a wrong number of prompts would be noticed only at the end.
     check_keys(args, NUMBERS)
     out = Path(args.out)
-    if out.is_file():
-        raise ValueError(f"--out {out} is a file: name a folder for report, plots and drafters")
+    check_can_write("--out", out)
     out.mkdir(parents=True, exist_ok=True)
     target = quickstart_target(settings or TargetSettings())
     overrides = ["--seed", str(args.seed)]

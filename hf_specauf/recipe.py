@@ -5,7 +5,6 @@ The keys of the target and of the drafter are here. Those of the data are `DataA
 (`data/config.py`), those of training are `AUFConfig` (`training/config.py`).
 """
 
-import json
 import os
 from dataclasses import dataclass, field, fields, make_dataclass
 from typing import Any
@@ -20,8 +19,8 @@ from .cli import OneSpelling
 from .data.config import DataArguments
 from .drafters import DRAFTERS
 from .drafters.configuration_dflash import DFlashConfig
-from .keys import ONE_OR_MORE, Numbers, check_keys
-from .target import check_revision
+from .keys import ONE_OR_MORE, Numbers, check_keys, template_arguments
+from .target import check_device, check_revision
 from .training.config import AUFConfig
 
 # Keys that take one of a few words. They are no `choices` in the fields' metadata: argparse would
@@ -33,6 +32,8 @@ CHOICES = {
     "draft_attn_implementation": ("sdpa", "eager", "flex_attention"),
     "save_dtype": ("auto", "bfloat16", "float32"),
 }
+# Of target_device_map, the words that are no device.
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 # Keys that take a number, of single drafters too. What depends on the target is checked later.
 NUMBERS = {
     "num_draft_layers": ONE_OR_MORE,
@@ -46,28 +47,8 @@ NUMBERS = {
     "pure_draft_prefix_len": Numbers(0, whole=True),
     "lora_r": ONE_OR_MORE,
     "lora_alpha": Numbers(0, inside=True),
-    "lora_dropout": Numbers(0, 1),
+    "lora_dropout": Numbers(0, 0.999999),
 }
-
-
-def json_mapping(key: str, value: str | dict | None) -> dict | None:
-    """A mapping as YAML gives it, or as JSON text from the command line.
-
-    Raises:
-        ValueError: the text is no JSON object.
-    """
-    found, reason = value, ""
-    if isinstance(value, str):
-        try:
-            found = json.loads(value)
-        except json.JSONDecodeError as error:
-            reason = f" ({error})"
-    if found is None or isinstance(found, dict):
-        return found
-    raise ValueError(
-        f"{key} is {value!r}, which is no JSON object{reason}: write it like"
-        ' {"enable_thinking": false}'
-    )
 
 
 @dataclass
@@ -117,8 +98,12 @@ class TargetArguments:
         """What `from_pretrained` is told, beside name and revision.
 
         Raises:
-            ValueError: quantisation is asked for and bitsandbytes is not installed.
+            ValueError: quantisation is asked for and bitsandbytes is not installed, or a device
+                that is not here.
         """
+        # Only now, because a recipe may be read on another machine than it runs on.
+        if self.target_device_map not in (None, *DEVICE_MAPS):
+            check_device(self.target_device_map, "target_device_map")
         found = {
             "dtype": self.target_dtype,
             "attn_implementation": self.target_attn_implementation,
@@ -233,7 +218,7 @@ class DrafterArguments:
 
     def __post_init__(self):
         check_keys(self, NUMBERS, CHOICES)
-        self.chat_template_kwargs = json_mapping("chat_template_kwargs", self.chat_template_kwargs)
+        self.chat_template_kwargs = template_arguments(self.chat_template_kwargs)
         if self.use_peft and self.init_from_target_layers and self.lora_modules_to_save is None:
             # What starts at random, because nothing but the adapter's folder would hold it. And the
             # norms, because they see other inputs than they saw in the target.

@@ -7,6 +7,7 @@ import platform
 import re
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import torch
 from accelerate import PartialState
@@ -73,6 +74,40 @@ def _standard(value):
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def check_can_write(key: str, path: str | Path, *, is_file: bool = False) -> None:
+    """Raise where nothing can be written to a path, before the work whose result would be lost.
+    Nothing is left there.
+
+    Args:
+        key (`str`): what errors call the path.
+        is_file (`bool`, *optional*): a file is written there, and otherwise a folder of files.
+
+    Raises:
+        ValueError: what is in the way, and the key.
+    """
+    path = Path(path)
+    if is_file and path.is_dir():
+        raise ValueError(f"{key} {path} is a folder: name a file in it")
+    if not is_file and path.exists() and not path.is_dir():
+        raise ValueError(f"{key} {path} is a file: name a folder")
+    folder = path.parent if is_file else path
+    # What is missing is made later, in the nearest folder that is there.
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir():
+        raise ValueError(
+            f"{key} {path} lies under {folder}, which is a file: name a place in a folder"
+        )
+    try:
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{key} {path} cannot be written, because {folder} takes no file ({error}): name"
+            " another place, or free that one"
+        ) from error
 
 
 def part_of(path: Path) -> Path:

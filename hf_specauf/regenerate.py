@@ -22,7 +22,7 @@ from trl import TrlParser
 
 from .cli import OneSpelling, errors_in_one_line
 from .data.answers import ROWS_PER_BATCH, TargetWriter
-from .data.chunks import ChunkFiles, chunk_seed, number_of_process
+from .data.chunks import ChunkFiles, check_out, chunk_seed, number_of_process
 from .data.conversation import (
     Sampling,
     Writer,
@@ -34,8 +34,8 @@ from .data.on_policy import written_by
 from .data.server import ServerWriter, check_endpoint
 from .data.sources import load_rows, rows_hash
 from .identity import Identity
-from .keys import ONE_OR_MORE, SEED, Numbers, check_keys
-from .recipe import CHOICES, DataArguments, TargetArguments, json_mapping
+from .keys import ONE_OR_MORE, SEED, Numbers, check_keys, template_arguments
+from .recipe import CHOICES, DataArguments, TargetArguments
 from .target import check_device, check_revision, load_target
 from .training.callbacks import Interruption
 
@@ -44,7 +44,7 @@ NUMBERS = {
     "max_rows": Numbers(1, whole=True, hint=", or left out"),
     "max_new_tokens": ONE_OR_MORE,
     "prompt_tokens": ONE_OR_MORE,
-    "temperature": Numbers(0, hint="; 0 is greedy"),
+    "temperature": Numbers(0, 100, hint="; 0 is greedy"),
     "top_p": Numbers(0, 1, hint="; 1 is off"),
     "top_k": Numbers(0, whole=True, hint="; 0 is off"),
     "seed": SEED,
@@ -127,11 +127,8 @@ class RegenerateArguments:
 
     def __post_init__(self):
         check_keys(self, NUMBERS, CHOICES)
-        self.chat_template_kwargs = json_mapping("chat_template_kwargs", self.chat_template_kwargs)
-        if not self.out.endswith(".jsonl"):
-            raise ValueError(
-                f"out is {self.out!r}; it must end in .jsonl, so that a recipe can read it"
-            )
+        self.chat_template_kwargs = template_arguments(self.chat_template_kwargs)
+        check_out(self.out)
         if self.top_p == 0:
             raise ValueError("top_p is 0, which leaves no token: temperature: 0 is greedy")
         if self.temperature == 0 and (self.top_p < 1 or self.top_k):

@@ -34,7 +34,7 @@ from .target import FrozenTarget, default_mask_token_id, drafter_config, load_ta
 from .training.checkpoints import resume_folder, save_final
 from .training.config import AUFConfig
 from .training.evaluation import evaluate_last_step, measure_decoding
-from .training.preflight import ask_target, check_start
+from .training.preflight import ask_target, check_best_metric, check_start
 from .training.trainer import AUFTrainer
 from .training.waiting import first_process_first
 
@@ -200,6 +200,7 @@ def ask_first(
     decode with it. The trainer would ask the same, but after hours of tokenizing."""
     adapter_base = base if draft.use_peft else None
     check_start(drafter, args, tokenizer, draft.peft_config(), adapter_base)
+    check_best_metric(args, drafter.config.block_size)
     return ask_target(target, drafter, args, measured=measured)
 
 
@@ -226,6 +227,7 @@ def token_rows(
         "vocab_size": config.vocab_size,
         "chat_template_kwargs": config.chat_template_kwargs,
         "placeholders": target.placeholders,
+        "positions": target.positions,
         "num_proc": data.dataset_num_proc,
     }
     verbose = args.process_index == 0
@@ -365,6 +367,9 @@ def main(argv: list[str] | None = None) -> None:
         # torch deadlocks if gloo's thread lets go of the last collective as its group is destroyed.
         time.sleep(0.5)
     trainer.accelerator.end_training()
+    if trainer.state.global_step < trainer.state.max_steps:
+        # It is no success: a script must not go on to evaluate.
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,9 @@ import pytest
 import torch
 from conftest import ROOT, make_drafter, make_target
 
-from hf_specauf import convert, evaluate, hub, load_drafter, model_card
+from hf_specauf import convert, evaluate, hub, load_drafter, model_card, quickstart, regenerate
 from hf_specauf.cli import COMMANDS, main, parse_with_drafter, under_new_spelling
+from hf_specauf.demo import show
 from hf_specauf.evaluate import EvaluateArguments
 from hf_specauf.regenerate import RegenerateArguments
 
@@ -213,8 +214,32 @@ def test_a_file_in_the_place_of_a_folder_is_refused_before_anything_is_written(f
     assert f"--out {file} is a file" in say(convert.main, ["--drafter", fresh, "--out", file], capsys)
     words = ["--target", "t", "--drafter", fresh, "--prompts", "p.txt", "--device", "cpu", "--out", file]
     assert f"--out {file} is a file" in say(evaluate.main, words, capsys)
-    assert f"--into '{file}' is no folder" in say(hub.main, ["pull", "--repo", "a/b", "--into", file], capsys)
+    assert f"--into {file} is a file" in say(hub.main, ["pull", "--repo", "a/b", "--into", file], capsys)
     assert file.read_text() == "mine"
+
+
+def test_a_place_that_nothing_can_be_written_to_is_told_before_the_work(fresh, tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "own.jsonl").mkdir()
+    under, nowhere = tmp_path / "notes.txt" / "x", "/proc/x"
+    measured = ["--target", "t", "--drafter", fresh, "--prompts", "p.txt", "--device", "cpu"]
+    answered = ["--target", "t", "--dataset_name", "p.txt", "--device", "cpu"]
+    for main_of_command, words, ending in (
+        (evaluate.main, [*measured, "--out"], ""),
+        (convert.main, ["--drafter", fresh, "--out"], ""),
+        (quickstart.main, ["--out"], ""),
+        (model_card.main, ["render", "--drafter", fresh, "--repo", "a/b", "--out"], ".md"),
+        (regenerate.main, [*answered, "--out"], ".jsonl"),
+        (show.main, ["--record"], ".gif"),
+    ):
+        said = say(main_of_command, [*words, f"{under}{ending}"], capsys)
+        assert f"{words[-1]} {under}{ending} lies under {tmp_path / 'notes.txt'}, which is a file" in said
+        said = say(main_of_command, [*words, f"{nowhere}{ending}"], capsys)
+        assert f"{words[-1]} {nowhere}{ending} cannot be written, because /proc takes no file" in said
+    said = say(regenerate.main, [*answered, "--out", tmp_path / "own.jsonl"], capsys)
+    assert f"--out {tmp_path / 'own.jsonl'} is a folder: name a file in it" in said
+    assert "it must end in .gif" in say(show.main, ["--record", tmp_path / "a.txt"], capsys)
+    assert sorted(path.name for path in tmp_path.iterdir() if path != fresh) == ["notes.txt", "own.jsonl"]
 
 
 @pytest.mark.parametrize("repo", ["drafter", "a b/c", "a/b/c", "https://huggingface.co/a/b"])

@@ -109,6 +109,20 @@ def test_recording_keeps_the_pace_and_at_most_its_frames_a_second(tmp_path):
         assert image.size[0] == 20 * 9 + 24
 
 
+def test_what_cannot_be_loaded_is_named_by_its_flag(folders, tmp_path):
+    target = folders[folders.index("--target") + 1]
+    with pytest.raises(SystemExit, match="error: --drafter"):
+        main(["--target", target, "--drafter", str(tmp_path)])
+    with pytest.raises(SystemExit, match="error: --target: the folder .* has no config.json, so it holds no model"):
+        main(["--target", str(tmp_path)])
+
+
+def test_a_chat_is_not_recorded_and_that_is_said(capsys):
+    with pytest.raises(SystemExit):
+        main(["--chat", "--record", "a.gif"])
+    assert "--record keeps the demo's own prompts, and --chat asks yours" in capsys.readouterr().err
+
+
 def test_without_a_drafter_the_demo_looks_drafts_up_alone(folders, capsys):
     target = folders[folders.index("--target") + 1]
     main(["--target", target, "--dtype", "float32", "--new_tokens", str(NEW)])

@@ -313,6 +313,18 @@ def test_rows_of_several_schemas_are_prompts_and_those_that_are_none_are_counted
     ) in capsys.readouterr().out
 
 
+def test_a_prompt_that_leaves_no_room_for_its_answer_is_none_and_counted(tokenizer, tmp_path, capsys):
+    (tmp_path / "rows.jsonl").write_text('{"text": "the fox"}\n{"text": "the quick brown fox"}\n')
+    rows = load_rows(str(tmp_path / "rows.jsonl"))
+    short, long = (prompt.shape[1] for prompt in encode_prompts(rows, tokenizer, 2, 99, None))
+    [one] = encode_prompts(rows, tokenizer, 2, 99, None, room=long - 1)
+    assert one.shape[1] == short < long
+    assert (
+        f"1 prompts; other rows give none: over {long - 1} tokens, all that max_new_tokens leaves"
+        in capsys.readouterr().out
+    )
+
+
 def test_the_command_line_fails_in_one_clear_line(folders, tmp_path):
     code, printed = evaluate_in_a_process(folders, tmp_path / "out", prompts="nowhere.jsonl")
     assert code == 1 and "Traceback" not in printed

@@ -2,17 +2,19 @@
 is loaded. The flags are read from the commands themselves, so a new one is tested as soon as it is there."""
 
 import argparse
+import inspect
 import math
 from dataclasses import fields
 
 import pytest
+from transformers import PreTrainedTokenizerBase
 
 from hf_specauf import convert, evaluate, hub, model_card, quickstart, recipe, regenerate
 from hf_specauf.data import config as data_config
 from hf_specauf.data.config import DataArguments
 from hf_specauf.demo import show
 from hf_specauf.evaluate import EvaluateArguments
-from hf_specauf.keys import Numbers, check_keys
+from hf_specauf.keys import RESERVED, Numbers, check_keys
 from hf_specauf.recipe import CHOICES, TargetArguments, drafter_arguments
 from hf_specauf.regenerate import RegenerateArguments
 from hf_specauf.training import config as training_config
@@ -102,6 +104,15 @@ def test_a_wrong_word_is_answered_with_the_right_ones(cls, key):
         with pytest.raises(ValueError, match=f"{key}.*{value}") as said:
             cls(**ARGUMENTS[cls] | {key: value})
         assert all(word in str(said.value) for word in WORDS[key])
+
+
+@pytest.mark.parametrize("cls, key", [case for case in cases(TEXT_TYPES) if case.values[1] == "chat_template_kwargs"])
+def test_what_this_package_gives_to_a_chat_template_is_no_argument_for_it(cls, key):
+    own = set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
+    assert own - {"self", "documents", "kwargs"} <= set(RESERVED)
+    for name in RESERVED:
+        with pytest.raises(ValueError, match=f"{key} names {name}, .*remove what is named"):
+            cls(**ARGUMENTS[cls] | {key: {"enable_thinking": False, name: True}})
 
 
 @pytest.mark.parametrize(

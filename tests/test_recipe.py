@@ -180,7 +180,7 @@ def test_a_number_that_cannot_be_right_is_told_with_what_it_may_be(recipe, key, 
     [
         ("lora_r", 0, "lora_r is 0; it must be a whole number of at least 1"),
         ("lora_alpha", -1, "lora_alpha is -1; it must be a finite number above 0"),
-        ("lora_dropout", 1.5, "lora_dropout is 1.5; it must be a finite number of at least 0 and at most 1"),
+        ("lora_dropout", 1.5, "lora_dropout is 1.5; it must be a finite number of at least 0 and at most 0.999999"),
     ],
 )
 def test_loras_numbers_too(recipe, key, value, message):

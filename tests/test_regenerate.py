@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import httpx2
 import pytest
 import torch
 from conftest import CHAT_TEMPLATE, byte_level_tokenizer, make_target, warm_python
@@ -27,6 +28,7 @@ from hf_specauf import evaluate, train
 from hf_specauf.data.answers import TargetWriter, generate_continuously, generate_in_batches, until_end
 from hf_specauf.data.conversation import Conversation, Sampling, chat_end
 from hf_specauf.data.rows import show_row
+from hf_specauf.data.server import ServerWriter
 from hf_specauf.data.sources import load_rows
 from hf_specauf.data.tokens import RowEncoder
 from hf_specauf.regenerate import main
@@ -976,3 +978,19 @@ def test_transformers_serve_answers_as_the_target_itself(words, tokenizer, tmp_p
         log.close()
     main(words(target=folder))
     assert conversations(tmp_path / "served.jsonl") == conversations(tmp_path / "own.jsonl")
+
+
+def test_a_host_that_nobody_knows_is_asked_once(monkeypatch):
+    writer = ServerWriter(
+        "http://no-such-host.invalid/v1", "m", Sampling(8, 0.7), chat_template_kwargs=None, concurrency=1
+    )
+    asked = []
+
+    def post(url, json):
+        asked.append(url)
+        raise httpx2.ConnectError("[Errno -2] Name or service not known")
+
+    monkeypatch.setattr(writer.client, "post", post)
+    with pytest.raises(OSError, match="is at a host that nobody knows .*: check its address"):
+        writer.learn()
+    assert len(asked) == 1

@@ -39,7 +39,7 @@ def prepare(tokenizer):
 
     def call(
         template=CHAT_TEMPLATE, max_length=128, block_size=4, mask_token_id=None, kwargs=None, several=None,
-        packing=False, num_proc=None, heldout=None, **columns,
+        packing=False, num_proc=None, heldout=None, positions=None, **columns,
     ):  # fmt: skip
         own = copy.deepcopy(tokenizer)
         own.chat_template = template
@@ -54,6 +54,7 @@ def prepare(tokenizer):
             packing=packing,
             num_proc=num_proc,
             heldout=heldout,
+            positions=positions,
         )
 
     return call
@@ -64,6 +65,24 @@ def supervised_text(row: dict, tokenizer) -> str:
 
 
 # ---- text
+
+
+def test_documents_are_no_longer_than_the_targets_positions_and_packed_rows_may_be(prepare, capsys):
+    conversation = [{"role": "user", "content": "Go"}, {"role": "assistant", "content": "one two three " * 9}]
+    rows = prepare(messages=[conversation] * 3, positions=50, packing=True)
+    assert rows["length"] == [100, 50] and rows[0]["document_ids"] == [0] * 50 + [1] * 50
+    assert "cut 3 rows at the target's 50 positions, below max_length" in capsys.readouterr().out
+    [*full, rest] = prepare(text=["one two three " * 90], max_length=999, positions=50)["length"]
+    assert set(full) == {50} and 0 < rest <= 50
+
+
+def test_rows_with_a_cut_answer_are_counted_and_named(prepare, capsys):
+    whole = [{"role": "user", "content": "Go"}, {"role": "assistant", "content": "one two three four"}]
+    cut = [whole[0], {"role": "assistant", "content": "one two three five"}]
+    prepare(messages=[whole, cut], finish_reason=["stop", "MAX_TOKENS"])
+    assert "1 rows say that an answer of theirs was cut, first: row 1" in capsys.readouterr().out
+    prepare(text=["one two three four " * 20] * 2, truncated=[True, False])
+    assert "1 rows say that an answer of theirs was cut, first: row 0" in capsys.readouterr().out
 
 
 def test_text_is_cut_into_rows_all_supervised_with_eos_at_the_end(prepare, tokenizer):

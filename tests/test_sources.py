@@ -15,6 +15,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from conftest import warm_python
 from datasets import Dataset
 from datasets.exceptions import DatasetNotFoundError
 from loopback_hub import LoopbackHub, Repository
@@ -208,6 +209,64 @@ def test_a_row_that_would_be_read_otherwise_than_it_is_written_is_named(case, tm
     for stream_rows in (None, 1):
         with pytest.raises(ValueError, match=f"{name}: {said}"):
             load_rows(str(tmp_path / name), stream_rows=stream_rows)
+
+
+NULLS = {
+    # these two ended the whole process, so they are read in one of their own
+    "first line": ("a.jsonl", 'null\n{"text": "a"}\n', "line 1 is null, not an object"),
+    "first of an array": ("a.json", '[null, {"text": "a"}]', "row 1 is null, not an object"),
+    "a later line": ("a.jsonl", '{"text": "a"}\n null \n{"text": "b"}\n', "line 2 is null, not an object"),
+}
+
+
+@pytest.mark.parametrize("case", NULLS)
+def test_a_null_in_the_place_of_a_row_is_named_before_anything_reads_it(case, tmp_path):
+    name, text, said = NULLS[case]
+    (tmp_path / name).write_text(text)
+    words = f"from hf_specauf.data.sources import load_rows; load_rows({str(tmp_path / name)!r})"
+    code, printed = warm_python().run("-c", words)
+    assert f"{said}. Mend that" in printed and code == 1
+
+
+def test_a_null_within_an_object_that_spreads_over_lines_is_no_row(tmp_path):
+    (tmp_path / "a.json").write_text('{\n "text": [\n  "a",\n  "b",\n  null\n ]\n}\n')
+    assert load_rows(str(tmp_path / "a.json"))["text"][0] == ["a", "b", None]
+
+
+def test_a_key_twice_in_the_only_line_of_a_file_is_named(tmp_path):
+    turn = '{"role": "user", "content": "x", "content": "y"}'
+    (tmp_path / "a.jsonl").write_text(f'{{"messages": [{turn}]}}\n')
+    with pytest.raises(ValueError, match="a.jsonl: its only line has a key twice, among .*'content', 'content'"):
+        load_rows(str(tmp_path / "a.jsonl"))
+
+
+def test_the_files_of_a_local_folder_are_looked_at_too(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "whole"}\n')
+    (tmp_path / "b.jsonl").write_text('{"text": "half \\ud83d x"}\n{"text": "ok"}\n')
+    with pytest.raises(ValueError, match=r"b.jsonl: line 1 holds half a character, '\\ud83d'"):
+        load_rows(str(tmp_path))
+
+
+CELLS = "prompt,completion\nWhat is 1+1?,2\nWhich agent?,007\nWhich country?,NA\nTranslate nichts,None\nAnd now?,\n"
+
+
+def test_the_cells_of_a_csv_file_are_the_texts_that_they_are(tmp_path):
+    (tmp_path / "folder").mkdir()
+    for path in (tmp_path / "a.csv", tmp_path / "folder" / "train.csv"):
+        path.write_text(CELLS)
+    rows = load_rows(str(tmp_path / "a.csv"))
+    assert rows["completion"] == ["2", "007", "NA", "None", None]
+    assert load_rows(str(tmp_path / "a.csv"), stream_rows=3)["completion"] == ["2", "007", "NA"]
+    assert load_rows(str(tmp_path / "folder"))["completion"] == ["2", "007", "NA", "None", None]
+
+
+def test_two_whole_arrays_in_a_file_are_told_with_a_way_out_and_salvaged(tmp_path, capsys):
+    path = tmp_path / "a.json"
+    path.write_text('[{"text": "a"}, {"text": "b"}]\n[{"text": "c"}]')
+    with pytest.raises(ValueError, match="behind row 2 its array ends and another begins.*`jq -c '.*' .*a.json"):
+        load_rows(str(path))
+    assert load_rows(str(path), salvage=True)["text"] == ["a", "b", "c"]
+    assert "read 3 rows, and left out none of several arrays" in capsys.readouterr().out
 
 
 def test_whole_characters_written_in_two_halves_and_backslashes_are_as_they_were(tmp_path):

@@ -316,6 +316,31 @@ def test_an_answer_that_was_cut_teaches_no_end(case, mark):
     assert shown_rows(tokenizer, {"messages": turns}, kwargs) == f"{first}It jumps.⟧{own}{end}"
 
 
+SAYS_CUT = [
+    {"finish_reason": "LENGTH"}, {"finish_reason": "max_tokens"}, {"finish_reason": "content_filter"},
+    {"finish_reason": "abort"}, {"stop_reason": "max_tokens"}, {"stop_reason": "length"}, {"done_reason": "length"},
+    {"finish_reasons": ["length"]}, {"truncated": 1}, {"truncated": "true"}, {"is_truncated": True},
+    {"metadata": '{"finish_reason": "length"}'}, {"meta_info": {"finish_reason": {"type": "length", "length": 8}}},
+    {"choices": [{"finish_reason": "length"}]},
+]  # fmt: skip
+SAYS_WHOLE = [
+    {"finish_reason": "STOP"}, {"stop_reason": "end_turn"}, {"done_reason": "stop"}, {"finish_reason": "eos_token"},
+    # vLLM's stop_reason is the token or the text that it stopped at
+    {"finish_reason": "stop", "stop_reason": "Human:"}, {"stop_reason": 151645}, {"stop_reason": None},
+    {"truncated": 0, "is_truncated": "False"}, {"finish_reason": "", "metadata": "no JSON"},
+    {"meta_info": {"finish_reason": {"type": "stop", "matched": 2}}}, {"finish_reasons": []},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("marks, ends", [(SAYS_CUT, False), (SAYS_WHOLE, True)], ids=["cut", "whole"])
+def test_every_word_for_an_answer_that_was_cut_is_understood_and_no_other(marks, ends):
+    tokenizer = model_tokenizer(*GOLDEN["chatml"][:2])
+    for mark in marks:
+        for row in ({"messages": [Q, A]} | mark, {"messages": [Q, A | mark]}):
+            shown = show_row(encoded(tokenizer, row), tokenizer)
+            assert ("<|im_end|>⟧" in shown) == ends, row
+
+
 @pytest.mark.parametrize("case", ["qwen3, thinking on", "gpt-oss"])
 def test_an_answer_that_was_cut_in_its_thoughts_teaches_no_end_of_them(case):
     template, special, kwargs, messages, _ = GOLDEN[case]

@@ -176,6 +176,83 @@ def test_whatever_measurement_fails_the_drafter_and_its_record_are_saved_first(
     assert same(final(out), final(tmp_path / "whole"))
 
 
+@pytest.mark.parametrize("packing", ["true", "false"])
+def test_rows_longer_than_the_targets_positions_are_cut_and_trained_on(command, tokenizer, tmp_path, capsys, packing):
+    ids = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None)
+    # positions that are learned: past the last one there is nothing
+    for part in (make_target("gpt2", dtype=torch.float32, vocab_size=len(tokenizer), **ids), tokenizer):
+        part.save_pretrained(tmp_path / "target")
+    said = [" ".join(f"sheep {i + k}" for k in range(5 if i < 20 else 90)) for i in range(24)]
+    # the last one is held out, and its question has no room
+    turns = [(("user", "Count"), ("assistant", text)) for text in said[:-1]]
+    turns.append((("user", said[-1]), ("assistant", "done")))
+    rows = [{"messages": [{"role": role, "content": text} for role, text in pair]} for pair in turns]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    keys = dict(target=tmp_path / "target", max_length=3072, eval_rows=2, packing=packing)
+    main(command(dataset_name=tmp_path / "rows.jsonl", **keys))
+    printed = capsys.readouterr().out
+    assert "cut 2 rows at the target's 256 positions, below max_length" in printed
+    assert strict((tmp_path / "out" / "eval.json").read_text())["prompts"]
+    with pytest.raises(SystemExit, match="eval_new_tokens is 256, and the target has 256 positions"):
+        main(command(target=tmp_path / "target", eval_new_tokens=256))
+
+
+ASKED_FIRST = [
+    (
+        dict(report_to="wandb"),
+        "report_to names wandb, which is not installed: `pip install wandb`",
+    ),
+    (dict(report_to="nonsense"), "report_to names 'nonsense', and Trainer reports to none but"),
+    (dict(optim="galore_adamw", optim_target_modules="attn"), "optim is galore_adamw, which cannot be made here"),
+    (dict(lr_scheduler_kwargs='{"nonsense":1}'), "lr_scheduler_kwargs: {'nonsense': 1}"),
+    (
+        dict(lr_scheduler_type="cosine_with_min_lr"),
+        "lr_scheduler_type is cosine_with_min_lr, which cannot be made",
+    ),
+    (dict(lr_scheduler_type="warmup_stable_decay"), "lr_scheduler_type is warmup_stable_decay, which cannot be made"),
+    (dict(adam_beta2=1.0), "adam_beta2 is 1.0; it must be a finite number of at least 0 and at most 0.999999"),
+    (dict(eval_rows=0, eval_strategy="steps"), "eval_strategy is steps, and there are no held-out rows"),
+    (dict(gamma=3), "objective 'auf' has no decay and would ignore it"),
+    (
+        dict(metric_for_best_model="accuracy", eval_strategy="steps"),
+        "metric_for_best_model is 'accuracy', which no evaluation gives",
+    ),
+    (dict(output_dir="text.jsonl"), "output_dir text.jsonl is a file: name a folder"),
+    (dict(output_dir="text.jsonl/out"), "lies under text.jsonl, which is a file"),
+    (dict(output_dir="/proc/out"), "output_dir /proc/out cannot be written, because /proc takes no file"),
+    (dict(push_to_hub="true", hub_model_id="a/b/c"), "hub_model_id is 'a/b/c', which no repository can be called"),
+    (dict(hub_model_id="a/b/c"), "hub_model_id is 'a/b/c', which no repository can be called"),
+    (dict(target_states_cache="text.jsonl"), "target_states_cache text.jsonl is a file: name a folder"),
+    (dict(block_size=200), "block_size is 200, and no row of max_length 96 holds such a block"),
+    (dict(block_size=100000, max_length=3072), "block_size is 100000, and no row of max_length 3072"),
+    (dict(fsdp="full_shard"), "fsdp shards the drafter over processes, and there is one"),
+    # what asked for a module or a device that is not here had a traceback
+    (
+        dict(target_attn_implementation="flash_attention_2"),
+        "cannot be loaded as asked, because something is not installed",
+    ),
+    (dict(target_device_map="cuda:9"), "target_device_map is 'cuda:9', and torch"),
+    (dict(deepspeed="/nope.json"), "deepspeed is given, and DeepSpeed is not installed"),
+]
+
+
+@pytest.mark.parametrize("keys, said", ASKED_FIRST, ids=[" ".join(keys) for keys, _ in ASKED_FIRST])
+def test_what_a_run_would_end_on_later_is_asked_before_the_data_is_tokenized(
+    command, files, monkeypatch, capsys, keys, said
+):
+    monkeypatch.chdir(files)
+    with pytest.raises(SystemExit) as stop:
+        main(command(**keys))
+    assert stop.value.code.startswith("error: ") and said in stop.value.code
+    assert "token rows" not in capsys.readouterr().out
+
+
+def test_arguments_that_the_chat_template_never_reads_are_named_once(command, capsys):
+    main(command("chat", max_steps=1, eval_prompts=0, chat_template_kwargs='{"enable_thinkin":false}'))
+    said = "the chat template never reads enable_thinkin of chat_template_kwargs, so that changes nothing"
+    assert capsys.readouterr().out.count(said) == 1
+
+
 def test_what_would_fail_after_hours_of_tokenizing_is_told_before(command, tokenizer, tmp_path, capsys):
     recurrent_target("jamba", len(tokenizer)).save_pretrained(tmp_path / "recurrent")
     tokenizer.save_pretrained(tmp_path / "recurrent")
@@ -206,7 +283,8 @@ def test_interrupted_command_resumes_to_a_finished_run(command, tmp_path, capsys
         time.sleep(0.02)
     process.send_signal(number)
     printed, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, printed
+    # `specauf train && specauf evaluate` must not go on
+    assert process.returncode == 1, printed
     assert "Traceback" not in printed
     stopped = int(get_last_checkpoint(out).rsplit("-", 1)[1])
     assert f"stopped at step {stopped} of 120; resume with --resume_from_checkpoint true" in printed

@@ -16,7 +16,7 @@ from trl.chat_template_utils import add_response_schema, parse_response
 
 from ..identity import embedding_rows, innermost
 from ..identity.multimodal import placeholder_tokens
-from ..target import default_mask_token_id
+from ..target import default_mask_token_id, positions_of, room_for_prompt
 from .conversation import Answer, Conversation, Sampling, prompt_ids, unwatched
 from .rows import pad_token_id
 
@@ -268,10 +268,11 @@ class TargetWriter:
         prompt = prompt_ids(
             conversation, self.tokenizer, self.chat_template_kwargs, self.prompt_tokens
         )
-        most = self.target.config.get_text_config(decoder=True).max_position_embeddings
         if isinstance(prompt, str):
             return prompt
-        if len(prompt) + self.config.max_new_tokens > most:
+        room = room_for_prompt(self.target, self.config.max_new_tokens)
+        if room is not None and len(prompt) > room:
+            most = positions_of(self.target)
             return f"its prompt leaves no room for max_new_tokens in the target's {most} positions"
         tokens = embedding_rows(self.target)
         if max(prompt, default=0) >= tokens:

@@ -12,7 +12,7 @@ from math import ceil
 from pathlib import Path
 
 from ..identity import Identity
-from ..records import part_of, write_record, write_whole
+from ..records import check_can_write, part_of, write_record, write_whole
 
 # These settings decide speed, not words. (What answers is compared as `engine`.) The target is
 # compared by its identity instead of its name, and rows by their hash.
@@ -72,6 +72,17 @@ class Tally:
         rows = {"answered": self.answered, "skipped": self.skipped, "truncated": self.truncated}
         counts = {kind: len(numbers) for kind, numbers in rows.items() if numbers}
         return counts | {"tokens": self.tokens}
+
+
+def check_out(out: str) -> None:
+    """Raise where the answers could not be written, before any is asked for.
+
+    Raises:
+        ValueError: what is in the way.
+    """
+    if not out.endswith(".jsonl"):
+        raise ValueError(f"out is {out!r}; it must end in .jsonl, so that a recipe can read it")
+    check_can_write("--out", out, is_file=True)
 
 
 def settings_in(folder: Path) -> dict:

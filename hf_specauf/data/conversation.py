@@ -2,8 +2,10 @@
 and the rows that come of it."""
 
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import count
 from typing import Protocol
 
@@ -271,6 +273,32 @@ def end_left_out(
     return end
 
 
+@lru_cache
+def say_what_is_not_read(templates: tuple[str, ...], names: tuple[str, ...]) -> None:
+    """Say in one line which arguments no chat template of a tokenizer reads: a name with a slip
+    would be ignored without a word. It is said once, and not by each part of a run that asks."""
+    unread = [name for name in names if not any(_mentions(text, name) for text in templates)]
+    if unread and os.environ.get("RANK", "0") == "0":
+        print(
+            f"the chat template never reads {', '.join(unread)} of chat_template_kwargs, so that"
+            " changes nothing: check how it is spelt, or remove it"
+        )
+
+
+def _mentions(template: str, name: str) -> bool:
+    return re.search(rf"\b{re.escape(name)}\b", template) is not None
+
+
+def check_template_arguments(tokenizer: PreTrainedTokenizerBase, kwargs: dict | None) -> None:
+    """Name the arguments of the chat template that it never reads."""
+    templates = tokenizer.chat_template
+    if isinstance(templates, dict):
+        templates = tuple(templates.values())
+    if templates and kwargs:
+        templates = (templates,) if isinstance(templates, str) else templates
+        say_what_is_not_read(templates, tuple(kwargs))
+
+
 def end_tokens(config: GenerationConfig) -> list[int]:
     """The end tokens of a generation config."""
     own = config.eos_token_id
@@ -292,6 +320,7 @@ def stop_at_both_ends(
     Returns:
         all ends, where they differ.
     """
+    check_template_arguments(tokenizer, kwargs)
     end = end_left_out(target.generation_config, tokenizer, kwargs)
     if end is None:
         return None
@@ -325,6 +354,7 @@ def end_for_a_server(
             " --served-model-name), and that as --target"
         )
         return None
+    check_template_arguments(tokenizer, kwargs)
     end = end_left_out(config, tokenizer, kwargs)
     if end is None:
         return None

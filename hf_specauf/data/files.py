@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import IO
 
 import datasets
+import pandas
+from datasets import Features, Value
 from pyarrow.parquet import ParquetFile
 
 from ..records import part_of
@@ -20,7 +22,10 @@ READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "cs
 UNPACKED = ("json", "csv", "text")
 # What may stand between two rows of a JSON array. Arrays may follow each other too.
 BETWEEN_ROWS = re.compile(r"[\s,\[\]]*")
-ROWS_OF_ARRAY = re.compile(rb"\s*\[\s*\{")
+SECOND_ARRAY = re.compile(r"\]\s*,?\s*\[")
+ANOTHER_ARRAY = "its array ends and another begins, and one file holds one array"
+# A null in the place of the first row ends the whole process in pyarrow.
+ROWS_OF_ARRAY = re.compile(rb"\s*\[\s*(?:\{|null\b)")
 # Half of a surrogate pair, as JSON writes it. Two backslashes are a backslash and no such thing,
 # and a whole pair is a character.
 HALF = re.compile(
@@ -67,8 +72,9 @@ def holds_array_of_rows(path: str) -> bool:
 
 def refuse_hidden_fault(path: str) -> None:
     """Raise for a row that `datasets` would read otherwise than it is written: it drops half a
-    character, takes the last of two keys in an array, and of one line with half a character makes
-    several rows.
+    character, makes an empty row of a null, takes the last of two keys in an array or in a file of
+    one line, and of one line with half a character makes several rows. A null in the first line
+    would end the process without a word.
 
     Raises:
         HiddenFault: the row or line, and what is wrong with it.
@@ -78,10 +84,69 @@ def refuse_hidden_fault(path: str) -> None:
             if fault:
                 raise HiddenFault(fault)
         return
+    lines, are_rows, twice = 0, False, None
     for number, line in numbered_lines(path):
-        half = half_character(line)
-        if half is not None:
-            raise HiddenFault(f"line {number} holds half a character, {half}")
+        if not line.strip():
+            continue
+        lines += 1
+        if lines == 1:
+            are_rows, twice = first_line(line)
+        fault = half_in_line(line)
+        # In an object that spreads over lines, a null may be part of it.
+        if are_rows and line.strip() == b"null":
+            fault = content_fault(None, line)
+        if fault:
+            raise HiddenFault(f"line {number} {fault}")
+    # Of more lines than one, pyarrow tells this itself.
+    if lines == 1 and twice:
+        raise HiddenFault(f"its only line {twice}")
+
+
+def first_line(line: bytes) -> tuple[bool, str | None]:
+    """Whether a line is whole JSON, so that each line of the file is a row, and whether it has a
+    key twice, in words."""
+    try:
+        json.loads(line.decode("utf-8"), object_pairs_hook=_once)
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        return False, None
+    except ValueError as error:
+        return True, str(error)
+    return True, None
+
+
+def half_in_line(line: bytes) -> str | None:
+    """What is wrong with a line that holds half a character, or `None`."""
+    half = half_character(line)
+    return half and f"holds half a character, {half}"
+
+
+def files_in(folder: str) -> list[str]:
+    """The files in a local folder that are read, in order."""
+    paths = sorted(str(path) for path in Path(folder).rglob("*") if path.is_file())
+    return [path for path in paths if reader_of(path) is not None]
+
+
+def refuse_hidden_fault_in(folder: str) -> None:
+    """Raise for such a row in a file of a local folder.
+
+    Raises:
+        HiddenFault: the file too.
+    """
+    for path in files_in(folder):
+        if reader_of(path) == "json":
+            try:
+                refuse_hidden_fault(path)
+            except HiddenFault as error:
+                raise HiddenFault(f"{path}: {error}") from None
+
+
+def csv_options(path: str) -> dict:
+    """What reads the cells of a CSV file as the texts that they are. pandas takes `None`, `NA` and
+    `null` for nothing, and 007 for the number 7."""
+    columns = pandas.read_csv(path, nrows=0).columns
+    features = Features({str(name): Value("string") for name in columns})
+    # Only a cell without anything is nothing.
+    return {"features": features, "keep_default_na": False, "na_values": [""]}
 
 
 def half_character(written: bytes) -> str | None:
@@ -165,12 +230,11 @@ def row_fault(line: bytes) -> str | None:
 
 def content_fault(row, written: bytes) -> str | None:
     """What is wrong with a row that is whole JSON, or `None`."""
+    if row is None:
+        return "is null, not an object"
     if not isinstance(row, dict):
         return f"is a {type(row).__name__}, not an object"
-    half = half_character(written)
-    if half is not None:
-        return f"holds half a character, {half}"
-    return None
+    return half_in_line(written)
 
 
 # ---- what is whole of a file that is not
@@ -205,7 +269,8 @@ def salvaged(path: str) -> str | None:
     folder.mkdir(parents=True, exist_ok=True)
     part = part_of(folder / f"{Path(path).stem}.jsonl")
     digest = hashlib.sha256()
-    rows, faults, first = 0, 0, ""
+    rows = faults = lost = 0
+    first = ""
     with open(part, "wb") as file:
         for line, fault in rows_and_faults(path):
             if fault is None:
@@ -214,7 +279,10 @@ def salvaged(path: str) -> str | None:
                 digest.update(line + b"\n")
             else:
                 faults += 1
-                first = first or fault
+                # Between two arrays nothing is lost.
+                if not fault.endswith(ANOTHER_ARRAY):
+                    lost += 1
+                    first = first or fault
     copy = folder / f"{Path(path).stem}-{digest.hexdigest()[:16]}.jsonl"
     # The same bytes may be there already. Their time must stay, because `datasets` looks at it.
     if rows and faults and not copy.is_file():
@@ -224,7 +292,8 @@ def salvaged(path: str) -> str | None:
         return None
     if not rows:
         raise ValueError(f"{path}: not one row of it is whole ({first}): give another file")
-    print(f"{path} is not whole: read {rows} rows, and left out {faults} (first: {first})")
+    left_out = f"left out {lost} (first: {first})" if lost else "left out none of several arrays"
+    print(f"{path} is not whole: read {rows} rows, and {left_out}")
     return str(copy)
 
 
@@ -274,6 +343,8 @@ def _rows_of_array(path: str) -> Iterator[tuple[bytes, str | None]]:
         fault = fault or content_fault(row, written)
         yield written, fault and f"row {number} {fault}"
         start = BETWEEN_ROWS.match(text, end).end()
+        if SECOND_ARRAY.search(text, end, start):
+            yield b"", f"behind row {number} {ANOTHER_ARRAY}"
     if text.lstrip().startswith("[") and not text.rstrip().endswith("]"):
         said = said or "its end is missing"
     if said:

@@ -1,7 +1,8 @@
-"""What decides about token rows: where answers in them end, which rows are trained on, why others
-are not, and which data is refused."""
+"""What decides about token rows: where answers in them end, which rows are trained on, and why
+others are not."""
 
 import hashlib
+import json
 from collections import Counter
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -11,17 +12,33 @@ import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-# Share of token rows that must hold a whole supervised block. With fewer, hardly an anchor would
-# have all its labels.
-FEWEST_FULL_BLOCKS = 0.1
-# Share of a source's raw rows that the template may refuse. With more, it is the wrong data.
-MOST_REFUSED = 0.5
-# Share of a source's token rows that may hold the mask token. With more, it is the wrong token.
-MOST_MASKED = 0.5
-# Share of the training rows that may be held out as well. With more, hardly any is left.
-MOST_HELD_OUT = 0.5
 HELD_OUT = "it is a held-out row too"
 REASONS_SHOWN = 5
+
+# Servers' words for an answer that the target ended itself: OpenAI's, TGI's, Anthropic's, Cohere's
+# and others'. At any other (length, max_tokens, content_filter, vLLM's abort and repetition, none
+# at all) the answer was cut.
+ENDED = (
+    "stop",
+    "stop_sequence",
+    "stop_token",
+    "eos",
+    "eos_token",
+    "end_turn",
+    "end_of_turn",
+    "complete",
+    "completed",
+    "tool_calls",
+    "tool_call",
+    "tool_use",
+    "function_call",
+)
+# The keys of a row or a turn that hold such a word, and those that say it was cut.
+REASONS = ("finish_reason", "finish_reasons", "finishReason", "done_reason", "stop_reason")
+MARKS = ("truncated", "is_truncated")
+NOT_TRUE = ("none", "", "false", "0", "0.0", "no", "null")
+# Where data sets keep these keys instead.
+DETAILS = ("metadata", "meta", "meta_info", "response_metadata", "choices")
 # The last characters of an answer that was cut are looked for in its tokens.
 TAIL = 40
 
@@ -51,14 +68,53 @@ def supervised_spans(mask: list[int]) -> list[tuple[int, int]]:
     return spans
 
 
+def ended_itself(reason) -> bool:
+    """Whether a server's word for the end of an answer says that the target ended it. At any other
+    word the answer was cut."""
+    # vLLM's stop_reason is the id of the token that ended it.
+    if isinstance(reason, int) and not isinstance(reason, bool):
+        return True
+    if isinstance(reason, dict):  # SGLang's
+        reason = reason.get("type")
+    said = str(reason).strip().lower()
+    return said in ENDED or said.isdigit()
+
+
 def was_cut(part: dict) -> bool:
     """Whether a row or a turn says that its answer was cut, by `regenerate`'s key or in a server's
     words. A cut answer has no end that a drafter could learn (speculators#835)."""
-    metadata = part.get("metadata")
-    if not isinstance(metadata, dict):
-        metadata = {}
-    reasons = (part.get("finish_reason"), metadata.get("finish_reason"))
-    return part.get("truncated") is True or "length" in reasons
+    return any(_says_cut(said) for said in (part, *_details(part)))
+
+
+def _details(part: dict) -> list[dict]:
+    """What a row or a turn keeps apart of its answer, which may be written as JSON text."""
+    found = []
+    for key in DETAILS:
+        value = part.get(key)
+        if isinstance(value, str):
+            try:
+                value = json.loads(value)
+            except ValueError:
+                continue
+        if isinstance(value, list) and value:
+            value = value[-1]
+        if isinstance(value, dict):
+            found.append(value)
+    return found
+
+
+def _says_cut(said: dict) -> bool:
+    if any(str(said.get(key)).strip().lower() not in NOT_TRUE for key in MARKS):
+        return True
+    for key in REASONS:
+        reason = said.get(key)
+        if isinstance(reason, list):  # of several answers, a row's mark is about the last
+            reason = reason[-1] if reason else None
+        # The first that is filled tells it: beside `finish_reason: stop`, vLLM's stop_reason is the
+        # very text that it stopped at.
+        if reason not in (None, ""):
+            return not ended_itself(reason)
+    return False
 
 
 def cut_turns(row: dict, turns: list[dict]) -> dict[int, dict]:
@@ -187,6 +243,7 @@ class Findings:
         apart: whether it is the first of a conversation's several rows.
         thoughts: thoughts that its raw row lost, because the template's prompt is past them.
         unseen_tools: whether its raw row has tools that the template never mentions.
+        unended: whether its raw row has an answer that was cut.
         has_mask: whether the mask token occurs in it.
         tokens: its length.
         run: its longest run of supervised tokens.
@@ -202,6 +259,7 @@ class Findings:
     apart: np.ndarray
     thoughts: np.ndarray
     unseen_tools: np.ndarray
+    unended: np.ndarray
     has_mask: np.ndarray
     tokens: np.ndarray
     run: np.ndarray
@@ -288,93 +346,3 @@ class Findings:
         if len(counts) > REASONS_SHOWN:
             words.append("and other reasons")
         return ", ".join(words)
-
-
-def print_findings(found: Findings, raw_rows: int, kinds: str, max_length: int) -> None:
-    """Say what was recognised, what was left out and why, and how much was cut."""
-    total, kept = len(found.keep), found.keep.sum()
-    print(f"{raw_rows} rows of {kinds} -> {kept} token rows")
-    if kept < total:
-        print(f"dropped {total - kept} of {total} rows: {found.reasons()}")
-    doubled = found.doubled()
-    if doubled:
-        again, first = next(iter(doubled.items()))
-        print(
-            f"{len(doubled)} token rows are the same as another, first: {found.name(again)} as"
-            f" {found.name(first)}: they are trained on as often as they are there"
-        )
-    cut = found.cut[found.keep].sum()
-    if cut:
-        print(f"cut {cut} rows at max_length, {max_length} tokens")
-    apart = found.apart.sum()
-    if apart:
-        print(
-            f"{apart} conversations are several rows each, first: {found.first(found.apart)}: the"
-            " chat template writes earlier turns differently once a conversation goes on"
-        )
-    thoughts = found.thoughts.sum()
-    if thoughts:
-        print(
-            f"left out the thoughts of {thoughts} answers, first: {found.first(found.thoughts)}:"
-            " with these chat_template_kwargs the target answers without (thinking is off)"
-        )
-    unseen = found.unseen_tools.sum()
-    if unseen:
-        print(
-            f"the tools of {unseen} rows are not in their prompts, first:"
-            f" {found.first(found.unseen_tools)}: the chat template never mentions any, so the"
-            " target does not see them in serving either"
-        )
-
-
-def refuse_unusable(
-    found: Findings, sizes: list[int], max_length: int, block_size: int, mask_token_id: int
-) -> None:
-    """Raise where training on these rows would teach nothing, or the wrong thing.
-
-    Args:
-        sizes (`list[int]`): raw rows of each source.
-
-    Raises:
-        ValueError: see `prepare_rows`.
-    """
-    for number in range(len(sizes)):
-        own = found.has_mask[found.dataset == number]
-        if own.sum() > MOST_MASKED * len(own):
-            masked = found.has_mask & (found.dataset == number)
-            raise ValueError(
-                f"{own.sum()} of {len(own)} rows contain the mask token (id {mask_token_id}, first:"
-                f" {found.first(masked)}): a real token would look like a slot to fill. Choose"
-                " another mask_token_id, or remove the token from the data."
-            )
-    if not found.run.any():
-        raise ValueError(
-            f"not one token of {sum(sizes)} rows is supervised: the drafter would learn nothing"
-            f" ({found.reasons()}). For conversations, check that there are assistant turns"
-            " and that the target's chat template marks them."
-        )
-    # Source by source, because the many token rows of a long text would hide another's refusals.
-    for number, size in enumerate(sizes):
-        used = found.source[(found.dataset == number) & ~found.refused]
-        refused = size - len(np.unique(used))
-        if refused > MOST_REFUSED * size:
-            raise ValueError(
-                f"{refused} of {size} rows cannot be used ({found.reasons(number)}): this is not"
-                " the data the target's template is for. Mend rows or template, or choose another"
-                " dataset."
-            )
-    held_out = int((found.reason == HELD_OUT).sum())
-    if held_out > MOST_HELD_OUT * (held_out + found.keep.sum()):
-        raise ValueError(
-            f"{held_out} of {held_out + found.keep.sum()} training rows are held-out rows too"
-            f" (first: {found.first(found.reason == HELD_OUT)}), and what is held out is not"
-            " trained on: hold other rows out (eval_dataset_name, eval_dataset_split, eval_rows),"
-            " or none (eval_rows: 0)"
-        )
-    full, total = int((found.run >= block_size).sum()), len(found.run)
-    if not found.keep.any() or full < FEWEST_FULL_BLOCKS * total:
-        raise ValueError(
-            f"rows are too short: only {full} of {total} hold a whole block of {block_size}"
-            f" supervised tokens ({found.reasons() or 'none was left out'}). Lower"
-            f" block_size, raise max_length (now {max_length}), or use longer answers."
-        )

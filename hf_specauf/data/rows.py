@@ -1,4 +1,5 @@
-"""Token rows: raw rows become them, short ones share one, and several become a batch."""
+"""Token rows: raw rows become them, useless data is refused, short ones share one, and several
+become a batch."""
 
 import hashlib
 from functools import partial
@@ -10,9 +11,19 @@ from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 from trl import pack_dataset
 
-from .findings import Findings, print_findings, refuse_unusable
+from .findings import HELD_OUT, Findings
 from .messages import row_format
 from .tokens import RowEncoder
+
+# Share of token rows that must hold a whole supervised block. With fewer, hardly an anchor would
+# have all its labels.
+FEWEST_FULL_BLOCKS = 0.1
+# Share of a source's raw rows that the template may refuse. With more, it is the wrong data.
+MOST_REFUSED = 0.5
+# Share of a source's token rows that may hold the mask token. With more, it is the wrong token.
+MOST_MASKED = 0.5
+# Share of the training rows that may be held out as well. With more, hardly any is left.
+MOST_HELD_OUT = 0.5
 
 
 def encode_rows(
@@ -91,6 +102,7 @@ def prepare_rows(
     vocab_size: int,
     chat_template_kwargs: dict | None = None,
     placeholders: dict[int, str] | None = None,
+    positions: int | None = None,
     num_proc: int | None = None,
     packing: bool = False,
     heldout: list[Dataset] | None = None,
@@ -104,6 +116,8 @@ def prepare_rows(
         datasets (`Dataset` or `list[Dataset]`): one source or several, each in a format of its own.
         vocab_size (`int`): rows of the target's embedding.
         placeholders (`dict[int, str]`, *optional*): of a target that also sees images.
+        positions (`int`, *optional*): the most tokens of a document, where the target has no more
+            positions. Packed rows may be longer.
         num_proc (`int`, *optional*): processes that tokenize; `datasets` caches the result.
         packing (`bool`, *optional*): put several short rows into one of up to `max_length`.
         heldout (`list[Dataset]`, *optional*): raw rows whose token rows are not trained on.
@@ -115,10 +129,12 @@ def prepare_rows(
     """
     if isinstance(datasets, Dataset):
         datasets = [datasets]
+    # Past its positions a target fails or says what it never learned to say.
+    most = min(max_length, positions or max_length)
     encode = partial(
         encode_sources,
         tokenizer=tokenizer,
-        max_length=max_length,
+        max_length=most,
         chat_template_kwargs=chat_template_kwargs,
         num_proc=num_proc,
         mask_token_id=mask_token_id,
@@ -130,19 +146,114 @@ def prepare_rows(
         # `datasets` keeps these token rows, so preparing them does not make them again.
         _, held_out = encode(heldout)
         found.leave_out(held_out.digest[held_out.keep])
-    refuse_unusable(found, [len(one) for one in datasets], max_length, block_size, mask_token_id)
+    refuse_unusable(found, [len(one) for one in datasets], most, block_size, mask_token_id)
     if verbose:
-        show_findings(found, datasets, max_length)
+        limit = f"max_length, {most} tokens"
+        if most < max_length:
+            limit = f"the target's {most} positions, below max_length"
+        show_findings(found, datasets, limit)
     keep = np.flatnonzero(found.keep)
     rows = rows.select(keep).select_columns(["input_ids", "supervised"])
     return finish(rows, found.tokens[keep].tolist(), max_length, packing=packing, verbose=verbose)
 
 
-def show_findings(found: Findings, datasets: list[Dataset], max_length: int) -> None:
-    """Print what was recognised and left out."""
+def refuse_unusable(
+    found: Findings, sizes: list[int], max_length: int, block_size: int, mask_token_id: int
+) -> None:
+    """Raise where training on these rows would teach nothing, or the wrong thing.
+
+    Args:
+        sizes (`list[int]`): raw rows of each source.
+
+    Raises:
+        ValueError: see `prepare_rows`.
+    """
+    for number in range(len(sizes)):
+        own = found.has_mask[found.dataset == number]
+        if own.sum() > MOST_MASKED * len(own):
+            masked = found.has_mask & (found.dataset == number)
+            raise ValueError(
+                f"{own.sum()} of {len(own)} rows contain the mask token (id {mask_token_id}, first:"
+                f" {found.first(masked)}): a real token would look like a slot to fill. Choose"
+                " another mask_token_id, or remove the token from the data."
+            )
+    if not found.run.any():
+        raise ValueError(
+            f"not one token of {sum(sizes)} rows is supervised: the drafter would learn nothing"
+            f" ({found.reasons()}). For conversations, check that there are assistant turns"
+            " and that the target's chat template marks them."
+        )
+    # Source by source, because the many token rows of a long text would hide another's refusals.
+    for number, size in enumerate(sizes):
+        used = found.source[(found.dataset == number) & ~found.refused]
+        refused = size - len(np.unique(used))
+        if refused > MOST_REFUSED * size:
+            raise ValueError(
+                f"{refused} of {size} rows cannot be used ({found.reasons(number)}): this is not"
+                " the data the target's template is for. Mend rows or template, or choose another"
+                " dataset."
+            )
+    held_out = int((found.reason == HELD_OUT).sum())
+    if held_out > MOST_HELD_OUT * (held_out + found.keep.sum()):
+        raise ValueError(
+            f"{held_out} of {held_out + found.keep.sum()} training rows are held-out rows too"
+            f" (first: {found.first(found.reason == HELD_OUT)}), and what is held out is not"
+            " trained on: hold other rows out (eval_dataset_name, eval_dataset_split, eval_rows),"
+            " or none (eval_rows: 0)"
+        )
+    full, total = int((found.run >= block_size).sum()), len(found.run)
+    if not found.keep.any() or full < FEWEST_FULL_BLOCKS * total:
+        raise ValueError(
+            f"rows are too short: only {full} of {total} hold a whole block of {block_size}"
+            f" supervised tokens ({found.reasons() or 'none was left out'}). Lower"
+            f" block_size, raise max_length (now {max_length}), or use longer answers."
+        )
+
+
+def show_findings(found: Findings, datasets: list[Dataset], limit: str) -> None:
+    """Print what was recognised, what was left out and why, and how much was cut at a limit."""
     # Each format once, in the order of the sources.
-    kinds = dict.fromkeys(row_format(dataset.column_names) for dataset in datasets)
-    print_findings(found, sum(map(len, datasets)), ", ".join(kinds), max_length)
+    kinds = ", ".join(dict.fromkeys(row_format(dataset.column_names) for dataset in datasets))
+    raw_rows = sum(map(len, datasets))
+    total, kept = len(found.keep), found.keep.sum()
+    print(f"{raw_rows} rows of {kinds} -> {kept} token rows")
+    if kept < total:
+        print(f"dropped {total - kept} of {total} rows: {found.reasons()}")
+    doubled = found.doubled()
+    if doubled:
+        again, first = next(iter(doubled.items()))
+        print(
+            f"{len(doubled)} token rows are the same as another, first: {found.name(again)} as"
+            f" {found.name(first)}: they are trained on as often as they are there"
+        )
+    cut = found.cut[found.keep].sum()
+    if cut:
+        print(f"cut {cut} rows at {limit}")
+    apart = found.apart.sum()
+    if apart:
+        print(
+            f"{apart} conversations are several rows each, first: {found.first(found.apart)}: the"
+            " chat template writes earlier turns differently once a conversation goes on"
+        )
+    thoughts = found.thoughts.sum()
+    if thoughts:
+        print(
+            f"left out the thoughts of {thoughts} answers, first: {found.first(found.thoughts)}:"
+            " with these chat_template_kwargs the target answers without (thinking is off)"
+        )
+    unseen = found.unseen_tools.sum()
+    if unseen:
+        print(
+            f"the tools of {unseen} rows are not in their prompts, first:"
+            f" {found.first(found.unseen_tools)}: the chat template never mentions any, so the"
+            " target does not see them in serving either"
+        )
+    unended = found.unended.sum()
+    if unended:
+        print(
+            f"{unended} rows say that an answer of theirs was cut, first:"
+            f" {found.first(found.unended)}: no end of these is learned"
+        )
 
 
 def finish(

@@ -7,15 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx2
 
 from .conversation import Answer, Conversation, Sampling, unwatched
+from .findings import ended_itself
 
 RETRIES = 5
 PATIENCE = 2.0  # seconds before the second try, doubled for each further one
 TIMEOUT = 3600  # seconds: a long answer of a busy server takes its time
 THIS_QUESTION = (400, 413, 422)  # the server refuses this question, and answers others
 EVERY_QUESTION = (401, 403, 404)  # the address, the model's name or the key is wrong
-# OpenAI's and TGI's words for an answer that the target ended itself. At any other (length,
-# content_filter, vLLM's abort and repetition, none at all) the answer was cut.
-ENDED = ("stop", "tool_calls", "function_call", "eos_token", "stop_sequence")
 
 # Keys of sampling with the values that change nothing. vLLM and SGLang fill those that a request
 # leaves out from the model's generation_config (vllm#15281), and llama.cpp from values of its own.
@@ -203,6 +201,11 @@ class ServerWriter:
             try:
                 reply = self.client.post(self.url, json=body)
             except httpx2.HTTPError as error:  # no connection, or it broke off
+                if "Name or service not known" in str(error):
+                    raise OSError(
+                        f"the endpoint {self.endpoint} is at a host that nobody knows ({error}):"
+                        " check its address. What was answered is kept"
+                    ) from error
                 said = " ".join(str(error).split())
                 continue
             said = in_short(reply)
@@ -228,7 +231,7 @@ class ServerWriter:
         try:
             choice = reply.json()["choices"][0]
             message = choice["message"]
-            truncated = choice["finish_reason"] not in ENDED
+            truncated = not ended_itself(choice["finish_reason"])
         except (ValueError, LookupError, TypeError) as error:
             raise OSError(
                 f"the endpoint {self.endpoint} answered without choices[0].message and"

@@ -12,6 +12,7 @@ from datasets.exceptions import DatasetNotFoundError, DatasetsError
 
 from .config import DataArguments, Source
 from .files import (
+    ANOTHER_ARRAY,
     NOT_UNPACKED,
     READERS,
     UNPACKED,
@@ -19,9 +20,12 @@ from .files import (
     bad_cell,
     bad_line,
     can_be_salvaged,
+    csv_options,
+    files_in,
     how_to_recode,
     reader_of,
     refuse_hidden_fault,
+    refuse_hidden_fault_in,
     rows_and_faults,
     salvaged,
 )
@@ -68,6 +72,13 @@ def load_rows(
     try:
         if reader == "json":
             refuse_hidden_fault(name)
+        elif reader == "csv":
+            arguments |= csv_options(name)
+        elif reader is None and os.path.isdir(name):
+            refuse_hidden_fault_in(name)
+            files = files_in(name)
+            if {reader_of(path) for path in files} == {"csv"}:
+                arguments |= csv_options(files[0])
         return _read(arguments, stream_rows)
     except DatasetNotFoundError as error:
         raise OSError(
@@ -82,6 +93,8 @@ def load_rows(
                 return load_rows(copy, stream_rows=stream_rows)
         found = _why_unreadable(name, reader, cause)
         way_out = "Mend that and start the same command again"
+        if ANOTHER_ARRAY in found:
+            way_out = f"`jq -c '.[]' {name} > rows.jsonl` makes it rows that are read"
         if reader == "json" and not salvage and can_be_salvaged(name):
             key = "prompts_salvage" if keys == "prompts_" else "dataset_salvage"
             way_out += f", or read only the rows that are whole: --{key} true"

@@ -34,6 +34,7 @@ class EncodedRow:
         apart: whether the answers of its conversation are in several parts.
         thoughts: answers whose thought was left out, because the template's prompt is past it.
         unseen_tools: whether it has tools that the template never mentions.
+        unended: whether an answer of it was cut, so that no end of it is supervised.
     """
 
     parts: list[Encoded]
@@ -42,6 +43,7 @@ class EncodedRow:
     apart: bool = False
     thoughts: int = 0
     unseen_tools: bool = False
+    unended: bool = False
 
 
 def _ids_in_spans(
@@ -66,6 +68,7 @@ COLUMNS = (
     "apart",
     "thoughts",
     "unseen_tools",
+    "unended",
 )
 
 
@@ -75,7 +78,8 @@ class RowEncoder:
 
     Each token row comes with the `reason` it is of no use (empty: none), the number `source` of its
     raw row, and whether it was `cut` at the row length. The first of a raw row says whether its
-    answers stand `apart`, how many `thoughts` were left out, and whether it has `unseen_tools`.
+    answers stand `apart`, how many `thoughts` were left out, and whether it has `unseen_tools` or
+    an `unended` answer.
 
     Args:
         columns (`list[str]`): of the raw rows.
@@ -146,6 +150,7 @@ class RowEncoder:
                 rows["apart"].append(found.apart and is_first)
                 rows["thoughts"].append(found.thoughts if is_first else 0)
                 rows["unseen_tools"].append(found.unseen_tools and is_first)
+                rows["unended"].append(found.unended and is_first)
         return rows
 
     def _cut(self, found: EncodedRow) -> EncodedRow:
@@ -161,7 +166,8 @@ class RowEncoder:
             # Text goes on in the next token row. A conversation is cut.
             [(ids, mask)] = found.parts
             starts = range(0, len(ids), size)
-            return EncodedRow([(ids[at : at + size], mask[at : at + size]) for at in starts])
+            parts = [(ids[at : at + size], mask[at : at + size]) for at in starts]
+            return replace(found, parts=parts)
         parts = [(ids, mask) for ids, mask in found.parts if any(mask[:size])]
         if not parts:
             raise UnusableRow(f"its prompt alone fills the {size} tokens of a row")
@@ -184,7 +190,7 @@ class RowEncoder:
             if len(row["input_ids"]) != len(row.get("supervised", ())):
                 raise UnusableRow("its input_ids and supervised differ in length")
             ids, mask = row["input_ids"], row["supervised"]
-            return EncodedRow([(ids, self._without_end(row, ids, mask))])
+            return self._text(row, ids, mask)
         if kind == "text":
             ids = text_ids(self.tokenizer, row_text(row, "text"))
             mask = [1] * len(ids)
@@ -198,16 +204,16 @@ class RowEncoder:
         eos = self.tokenizer.eos_token_id
         if eos is not None and ids[-1] != eos:
             ids, mask = [*ids, eos], [*mask, 1]
-        return EncodedRow([(ids, self._without_end(row, ids, mask))])
+        return self._text(row, ids, mask)
 
-    def _without_end(self, row: dict, ids: list[int], mask: list[int]) -> list[int]:
-        """The mask of a row of tokens or text; where it was cut, without its end token."""
+    def _text(self, row: dict, ids: list[int], mask: list[int]) -> EncodedRow:
+        """A row of tokens or text; where it was cut, its end token is not supervised."""
         spans = supervised_spans(mask)
         if not (spans and was_cut(row)):
-            return mask
+            return EncodedRow([(ids, mask)])
         start, stop = spans[-1]
         end = self.ends.of_words(ids, start, stop)
-        return mask[:end] + [0] * (stop - end) + mask[stop:]
+        return EncodedRow([(ids, mask[:end] + [0] * (stop - end) + mask[stop:])], unended=True)
 
     def _completion(self, row: dict) -> Encoded:
         """A prompt and its completion as one text, for a target without a chat template."""
@@ -237,7 +243,9 @@ class RowEncoder:
         except Exception as error:  # a template raises what its author likes
             said = " ".join(str(error).split())[:120]
             raise UnusableRow(f"the chat template failed: {said}") from error
-        self._leave_ends_out(found, cut_turns(row, turns))
+        cut = cut_turns(row, turns)
+        self._leave_ends_out(found, cut)
+        found.unended = bool(cut)
         found.unseen_tools = tools is not None and "tools" not in template.serving
         return found
 

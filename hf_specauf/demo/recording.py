@@ -12,11 +12,24 @@ from rich.segment import Segment
 from rich.style import Style
 from rich.terminal_theme import MONOKAI, TerminalTheme
 
+from ..records import check_can_write
+
 THEME: TerminalTheme = MONOKAI
 # All in pixels. The font's characters are 0.6 of its size wide, and its lines 1.17 of it high.
 FONT_SIZE, CELL_WIDTH, CELL_HEIGHT = 15, 9, 18
 MARGIN = 12
 LAST_FRAME_SECONDS = 6.0  # the end is there to be read
+
+
+def check_record(path: str) -> None:
+    """Raise where a recording could not be written, before anything is shown.
+
+    Raises:
+        ValueError: what is in the way.
+    """
+    if not path.lower().endswith(".gif"):
+        raise ValueError(f"--record is {path}; it must end in .gif, which is what is written")
+    check_can_write("--record", path, is_file=True)
 
 
 class Recording:
@@ -54,6 +67,7 @@ class Recording:
         images = [self._draw(lines, rows, regular, bold) for _, lines in self.frames]
         times = [at for at, _ in self.frames]
         lasting = [later - at for at, later in zip(times, times[1:])] + [LAST_FRAME_SECONDS]
+        path.parent.mkdir(parents=True, exist_ok=True)
         images[0].save(
             path,
             save_all=True,

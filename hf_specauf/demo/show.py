@@ -28,7 +28,7 @@ from ..layouts.load import load_drafter
 from ..serving.acceptance import number
 from ..serving.decoding import AUTO, Attachment, attach
 from ..target import load_target
-from .recording import Recording
+from .recording import Recording, check_record
 from .smollm2 import smollm2
 from .stream import Answer, AnswerStreamer
 
@@ -232,14 +232,20 @@ def main(argv: list[str] | None = None) -> None:
     check_keys(args, NUMBERS)
     if args.drafter is None and args.no_lookup:
         parser.error("--no_lookup leaves nothing to draft with: give --drafter, or leave it out")
+    if args.record and args.chat:
+        parser.error("--record keeps the demo's own prompts, and --chat asks yours: leave one out")
+    if args.record:
+        check_record(args.record)
     console = Console()
     if args.drafter is None:
         console.print("No --drafter was given, so drafts are looked up in the text alone.")
     path = args.target or str(smollm2())
-    target, tokenizer = load_target(path, dtype=getattr(torch, args.dtype or fast_dtype()))
+    target, tokenizer = load_target(
+        path, key="--target", dtype=getattr(torch, args.dtype or fast_dtype())
+    )
     drafter = None
     if args.drafter is not None:
-        drafter = load_drafter(args.drafter, dtype=target.dtype)
+        drafter = load_drafter(args.drafter, dtype=target.dtype, key="--drafter")
     config = decoding_config(target, args.new_tokens, tokenizer.pad_token_id)
     with (
         torch.no_grad(),

@@ -9,10 +9,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.conversation import stop_at_both_ends
+from ..evaluation.ways import decoding_config
 from ..identity import Origin, cached_commit, note_origin
 from ..identity.multimodal import load_language_model, load_tokenizer
 from ..serving.benchmarks import encode_prompts, load_prompts
-from ..serving.compare import decoding_config
 from ..target import FrozenTarget, check_revision
 from ..target.loading import load
 

@@ -7,10 +7,10 @@ import torch
 
 from ..drafters.draft_length import Round
 from ..drafters.transformers_internals import TESTED, VERSION
+from ..evaluation.differences import first_difference
 from ..layouts.folders import read_json
 from ..publishing.reload import check_reload
 from ..serving.acceptance import summarize
-from ..serving.compare import first_difference
 from ..serving.decoding import attach
 from ..serving.replay import replay
 from .findings import FAIL, PASS, SKIP, WARN, Line

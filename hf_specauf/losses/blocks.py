@@ -78,7 +78,10 @@ def row_inputs(document_ids: torch.Tensor) -> dict[str, torch.Tensor]:
     """
     packed = bool((document_ids > 0).any())
     if packed:
-        return {"position_ids": document_positions(document_ids)}
+        positions = document_positions(document_ids)
+        # Padding may be longer than any document, and the target has no positions for that.
+        longest = positions.masked_fill(document_ids < 0, 0).max() + 1
+        return {"position_ids": positions.where(document_ids >= 0, positions % longest)}
     return {"attention_mask": (document_ids >= 0).long()}
 
 

@@ -272,6 +272,7 @@ def encode_prompts(
     longest: int,
     template_kwargs: dict | None,
     wording: Wording | None = None,
+    room: int | None = None,
 ) -> list[torch.Tensor]:
     """The first `count` rows as prompts (1, S). Rows that give none are counted and printed with
     the reason.
@@ -283,6 +284,7 @@ def encode_prompts(
         longest (`int`): tokens of a row of plain text that are the prompt.
         template_kwargs (`dict`, *optional*): arguments of the chat template.
         wording (`Wording`, *optional*): how a row becomes a question.
+        room (`int`, *optional*): the most tokens of a prompt, see `target.room_for_prompt`.
 
     Raises:
         ValueError: not one row gives a prompt.
@@ -292,6 +294,8 @@ def encode_prompts(
     # The first rows, not a random choice, so that two drafters are asked the same questions.
     for i, row in enumerate(rows.select(range(min(count, len(rows))))):
         ids = prompt_of_row(i, row, tokenizer, longest, template_kwargs, wording)
+        if isinstance(ids, list) and room is not None and len(ids) > room:
+            ids = f"over {room} tokens, all that max_new_tokens leaves of the target's positions"
         if isinstance(ids, list) and ids:
             prompts.append(torch.tensor([ids]))
         else:

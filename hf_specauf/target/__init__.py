@@ -3,7 +3,13 @@ lends to a drafter."""
 
 from .frozen import FrozenTarget, decoder_layers
 from .loading import check_device, check_revision, load, load_target
-from .shape import default_mask_token_id, default_target_layer_ids, drafter_config
+from .shape import (
+    default_mask_token_id,
+    default_target_layer_ids,
+    drafter_config,
+    positions_of,
+    room_for_prompt,
+)
 
 __all__ = [
     "FrozenTarget",
@@ -15,4 +21,6 @@ __all__ = [
     "drafter_config",
     "load",
     "load_target",
+    "positions_of",
+    "room_for_prompt",
 ]

@@ -15,6 +15,7 @@ from ..drafters.configuration_dflash import DFlashConfig, check_target_layer_ids
 from ..drafters.target_parts import apply_head, device_of, embed_noise
 from ..identity import check_pair, innermost, refuse_activated_lora
 from ..identity.multimodal import on_all_axes, placeholder_tokens
+from .shape import positions_of
 
 
 def decoder_layers(target: PreTrainedModel | PeftModel) -> nn.ModuleList:
@@ -43,6 +44,7 @@ class FrozenTarget:
         self.embedding = self.model.get_input_embeddings()
         self.head = self.model.get_output_embeddings()
         self.placeholders = placeholder_tokens(self.model.config)
+        self.positions = positions_of(self.model)
         # Set by `ask_target`, which asks once whether it can be decoded with.
         self.was_asked = False
         # What kept states depend on, noted before the target is sharded.

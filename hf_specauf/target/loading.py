@@ -18,6 +18,7 @@ def load(
 
     Raises:
         OSError: nothing loadable is there; names the `key` that asked for it.
+        ValueError: loading it as asked needs what is not installed.
     """
     try:
         return from_pretrained(name_or_path, revision=revision, **kwargs)
@@ -27,6 +28,12 @@ def load(
             f"{key}: {name_or_path!r}{at} cannot be loaded. It must be a folder with a config.json,"
             " or a Hub id that you can reach (gated and private ones need `hf auth login`)."
             f" {error}"
+        ) from error
+    except ImportError as error:
+        raise ValueError(
+            f"{key}: {name_or_path!r} cannot be loaded as asked, because something is not installed"
+            f" ({error}). Install it, or leave out the key that asks for it"
+            " (target_attn_implementation, target_quantization)"
         ) from error
 
 
@@ -40,17 +47,21 @@ def check_revision(key: str, name_or_path: str, revision: str | None) -> None:
         )
 
 
-def check_device(device: str) -> None:
-    """Raise for a device that torch does not know, or that is not here."""
+def check_device(device: str, key: str = "device") -> None:
+    """Raise for a device that torch does not know, or that is not here.
+
+    Args:
+        key (`str`, *optional*, defaults to `"device"`): what errors call it.
+    """
     try:
         found = torch.device(device)
     except RuntimeError:
         found = None
     if found is None or found.type == "meta":
-        raise ValueError(f"device is {device!r}, which no model runs on: give cuda or cpu")
+        raise ValueError(f"{key} is {device!r}, which no model runs on: give cuda or cpu")
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise ValueError(
-            f"device is {device!r}, and torch {torch.__version__} finds {torch.cuda.device_count()}"
+            f"{key} is {device!r}, and torch {torch.__version__} finds {torch.cuda.device_count()}"
             " GPUs here: give cpu, or install a torch that was built for your GPU"
         )
 
@@ -73,6 +84,11 @@ def load_target(
     """
     check_revision(key, name_or_path, revision)
     trust = {"trust_remote_code": kwargs.get("trust_remote_code", False)}
+    if Path(name_or_path).is_dir() and not Path(name_or_path, "config.json").is_file():
+        raise OSError(
+            f"{key}: the folder {name_or_path!r} has no config.json, so it holds no model: give the"
+            " folder that save_pretrained wrote, or a Hub id"
+        )
     tokenizer = load(load_tokenizer, key, name_or_path, revision, **trust)
     kwargs = {"dtype": "auto"} | kwargs
     model = load(load_language_model, key, name_or_path, revision, **kwargs)

@@ -30,6 +30,20 @@ def default_target_layer_ids(num_target_layers: int, taps: int = 5) -> list[int]
     return ids
 
 
+def positions_of(target: PreTrainedModel) -> int | None:
+    """The most tokens of a text that a target has positions for; `None` where its config names no
+    number (BLOOM). Where RoPE is scaled, it is the number after that."""
+    text = innermost(target).config.get_text_config(decoder=True)
+    return getattr(text, "max_position_embeddings", None)
+
+
+def room_for_prompt(target: PreTrainedModel, new_tokens: int) -> int | None:
+    """The most tokens that a prompt may have, so that a target has positions for its answer too;
+    `None` where any number will do."""
+    positions = positions_of(target)
+    return None if positions is None else positions - new_tokens
+
+
 def default_mask_token_id(target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
     """The tokenizer's mask token, else the first unused row of the target's embedding; never a
     resized row.

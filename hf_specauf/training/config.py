@@ -3,12 +3,20 @@
 from dataclasses import dataclass, field, fields
 
 import torch
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from transformers import TrainingArguments
+from transformers.integrations import is_deepspeed_available
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+)
 from transformers.utils import is_torch_bf16_gpu_available
 
 from ..keys import ONE_OR_MORE, SEED, Numbers, check_keys
 from ..losses.branches import check_domino_keys
 from ..losses.objectives import OBJECTIVES, LossSpec, check_normalisation, find_objective
+from ..records import check_can_write
 
 # Keys of TrainingArguments that would be accepted and ignored, or break the exact loss, and their
 # harmless values.
@@ -31,7 +39,8 @@ USE_FSDP2 = "use FSDP2 (recipes/accelerate/fsdp2.yaml)"
 
 
 NOT_NEGATIVE = Numbers(0)
-SHARE = Numbers(0, 1)
+# A mean that forgets nothing never moves.
+DECAY = Numbers(0, 0.999999)
 # Trainer's own keys among them: it takes most of these numbers, and trains on them, divides by them
 # or ignores them.
 NUMBERS = {
@@ -50,8 +59,8 @@ NUMBERS = {
     "muon_learning_rate": NOT_NEGATIVE,
     "warmup_steps": NOT_NEGATIVE,
     "weight_decay": NOT_NEGATIVE,
-    "adam_beta1": SHARE,
-    "adam_beta2": SHARE,
+    "adam_beta1": DECAY,
+    "adam_beta2": DECAY,
     "adam_epsilon": NOT_NEGATIVE,
     "max_grad_norm": NOT_NEGATIVE,
     "lambda_decay_ratio": Numbers(0, 1),
@@ -128,7 +137,7 @@ class AUFConfig(TrainingArguments):
         },
     )
     max_length: int = field(
-        default=3072, metadata={"help": "S, tokens of a row; longer conversations are truncated."}
+        default=3072, metadata={"help": "S, tokens of a row; longer conversations are cut."}
     )
     head_rows_per_chunk: int = field(
         default=256,
@@ -202,10 +211,16 @@ class AUFConfig(TrainingArguments):
 
     def __post_init__(self):
         self._check_own_keys()
+        if self.deepspeed and not is_deepspeed_available():
+            raise ValueError(
+                "deepspeed is given, and DeepSpeed is not installed: `pip install deepspeed`, or"
+                f" {USE_FSDP2}"
+            )
         self._fill_in_defaults()
         super().__post_init__()
         # known only now: Trainer's own arguments have read the launcher's settings
         self._check_deepspeed()
+        self._check_reports()
         for key, harmless in INAPPLICABLE.items():
             if getattr(self, key) != harmless:
                 raise ValueError(
@@ -253,6 +268,7 @@ class AUFConfig(TrainingArguments):
         if self.max_steps == -1:  # Trainer's word for a key that is left out
             del allowed["max_steps"]
         check_keys(self, allowed, STATES_DTYPES)
+        self._check_places()
         find_objective(self.objective)
         check_domino_keys(self.objective, self.normalisation, self.lambda_decay_ratio)
         check_normalisation(self.normalisation)
@@ -271,6 +287,35 @@ class AUFConfig(TrainingArguments):
                         f"{key} is {getattr(self, key)}, and would be ignored without"
                         " target_states_cache: give the folder, or remove the key"
                     )
+
+    def _check_places(self) -> None:
+        """Where things are written, here and on the Hub."""
+        check_can_write("output_dir", self.output_dir or "trainer_output")
+        if self.target_states_cache is not None:
+            check_can_write("target_states_cache", self.target_states_cache)
+        if self.hub_model_id is not None:
+            try:
+                validate_repo_id(self.hub_model_id)
+            except HFValidationError as error:
+                raise ValueError(
+                    f"hub_model_id is {self.hub_model_id!r}, which no repository can be called:"
+                    f" write OWNER/NAME ({error})"
+                ) from error
+
+    def _check_reports(self) -> None:
+        for name in self.report_to:
+            if name not in INTEGRATION_TO_CALLBACK:
+                raise ValueError(
+                    f"report_to names {name!r}, and Trainer reports to none but"
+                    f" {', '.join(INTEGRATION_TO_CALLBACK)}: name one of these, or none"
+                )
+            # transformers does not ask whether the other two are installed
+            here = name in (*get_available_reporting_integrations(), "azure_ml", "flyte")
+            if not here:
+                raise ValueError(
+                    f"report_to names {name}, which is not installed: `pip install {name}`, or"
+                    " report_to: none"
+                )
 
     def _check_nothing_is_ignored_by_muon(self) -> None:
         defaults = {field.name: field.default for field in fields(self)}

@@ -36,10 +36,19 @@ def evenly_spread(rows: Dataset, most: int) -> Dataset:
     return rows.select(np.linspace(0, len(rows) - 1, count).astype(int))
 
 
-def prompts_of(rows: Dataset, device: torch.device) -> Iterator[torch.Tensor]:
-    """The prompt (1, S) of each row."""
+def prompts_of(
+    rows: Dataset, device: torch.device, room: int | None = None
+) -> Iterator[torch.Tensor]:
+    """The prompt (1, S) of each row.
+
+    Args:
+        room (`int`, *optional*): its most tokens. Of a longer one the last are taken, because what
+            comes next depends on them most.
+    """
     for row in rows:
         ids = row["input_ids"][: prompt_length(row["supervised"])]
+        if room is not None:
+            ids = ids[-room:]
         yield torch.tensor([ids], device=device)
 
 

@@ -55,7 +55,10 @@ def _longest_rows(trainer) -> dict[str, torch.Tensor]:
     row = trainer.train_dataset[longest]
     ids = torch.tensor([row["input_ids"]], device=device)
     ids = ids.expand(rows, -1)  # (B, S)
-    document_ids = torch.zeros_like(ids)
+    # A packed row may be longer than the target has positions, and its documents are not.
+    positions = trainer.target.positions or ids.shape[1]
+    document_ids = torch.arange(ids.shape[1], device=device).div(positions, rounding_mode="floor")
+    document_ids = document_ids.repeat(rows, 1)
     if rows > 1:
         # rows of a batch differ in length, and with padding the target has a mask, which costs it
         # memory
@@ -77,7 +80,7 @@ def _fits(trainer, model, inputs: dict[str, torch.Tensor], anchors: int) -> bool
     # anchors at the end of a row see the most context
     near_end = torch.arange(length, device=documents.device)
     near_end = near_end >= length - anchors - trainer.block_size
-    inputs = inputs | {"supervised": near_end & (documents == 0)}
+    inputs = inputs | {"supervised": near_end & (documents >= 0)}
     failed = torch.tensor(0, device=trainer.args.device)
     try:
         _run(trainer, model, inputs, anchors)

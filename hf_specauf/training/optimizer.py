@@ -5,6 +5,7 @@ from collections import defaultdict
 
 import torch
 from torch.optim.adamw import adamw
+from transformers import Trainer, get_scheduler
 
 # Jordan 2024: a, b, c of x <- a x + (b x x^T + c (x x^T)^2) x. They are chosen to lift small
 # singular values fast, and to leave all of them near 1.
@@ -162,3 +163,41 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
 def _with_gradient(group: dict) -> list[torch.nn.Parameter]:
     return [parameter for parameter in group["params"] if parameter.grad is not None]
+
+
+def check_optimizer(drafter, args) -> None:
+    """Raise where Trainer could not make the optimizer or its schedule, which it does only when
+    training starts.
+
+    Args:
+        drafter (`PreTrainedModel`): some optimizers want its modules.
+        args (`AUFConfig`).
+
+    Raises:
+        ValueError: what transformers says, and the key.
+    """
+    if args.muon_learning_rate is None:
+        try:
+            Trainer.get_optimizer_cls_and_kwargs(args, drafter)
+        except Exception as error:  # each library fails in a way of its own
+            raise ValueError(
+                f"optim is {args.optim.value}, which cannot be made here ({error}): install what it"
+                " names, mend optim_args or optim_target_modules, or leave optim out"
+            ) from error
+    # No step of it is taken, so that any parameter will do.
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=args.learning_rate or 1.0)
+    try:
+        get_scheduler(
+            args.lr_scheduler_type,
+            optimizer,
+            num_warmup_steps=0,
+            # where epochs decide, nobody knows them yet
+            num_training_steps=args.max_steps if args.max_steps > 0 else 10**6,
+            scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+        )
+    except Exception as error:
+        raise ValueError(
+            f"lr_scheduler_type is {args.lr_scheduler_type.value}, which cannot be made with"
+            f" lr_scheduler_kwargs: {args.lr_scheduler_kwargs} ({error}): give what it needs"
+            " there, or another lr_scheduler_type"
+        ) from error

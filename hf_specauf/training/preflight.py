@@ -2,9 +2,9 @@
 and of what cannot be done or resumed. They only check.
 
 `AUFConfig` checks its own keys when it is made, before there is a drafter. The others follow here,
-in the order of a run: `check_start` and `ask_target` before the data is touched,
-`check_best_metric` and `check_sharding` once Trainer is set up, `check_target` on real rows,
-`check_evaluation` and `check_resumed_adapter` when somebody asks for that.
+in the order of a run: `check_start`, `check_best_metric` and `ask_target` before the data is
+touched, `check_sharding` once Trainer is set up, `check_target` on real rows, `check_evaluation`
+and `check_resumed_adapter` when somebody asks for that.
 """
 
 from pathlib import Path
@@ -26,6 +26,7 @@ from ..target_states.settings import settings_of
 from .config import AUFConfig
 from .diagnostics import diagnostics, empty_counters
 from .evaluation import decode, evenly_spread
+from .optimizer import check_optimizer
 
 # Keys of an adapter that a resumed run cannot change: its weights would not fit, or mean another
 # thing.
@@ -64,6 +65,7 @@ def check_start(
             " it: set use_cpu: true"
         )
     check_drafter(drafter, args)
+    check_optimizer(drafter, args)
     borrows = adapter_base is not None and adapter_base.borrowed_layers is not None
     pushes_checkpoints = args.push_to_hub and args.hub_strategy != HubStrategy.END
     if borrows and args.shard_target and pushes_checkpoints:
@@ -71,6 +73,11 @@ def check_start(
             f"hub_strategy is {args.hub_strategy.value}, and a checkpoint with borrowed layers is"
             " published by reading the target's, which shard_target spreads over processes: set"
             " hub_strategy: end"
+        )
+    if args.fsdp and args.world_size == 1:
+        raise ValueError(
+            "fsdp shards the drafter over processes, and there is one: start with `accelerate"
+            " launch --num_processes N -m hf_specauf.train ...`, or remove the key"
         )
     if args.shard_target and args.world_size == 1:
         raise ValueError(
@@ -105,6 +112,12 @@ def check_drafter(drafter, args: AUFConfig) -> None:
             f" is one of {', '.join(wanted)}. Change objective, or drafter ({', '.join(DRAFTERS)})"
             " in the recipe."
         )
+    args.loss_spec(config.block_size)  # raises where gamma is missing, or would be ignored
+    if config.block_size > args.max_length:
+        raise ValueError(
+            f"block_size is {config.block_size}, and no row of max_length {args.max_length} holds"
+            " such a block: lower block_size, or raise max_length"
+        )
 
 
 def check_adapter_names(drafter, key: str, names, *, whole: bool) -> None:
@@ -135,23 +148,22 @@ def check_adapter_names(drafter, key: str, names, *, whole: bool) -> None:
         )
 
 
-def check_best_metric(trainer) -> None:
+def check_best_metric(args: AUFConfig, block_size: int, eval_dataset=None) -> None:
     """Raise for a `metric_for_best_model` that no evaluation gives: Trainer looks for it only after
     the first one, and all steps up to it would be lost.
 
     Args:
-        trainer (`AUFTrainer`): after Trainer's own start, which fills in the key.
+        eval_dataset (`Dataset` or a `dict` of several, *optional*).
     """
-    args = trainer.args
     wanted = args.metric_for_best_model
     if wanted is None or args.eval_strategy == IntervalStrategy.NO:
         return
-    names = ["loss", *diagnostics(empty_counters(trainer.block_size) + 1)]
+    names = ["loss", *diagnostics(empty_counters(block_size) + 1)]
     if args.eval_prompts > 0:
         names.append("tau")
     sets = [""]
-    if isinstance(trainer.eval_dataset, dict):
-        sets = [f"{name}_" for name in trainer.eval_dataset]
+    if isinstance(eval_dataset, dict):
+        sets = [f"{name}_" for name in eval_dataset]
     known = [f"eval_{name}{metric}" for name in sets for metric in names]
     if f"eval_{wanted.removeprefix('eval_')}" not in known:
         raise ValueError(
@@ -256,6 +268,11 @@ def ask_target(target, drafter, args: AUFConfig, *, measured: bool) -> FrozenTar
             asked again.
         drafter, args, measured: as for [`check_decoding`].
     """
+    if not measured and args.eval_strategy != IntervalStrategy.NO:
+        raise ValueError(
+            f"eval_strategy is {args.eval_strategy.value}, and there are no held-out rows: give"
+            " some (eval_rows, eval_dataset_name), or eval_strategy: no"
+        )
     if not isinstance(target, FrozenTarget):
         target = FrozenTarget(target, drafter.config)
     if args.target_states_cache is not None and target.states_settings is None:
@@ -283,6 +300,12 @@ def check_decoding(target: FrozenTarget, drafter, args: AUFConfig, *, measured: 
         measured (`bool`): whether there are held-out rows.
     """
     will_decode = measured and args.eval_prompts > 0
+    positions = target.positions
+    if will_decode and positions is not None and args.eval_new_tokens >= positions:
+        raise ValueError(
+            f"eval_new_tokens is {args.eval_new_tokens}, and the target has {positions} positions,"
+            " its prompt's among them: lower it, or leave decoding out by eval_prompts: 0"
+        )
     reason = None
     # Of targets with a recurrent state some cannot be, so whoever trains for one is told.
     if will_decode or getattr(target.model, "_is_stateful", False):

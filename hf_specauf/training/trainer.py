@@ -35,7 +35,7 @@ from ..drafters.transformers_internals import check_methods
 from ..layouts.adapters import AdapterBase
 from ..losses.blocks import EVALUATION_STEP
 from ..losses.branches import BranchBalance, branch_denominators, row_loss_terms
-from ..target import FrozenTarget
+from ..target import FrozenTarget, room_for_prompt
 from ..target_states.kept import KeptStates
 from . import preflight
 from .callbacks import InterruptCallback, TauProgressCallback
@@ -138,7 +138,7 @@ class AUFTrainer(DrafterCheckpoints, Publishing, Trainer):
             callbacks=[self._interrupt, *(callbacks or [])],
         )
         wait_for_everyone()  # with push_to_hub, the first process has just asked the Hub
-        preflight.check_best_metric(self)
+        preflight.check_best_metric(args, self.block_size, eval_dataset)
         preflight.check_sharding(self)
         self._keep_sharded_sums_in_fp32()
         # None is popped with disable_tqdm, where there is no bar to replace
@@ -176,6 +176,7 @@ class AUFTrainer(DrafterCheckpoints, Publishing, Trainer):
             vocab_size=self.drafter_config.vocab_size,
             chat_template_kwargs=self.drafter_config.chat_template_kwargs,
             placeholders=self.target.placeholders,
+            positions=self.target.positions,
         )
 
     def _keep_sharded_sums_in_fp32(self) -> None:
@@ -389,7 +390,8 @@ class AUFTrainer(DrafterCheckpoints, Publishing, Trainer):
     def eval_prompts(self, rows: Dataset | None = None) -> list[torch.Tensor]:
         """Prompts (1, S) of `eval_prompts` held-out rows, evenly spread."""
         rows = first_set(self.eval_dataset if rows is None else rows)
-        return list(prompts_of(evenly_spread(rows, self.args.eval_prompts), self.args.device))
+        room = room_for_prompt(self.target.model, self.args.eval_new_tokens)
+        return list(prompts_of(evenly_spread(rows, self.args.eval_prompts), self.args.device, room))
 
     def decoded_tau(self, rows: Dataset) -> float:
         """tau over `eval_prompts` rows' prompts, decoded greedily, dealt to the ranks."""
