@@ -331,7 +331,7 @@ def test_folders_that_are_something_else_are_refused_by_name(build, rows, tmp_pa
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("")
     for name, words in (("file", "is a file"), ("other", "no folder of target states .it holds thesis.tex")):
-        with pytest.raises(ValueError, match=f"target_states_cache is .*{name}.*{words}"):
+        with pytest.raises(ValueError, match=f"target_states_cache .*{name}.*{words}"):
             build(target_states_cache=str(tmp_path / name)).kept_states.fill(rows)
     build().kept_states.fill(rows)
     (part,) = parts(tmp_path / "states")
