@@ -148,10 +148,7 @@ def prepare_rows(
         found.leave_out(held_out.digest[held_out.keep])
     refuse_unusable(found, [len(one) for one in datasets], most, block_size, mask_token_id)
     if verbose:
-        limit = f"max_length, {most} tokens"
-        if most < max_length:
-            limit = f"the target's {most} positions, below max_length"
-        show_findings(found, datasets, limit)
+        show_findings(found, datasets, most, max_length)
     keep = np.flatnonzero(found.keep)
     rows = rows.select(keep).select_columns(["input_ids", "supervised"])
     return finish(rows, found.tokens[keep].tolist(), max_length, packing=packing, verbose=verbose)
@@ -210,8 +207,8 @@ def refuse_unusable(
         )
 
 
-def show_findings(found: Findings, datasets: list[Dataset], limit: str) -> None:
-    """Print what was recognised, what was left out and why, and how much was cut at a limit."""
+def show_findings(found: Findings, datasets: list[Dataset], most: int, max_length: int) -> None:
+    """Print what was recognised, what was left out and why, and how much was cut at `most`."""
     # Each format once, in the order of the sources.
     kinds = ", ".join(dict.fromkeys(row_format(dataset.column_names) for dataset in datasets))
     raw_rows = sum(map(len, datasets))
@@ -228,7 +225,10 @@ def show_findings(found: Findings, datasets: list[Dataset], limit: str) -> None:
         )
     cut = found.cut[found.keep].sum()
     if cut:
-        print(f"cut {cut} rows at {limit}")
+        at = f"max_length, {max_length} tokens"
+        if most < max_length:
+            at = f"the target's {most} positions, below max_length"
+        print(f"cut {cut} rows at {at}")
     apart = found.apart.sum()
     if apart:
         print(

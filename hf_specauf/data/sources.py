@@ -70,16 +70,7 @@ def load_rows(
         # A mark at the start of the file would be text of the first row.
         arguments["encoding"] = "utf-8-sig"
     try:
-        if reader == "json":
-            refuse_hidden_fault(name)
-        elif reader == "csv":
-            arguments |= csv_options(name)
-        elif reader is None and os.path.isdir(name):
-            refuse_hidden_fault_in(name)
-            files = files_in(name)
-            if {reader_of(path) for path in files} == {"csv"}:
-                arguments |= csv_options(files[0])
-        return _read(arguments, stream_rows)
+        return _read(arguments | _looked_at(name, reader), stream_rows)
     except DatasetNotFoundError as error:
         raise OSError(
             f"{name_key(keys)}: {name!r} is not on the Hub, or you may not see it (gated and"
@@ -99,6 +90,24 @@ def load_rows(
             key = "prompts_salvage" if keys == "prompts_" else "dataset_salvage"
             way_out += f", or read only the rows that are whole: --{key} true"
         raise ValueError(f"{name}: {found}. {way_out}") from error
+
+
+def _looked_at(name: str, reader: str | None) -> dict:
+    """How `datasets` must read a local file or folder, once no row in it would be misread.
+
+    Raises:
+        HiddenFault: one would be.
+    """
+    if reader == "json":
+        refuse_hidden_fault(name)
+    elif reader == "csv":
+        return csv_options(name)
+    elif reader is None and os.path.isdir(name):
+        refuse_hidden_fault_in(name)
+        files = files_in(name)
+        if {reader_of(path) for path in files} == {"csv"}:
+            return csv_options(files[0])
+    return {}
 
 
 def _read(arguments: dict, stream_rows: int | None) -> Dataset:
