@@ -1,5 +1,6 @@
 """An evaluation that can be trusted: intervals, ways to decode, kept rows, several processes, the page."""
 
+import functools
 import json
 import signal
 import time
@@ -8,6 +9,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import test_evaluate
+import torch
 from conftest import PAD, make_target, random_prompts, warm_python
 from test_evaluate import NEW, PROMPT, K, arguments, strict_json, untimed
 
@@ -25,6 +27,7 @@ from hf_specauf.evaluation.table import verdict
 from hf_specauf.evaluation.two_records import compare_records, comparison_words
 from hf_specauf.evaluation.ways import ASSISTANT, GIVEN, WAYS, choose_ways, decoding_config, opened
 from hf_specauf.serving.acceptance import summarize
+from hf_specauf.target import FrozenTarget
 
 pair, folders = test_evaluate.pair, test_evaluate.folders
 
@@ -144,6 +147,30 @@ def test_every_way_gives_the_targets_own_output_and_is_timed_pass_by_pass(record
             assert 0 < spent <= of_way["seconds"]
     plain = [row["ways"]["plain"]["time"]["passes"] for row in record["prompts"]]
     assert plain == [NEW - 1] * 3
+
+
+def test_neither_the_clock_nor_what_was_read_before_changes_how_passes_run(pair, monkeypatch):
+    """Passes of a model with a hook do not run in inference mode, and transformers leaves hooks where hidden states
+    were asked for: evaluations ask, and would slow down what they measure next."""
+    FrozenTarget(pair.target, pair.drafter.config).context(pair.prompts[0])
+    assert any(module._forward_hooks for module in pair.target.modules())
+    modes, forward = [], type(pair.target).forward
+
+    @functools.wraps(forward)
+    def noted(*args, **kwargs):
+        modes.append(torch.is_inference_mode_enabled())
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(type(pair.target), "forward", noted)
+    config = decoding_config(pair.target, NEW, PAD)
+    with opened(choose_ways(["drafter"]), pair.target, {GIVEN: pair.drafter}) as decoders:
+        found = decoders["drafter"](pair.prompts[0], config, seed=0)
+    assert modes[1:] and all(modes[1:])  # all but the prefill, which is transformers' own
+    assert found.time.passes == len(modes) - 1
+    assert "forward" not in vars(pair.target)
+    assert not any(module._forward_hooks for module in pair.target.modules())
+    # and whoever asks again is answered
+    FrozenTarget(pair.target, pair.drafter.config).check(pair.prompts[0])
 
 
 def test_other_lengths_and_drafters_are_what_they_say(record):

@@ -352,14 +352,28 @@ def check_cache_implementation(name: str | None) -> None:
         )
 
 
+def drop_capture_hooks(model) -> None:
+    """Take away the hooks that transformers leaves on a model for ever, once its hidden states were
+    asked for. They slow down every later pass. Whoever asks again gets new ones.
+
+    Args:
+        model (`PreTrainedModel`): no wrapper.
+    """
+    for module in model.modules():
+        for key, hook in list(module._forward_hooks.items()):
+            if getattr(hook, "__module__", None) == "transformers.utils.output_capturing":
+                del module._forward_hooks[key]
+        vars(module).pop("_output_capturing_hooks_installed", None)
+
+
 # fmt: off
 __all__ = [
     "ALL_ATTENTION_FUNCTIONS", "CACHE", "OVERRIDDEN", "STATIC_CACHES_CROP", "TESTED", "VERSION",
     "Cache", "DFlashCache", "DynamicCache", "EosTokenCriteria", "GenerationMode",
     "GradientCheckpointingLayer", "MaxLengthCriteria", "MaxTimeCriteria", "Past", "PreTrainedModel",
     "Qwen3MLP", "Qwen3RotaryEmbedding", "cache_of", "check_cache", "check_cache_implementation",
-    "check_methods", "cut_to", "decode_step_of", "eager_attention_forward", "keep_past",
-    "longer_kwargs", "past_of", "rotate_half", "take_past", "the_cache", "version_error",
-    "warn_if_newer_than_tested",
+    "check_methods", "cut_to", "decode_step_of", "drop_capture_hooks", "eager_attention_forward",
+    "keep_past", "longer_kwargs", "past_of", "rotate_half", "take_past", "the_cache",
+    "version_error", "warn_if_newer_than_tested",
 ]
 # fmt: on

@@ -110,9 +110,6 @@ def draw_positions(record: dict, axes) -> None:
             label=says,
             color=colour,
         )
-    ends = sorted(
-        {one["upto"] for key in ("by_position", "by_context") for one in record["tau"][key]}
-    )
     axes.set_xscale("log", base=2)
     axes.set_xticks(sorted(ends), [str(end) for end in sorted(ends)])
     axes.minorticks_off()

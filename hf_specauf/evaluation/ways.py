@@ -6,6 +6,7 @@ with opened(ways, target, {GIVEN: drafter}) as decoders:
 """
 
 import copy
+import functools
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -17,6 +18,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from ..drafters.draft_length import Round
+from ..drafters.transformers_internals import drop_capture_hooks
 from ..identity import innermost, unwrapped
 from ..serving.decoding import AUTO, Attachment, attach
 
@@ -189,7 +191,7 @@ class Stopwatch:
 
     @property
     def works(self) -> bool:
-        """Whether hooks see the passes. Compiled code would be compiled anew for them."""
+        """Whether passes can be timed. Compiled code would be compiled anew for that."""
         return getattr(self.models["target"], "_compiled_call_impl", None) is None
 
     def mark(self, name: str) -> None:
@@ -204,18 +206,36 @@ class Stopwatch:
     @contextmanager
     def running(self) -> Iterator[None]:
         """Time what happens inside."""
-        handles = []
-        for name, model in self.models.items():
-            if model is not None and self.works:
-                handles += [
-                    model.register_forward_pre_hook(lambda *_, name=name: self.mark(name)),
-                    model.register_forward_hook(lambda *_, name=name: self.mark(name)),
-                ]
+        with ExitStack() as stack:
+            for name, model in self.models.items():
+                if model is not None and self.works:
+                    stack.enter_context(self._passes_of(name, model))
+            yield
+
+    @contextmanager
+    def _passes_of(self, name: str, model: torch.nn.Module) -> Iterator[None]:
+        """Time each pass of a model.
+
+        Its `forward` is wrapped. A hook would slow down what is timed, because passes of a model
+        with hooks do not run in inference mode (`pass_mode`).
+        """
+        own = vars(model).get("forward")  # of an object that accelerate has wrapped
+        forward = model.forward
+
+        @functools.wraps(forward)
+        def timed_forward(*args, **kwargs):
+            self.mark(name)
+            output = forward(*args, **kwargs)
+            self.mark(name)
+            return output
+
+        model.forward = timed_forward
         try:
             yield
         finally:
-            for handle in handles:
-                handle.remove()
+            del model.forward
+            if own is not None:
+                model.forward = own
 
     def watch(self, drafts) -> None:
         """Time the drafting of this package's loop: all of it, head and causal head included."""
@@ -230,7 +250,7 @@ class Stopwatch:
         drafts.propose = timed_propose
 
     def read(self) -> PassTime | None:
-        """What was timed; `None` where hooks see nothing. The GPU has to be done."""
+        """What was timed; `None` where nothing can be. The GPU has to be done."""
         if not self.works or not self.marks["target"]:
             return None
         prefill, *passes = self._spans("target")
@@ -312,6 +332,8 @@ class Decoder:
         stopwatch = Stopwatch(innermost(self.target), None if self.way.ours else self.assistant)
         if self.attachment is not None:
             self.attachment.on_drafts = stopwatch.watch
+        # Another way, or a text that was read, may have left some, and each way is timed alone.
+        drop_capture_hooks(innermost(self.target))
         prompt = prompt.expand(self.way.copies, -1)
         with stopwatch.running():
             decoded = timed(self.target, prompt, self.assistant, config, seed)
