@@ -13,6 +13,7 @@ from test_hybrids import FAMILIES
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
+from hf_specauf.convert import main as convert
 from hf_specauf.doctor import command, drafting
 from hf_specauf.doctor.findings import FAIL, PASS, SKIP, WARN, Check, Line, examine
 from hf_specauf.doctor.patient import Text
@@ -155,6 +156,13 @@ def saved_in_fp16(folder, tokenizer):
     path = folder / "drafter" / "model.safetensors"
     save_file({name: tensor.half() for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
     edit(folder / "drafter" / "config.json", dtype="float16")
+
+
+def test_what_is_said_to_mend_fp16_mends_it(copied, tokenizer, capsys):
+    saved_in_fp16(copied, tokenizer)
+    edit(copied / "drafter" / "config.json", dtype="bfloat16")
+    convert(["--drafter", str(copied / "drafter"), "--out", str(copied / "new")])
+    assert not failed(examined(capsys, *asked(copied, drafter=copied / "new")))
 
 
 def code_changed(folder, tokenizer):
@@ -405,6 +413,10 @@ def test_drafts_at_every_place_are_those_of_decoding(healthy, tokenizer):
     ([], "give --drafter and --target"),
     (["--drafter", "x", "--target", "y", "--nonsense", "1"], "unrecognized arguments: --nonsense 1"),
     (["--drafter", "x", "--target", "y", "--count", "0"], "--count is 0"),
+    (["--drafter", "x", "--target", "y", "--count", "7"], "6 questions are built in"),
+    (["--drafter", "x", "--target", "y", "--rows", "7"], "--rows is for a recipe"),
+    (["--config", "r.yaml", "--device", "cpu"], "a key of its own: use_cpu"),
+    (["--config", "r.yaml", "--dtype", "float32"], "a key of its own: target_dtype"),
 ])  # fmt: skip
 def test_command_lines_that_make_no_sense_are_refused(words, said, capsys):
     with pytest.raises(SystemExit) as end:

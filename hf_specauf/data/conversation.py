@@ -273,30 +273,32 @@ def end_left_out(
     return end
 
 
-@lru_cache
-def say_what_is_not_read(templates: tuple[str, ...], names: tuple[str, ...]) -> None:
-    """Say in one line which arguments no chat template of a tokenizer reads: a name with a slip
-    would be ignored without a word. It is said once, and not by each part of a run that asks."""
-    unread = [name for name in names if not any(_mentions(text, name) for text in templates)]
+def unread_arguments(tokenizer: PreTrainedTokenizerBase, kwargs: dict | None) -> list[str]:
+    """The arguments that no chat template of a tokenizer reads: a name with a slip would be ignored
+    without a word."""
+    templates = tokenizer.chat_template or {}
+    if isinstance(templates, str):
+        templates = {"default": templates}
+    text = " ".join(templates.values())
+    if not text:
+        return []
+    return [name for name in kwargs or {} if not re.search(rf"\b{re.escape(name)}\b", text)]
+
+
+def check_template_arguments(tokenizer: PreTrainedTokenizerBase, kwargs: dict | None) -> None:
+    """Name the arguments of the chat template that it never reads."""
+    unread = unread_arguments(tokenizer, kwargs)
     if unread and os.environ.get("RANK", "0") == "0":
-        print(
+        _say_once(
             f"the chat template never reads {', '.join(unread)} of chat_template_kwargs, so that"
             " changes nothing: check how it is spelt, or remove it"
         )
 
 
-def _mentions(template: str, name: str) -> bool:
-    return re.search(rf"\b{re.escape(name)}\b", template) is not None
-
-
-def check_template_arguments(tokenizer: PreTrainedTokenizerBase, kwargs: dict | None) -> None:
-    """Name the arguments of the chat template that it never reads."""
-    templates = tokenizer.chat_template
-    if isinstance(templates, dict):
-        templates = tuple(templates.values())
-    if templates and kwargs:
-        templates = (templates,) if isinstance(templates, str) else templates
-        say_what_is_not_read(templates, tuple(kwargs))
+@lru_cache
+def _say_once(words: str) -> None:
+    """Print what several parts of a run would say."""
+    print(words)
 
 
 def end_tokens(config: GenerationConfig) -> list[int]:

@@ -16,6 +16,7 @@ from ..target import check_device
 from . import pair, run, serving, shape, words
 from .findings import FAIL, PASS, SKIP, WARN, Check, Finding, examine
 from .pair import Pair
+from .patient import QUESTIONS
 from .run import Run
 
 # Of a drafter and its target, in the order in which they are asked.
@@ -69,6 +70,7 @@ OF_RUN = {
     "lossless": Check(serving.lossless, STARTED),
     "first step": Check(run.first_step, WITH_ROWS),
 }
+ROWS = 256  # of each source, that are looked at
 COLOURS = {PASS: "green", WARN: "yellow", FAIL: "bold red", SKIP: "dim"}
 
 
@@ -109,12 +111,13 @@ def arguments() -> ArgumentParser:
     add("--target_revision", help="branch, tag or commit of the target")
     add("--dtype", help="of the target: auto (as stored), float32 or bfloat16 (default: auto; on"
         " CPUs float32, in which most are faster, and nothing is a near-tie)")  # fmt: skip
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    add("--device", help="cuda or cpu (default: cuda where there is one)")
     add("--prompts", help="a benchmark, data set or file that the target continues (default: a few"
         " built-in questions)")  # fmt: skip
-    add("--count", type=int, default=6, help="prompts that it continues (default 6)")
+    add("--count", type=int, help=f"prompts that it continues (default {len(QUESTIONS)})")
     add("--max_new_tokens", type=int, default=48, help="tokens after each (default 48)")
-    add("--rows", type=int, default=256, help="rows of each source that are read (default 256)")
+    add("--rows", type=int, help="of a recipe: rows of each source that are looked at (default"
+        f" {ROWS})")  # fmt: skip
     add("--json", action="store_true", help="print the lines as JSON")
     return parser
 
@@ -125,25 +128,40 @@ def patient_of(argv: list[str]) -> tuple[Pair | Run, dict[str, Check], Namespace
     parser = arguments()
     args, rest = parser.parse_known_args(argv)
     for key, least in (("count", 1), ("max_new_tokens", 4), ("rows", 1)):
-        if getattr(args, key) < least:
-            parser.error(f"--{key} is {getattr(args, key)}: give at least {least}")
-    asked = {"prompts": args.prompts, "count": args.count, "max_new_tokens": args.max_new_tokens}
+        given = getattr(args, key)
+        if given is not None and given < least:
+            parser.error(f"--{key} is {given}: give at least {least}")
+    count = args.count or len(QUESTIONS)
+    if args.prompts is None and count > len(QUESTIONS):
+        parser.error(f"--count is {count}, and {len(QUESTIONS)} questions are built in: give more"
+                     " with --prompts")  # fmt: skip
+    asked = {"prompts": args.prompts, "count": count, "max_new_tokens": args.max_new_tokens}
     if args.config is not None:
+        for flag, key in (("device", "use_cpu"), ("dtype", "target_dtype")):
+            if getattr(args, flag) is not None:
+                parser.error(f"--{flag} is not for a recipe, which has a key of its own: {key}")
         # The recipe's parser reads its own flags again, --target and --drafter among them.
-        own = ("--prompts", "--count", "--max_new_tokens", "--rows", "--device", "--dtype")
-        return Run(without(argv, own, ("--json",)), args.rows, **asked), OF_RUN, args
+        own = ("--prompts", "--count", "--max_new_tokens", "--rows")
+        return Run(without(argv, own, ("--json",)), args.rows or ROWS, **asked), OF_RUN, args
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if args.drafter is None or args.target is None:
         parser.error("give --drafter and --target, or a recipe with --config")
-    check_device(args.device)
-    dtype = args.dtype or ("float32" if args.device == "cpu" else "auto")
+    if args.rows is not None:
+        parser.error("--rows is for a recipe, and there is no --config: leave it out")
+    return pair_of(args, asked), OF_PAIR, args
+
+
+def pair_of(args: Namespace, asked: dict) -> Pair:
+    """The drafter and the target that a command line names."""
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_device(device)
+    dtype = args.dtype or ("float32" if device == "cpu" else "auto")
     loading = TargetArguments(args.target, target_dtype=dtype).loading()
-    found = Pair(
+    return Pair(
         args.drafter, args.drafter_revision, args.target, args.target_revision, loading,
-        device=args.device, **asked,
+        device=device, **asked,
     )  # fmt: skip
-    return found, OF_PAIR, args
 
 
 def without(argv: list[str], flags: tuple[str, ...], switches: tuple[str, ...]) -> list[str]:

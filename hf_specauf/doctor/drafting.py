@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ..drafters.target_parts import add_correction, apply_head
-from ..losses.blocks import make_blocks
+from ..serving.replay import blocks_in
 from .patient import Patient
 
 # Blocks whose logits are held at once.
@@ -81,25 +81,14 @@ def _fill(frozen, drafter, output, context, anchors, seen_too_much: int) -> torc
     """The likeliest tokens of the blocks at some anchors (1, N) of a text (1, S) -> (1, N, P)."""
     config = drafter.config
 
-    def blocks_at(where: torch.Tensor):
-        return make_blocks(
-            output,
-            torch.ones_like(output, dtype=torch.bool),
-            torch.zeros_like(output),
-            where,
-            torch.ones_like(where, dtype=torch.bool),
-            config.block_size,
-            config.mask_token_id,
-            predictions=config.predictions,
-        )
-
     def likeliest(rows, low_rank_rows, project) -> torch.Tensor:
+        """A `reduce` of the drafter's forward."""
         logits = apply_head(frozen.head, rows)  # (1, N, P, V)
         if project is not None:
             logits = add_correction(logits, project(low_rank_rows))
         return logits.argmax(-1)
 
-    blocks = blocks_at(anchors)
+    blocks = blocks_in(output, anchors, config)
     previous = None
     if config.reads_previous_tokens:
         # A pass accepts a slot only if all before it were the text's own tokens.
@@ -107,8 +96,8 @@ def _fill(frozen, drafter, output, context, anchors, seen_too_much: int) -> torc
     return drafter(
         noise_embeds=frozen.noise_embeds(blocks.noise_ids),
         context_hidden_states=context,
-        # A block sees the context before its anchor.
-        attention_mask=blocks_at(anchors + seen_too_much).attention_mask,
+        # A block sees the context before the anchor that its mask is made for.
+        attention_mask=blocks_in(output, anchors + seen_too_much, config).attention_mask,
         position_ids=blocks.position_ids,
         prev_embeds=previous,
         reduce=likeliest,

@@ -72,8 +72,8 @@ def dtype(pair: Pair) -> Line:
         return Line(
             FAIL,
             f"fp16 ({said}): drafters accept nothing in it (vllm#55250)",
-            "save it in bfloat16, with the weights of its training: specauf convert --dtype"
-            " bfloat16",
+            "dtype: bfloat16 in config.json; then specauf convert --drafter THIS --out NEW writes"
+            " the weights so",
         )
     return Line(PASS, said)
 

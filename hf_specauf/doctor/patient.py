@@ -3,16 +3,19 @@
 import copy
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import torch
+from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.conversation import stop_at_both_ends
+from ..drafters.draft_length import Round
 from ..evaluation.ways import decoding_config
 from ..identity import Origin, cached_commit, note_origin
 from ..identity.multimodal import load_language_model, load_tokenizer
-from ..serving.benchmarks import encode_prompts, load_prompts
+from ..serving.acceptance import summarize
+from ..serving.benchmarks import Wording, encode_prompts, load_prompts
+from ..serving.decoding import attach
 from ..target import FrozenTarget, check_revision
 from ..target.loading import load
 
@@ -27,6 +30,9 @@ QUESTIONS = (
 )
 
 
+TEXT_PROMPT = 128  # tokens of a row of plain text that are the prompt
+
+
 @dataclass(frozen=True)
 class Text:
     """A prompt, and what the target wrote after it greedily."""
@@ -38,6 +44,14 @@ class Text:
     def first(self) -> int:
         """The position of the first new token."""
         return self.prompt.shape[1]
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """The texts, written again with drafts."""
+
+    outputs: list[torch.Tensor]  # (1, T) each
+    rounds: list[Round]  # the passes of all
 
 
 class Patient:
@@ -109,26 +123,17 @@ class Patient:
     @cached_property
     def prompts(self) -> list[torch.Tensor]:
         """Prompts (1, S), as serving renders them."""
+        rows, wording = (
+            Dataset.from_list([{"asked": one} for one in QUESTIONS]),
+            Wording(("asked",)),
+        )
         if self.prompts_name is not None:
             source = load_prompts(self.prompts_name)
             rows, wording = source.rows, source.wording
-            found = encode_prompts(
-                rows, self.tokenizer, self.count, 128, self.template_kwargs, wording
-            )
-            return [prompt.to(self.device) for prompt in found]
-        questions = QUESTIONS[: self.count]
-        if self.tokenizer.chat_template is None:
-            rows = [self.tokenizer(question)["input_ids"] for question in questions]
-        else:
-            rows = [self._asked(question) for question in questions]
-        return [torch.tensor([ids], device=self.device) for ids in rows]
-
-    def _asked(self, question: str) -> list[int]:
-        """A question, rendered by the chat template."""
-        turns = [{"role": "user", "content": question}]
-        return self.tokenizer.apply_chat_template(
-            turns, add_generation_prompt=True, return_dict=True, **(self.template_kwargs or {})
-        )["input_ids"]
+        found = encode_prompts(
+            rows, self.tokenizer, self.count, TEXT_PROMPT, self.template_kwargs, wording
+        )
+        return [prompt.to(self.device) for prompt in found]
 
     @cached_property
     def texts(self) -> list[Text]:
@@ -161,6 +166,19 @@ class Patient:
         """Of a text, the states of some layers, concatenated, (1, S, L * H)."""
         return torch.cat([self.states[number][layer] for layer in layers], dim=-1)
 
+    @cached_property
+    def decoded(self) -> "Decoded":
+        """The texts, written again in whole blocks of drafts."""
+        attachment = attach(self.target, self.drafter, draft_length=None, lookup=False)
+        with attachment:
+            outputs = [self.continued(text.prompt, self.drafter) for text in self.texts]
+        return Decoded(outputs, attachment.rounds)
+
+    @property
+    def decoded_tau(self) -> float:
+        """Tokens a pass, where the texts are written with drafts."""
+        return summarize(self.decoded.rounds, self.drafter.config.block_size).tau
+
     @torch.no_grad()
     def continued(self, prompt: torch.Tensor, drafter=None) -> torch.Tensor:
         """A prompt (1, S) and what the target writes after it, (1, T); with a drafter that is
@@ -171,8 +189,3 @@ class Patient:
             generation_config=decoding_config(self.target, self.max_new_tokens, self.pad_token_id),
             assistant_model=drafter,
         )
-
-    @staticmethod
-    def is_folder(name: str) -> bool:
-        """Whether a target or drafter lies here."""
-        return Path(name).is_dir()

@@ -8,17 +8,20 @@ from functools import cached_property
 import torch
 from datasets import Dataset
 
+from ..data.config import DataArguments
 from ..data.on_policy import on_policy_score
 from ..data.sources import load_data
 from ..identity import Identity
+from ..layouts.adapters import AdapterBase
 from ..losses.blocks import make_blocks, sample_anchors
 from ..losses.branches import branch_losses
 from ..losses.objectives import LossSpec
-from ..recipe import parse
+from ..recipe import DrafterArguments, TargetArguments, parse
 from ..regenerate import CLEARLY_FOREIGN
 from ..serving.acceptance import accepted_prefix, summarize
-from ..serving.replay import accepted_at, walk
+from ..serving.replay import accepted_at, blocks_in, walk
 from ..train import ask_first, start_drafter, token_rows
+from ..training.config import AUFConfig
 from ..training.trainer import AUFTrainer
 from .findings import FAIL, PASS, WARN, Line
 from .patient import Patient
@@ -52,8 +55,26 @@ class Run(Patient):
 
     def __init__(self, words: list[str], rows: int, **options):
         self.words, self.most_rows, self.options = words, rows, options
-        self.raw: list[Dataset] = []
+        # Read by `recipe`.
+        self.target_args: TargetArguments | None = None
+        self.draft: DrafterArguments | None = None
+        self.data: DataArguments | None = None
+        self.args: AUFConfig | None = None
+        self.base: AdapterBase | None = None  # of the drafter that training starts from
+        self.raw: list[Dataset] = []  # the first rows of each source
         self.rows: Dataset | None = None  # token rows
+
+    def read(self) -> None:
+        """Parse the recipe, which names the target."""
+        self.target_args, self.draft, self.data, self.args = parse(self.words)
+        target, device = self.target_args, str(self.args.device)
+        super().__init__(
+            target.target,
+            target.target_revision,
+            target.loading(),
+            device=device,
+            **self.options,
+        )
 
     @cached_property
     def identity(self) -> Identity:
@@ -63,18 +84,13 @@ class Run(Patient):
 
 def recipe(run: Run) -> Line:
     """Read the recipe."""
-    run.target_args, run.draft, run.data, run.args = parse(run.words)
-    device = str(run.args.device)
-    target = run.target_args
-    Patient.__init__(
-        run, target.target, target.target_revision, target.loading(), device=device, **run.options
-    )
-    return Line(PASS, f"{run.args.objective} on {target.target}, {device}")
+    run.read()
+    return Line(PASS, f"{run.args.objective} on {run.target_name}, {run.device}")
 
 
 def data(run: Run) -> Line:
     """Read the first rows of each source."""
-    train, run.heldout = load_data(run.data)
+    train, _ = load_data(run.data)
     run.raw = [rows.select(range(min(len(rows), run.most_rows))) for rows in train]
     whole = sum(len(rows) for rows in train)
     return Line(PASS, f"{whole} rows, of which {sum(map(len, run.raw))} are looked at")
@@ -220,17 +236,9 @@ def _copied(run: Run, text, spec: LossSpec) -> list[int]:
     the target itself chose the tokens."""
     output, config = text.output, run.drafter.config
     anchors = torch.arange(text.first, output.shape[1] - 1, device=run.device)[None]
-    blocks = make_blocks(
-        output,
-        torch.ones_like(output, dtype=torch.bool),
-        torch.zeros_like(output),
-        anchors,
-        torch.ones_like(anchors, dtype=torch.bool),
-        config.block_size,
-        config.mask_token_id,
-    )
+    blocks = blocks_in(output, anchors, config)
     states = run.frozen.backbone(input_ids=output, use_cache=False).last_hidden_state[0]
-    slots = torch.arange(config.block_size - 1, device=run.device)
+    slots = torch.arange(config.predictions, device=run.device)
     # The token behind position p is chosen by the state of p.
     rows = states[(anchors[0, :, None] + slots).clamp(max=output.shape[1] - 1)][None]
     final, _ = branch_losses(
@@ -240,7 +248,8 @@ def _copied(run: Run, text, spec: LossSpec) -> list[int]:
 
 
 def first_step(run: Run) -> Line:
-    """Make one step of the recipe, with its largest micro-batch, and see what memory it takes."""
+    """Make one step of the recipe, and see what memory it takes. On a GPU the largest micro-batch
+    that can come is tried before it, and named where it does not fit."""
     with tempfile.TemporaryDirectory() as scratch:
         words = list(run.words)
         for key, value in (ONE_STEP | {"output_dir": scratch}).items():

@@ -1,17 +1,13 @@
 """Checks of a drafter at work: what is accepted, whether that is what training promised, and
 whether the output is the target's own."""
 
-from dataclasses import dataclass
-
 import torch
 
-from ..drafters.draft_length import Round
 from ..drafters.transformers_internals import TESTED, VERSION
 from ..evaluation.differences import first_difference
 from ..layouts.folders import read_json
 from ..publishing.reload import check_reload
 from ..serving.acceptance import summarize
-from ..serving.decoding import attach
 from ..serving.replay import replay
 from .findings import FAIL, PASS, SKIP, WARN, Line
 from .pair import Pair
@@ -46,28 +42,10 @@ def taps_and_head(patient: Patient) -> Line:
     return Line(PASS, "states are those of the tapped layers, logits those of the lent head")
 
 
-@dataclass(frozen=True)
-class Decoded:
-    """The texts, written again with drafts."""
-
-    outputs: list[torch.Tensor]  # (1, T) each
-    rounds: list[list[Round]]  # of each
-
-
-def decoded(patient: Patient) -> Decoded:
-    """Write the texts again, in whole blocks of drafts. Once for all checks."""
-    if "decoded" not in vars(patient):
-        attachment = attach(patient.target, patient.drafter, draft_length=None, lookup=False)
-        with attachment:
-            outputs = [patient.continued(text.prompt, patient.drafter) for text in patient.texts]
-        patient.decoded = Decoded(outputs, attachment.generations)
-    return patient.decoded
-
-
 def lossless(patient: Patient) -> Line:
     """Whether output with drafts is the target's own."""
     near, different = 0, 0
-    for text, output in zip(patient.texts, decoded(patient).outputs):
+    for text, output in zip(patient.texts, patient.decoded.outputs):
         found = first_difference(patient.target, text.output, output)
         if found is not None:
             near += found["near_tie"]
@@ -84,9 +62,8 @@ def lossless(patient: Patient) -> Line:
 def training_against_serving(patient: Patient) -> Line:
     """Whether decoding accepts what the forward of training says it would, on the same texts."""
     read = []
-    again = decoded(patient)
     # What was written with drafts, because a near-tie may have led to another text.
-    for text, output in zip(patient.texts, again.outputs):
+    for text, output in zip(patient.texts, patient.decoded.outputs):
         read += replay(
             patient.frozen,
             patient.drafter,
@@ -94,9 +71,8 @@ def training_against_serving(patient: Patient) -> Line:
             prompt_tokens=text.first,
             max_new_tokens=patient.max_new_tokens,
         )
-    size = patient.drafter.config.block_size
-    promised = summarize(read, size).tau
-    written = summarize([r for of_text in again.rounds for r in of_text], size).tau
+    promised = summarize(read, patient.drafter.config.block_size).tau
+    written = patient.decoded_tau
     found = f"tau {written:.3f} decoded, {promised:.3f} by the forward of training"
     exact = patient.target.dtype in (torch.float32, torch.float64)
     nearly = NEARLY if exact else NEARLY_IN_LOW_PRECISION
@@ -108,8 +84,7 @@ def training_against_serving(patient: Patient) -> Line:
 
 def acceptance(pair: Pair) -> Line:
     """Whether anything is accepted, and as much as was measured before."""
-    size = pair.drafter.config.block_size
-    tau = summarize([r for of_text in decoded(pair).rounds for r in of_text], size).tau
+    tau = pair.decoded_tau
     measured = read_json(pair.folder / "eval.json").get("acceptance", {}).get("tau")
     found = f"tau {tau:.2f} on {len(pair.texts)} prompts"
     if measured is not None:

@@ -13,17 +13,25 @@ from .findings import FAIL, PASS, WARN, Line
 from .pair import Pair
 
 
+def unlike_record(pair: Pair, key: str, own) -> Line | None:
+    """A failure where the record of the training has another value than config.json."""
+    recorded = pair.recorded(key)
+    if recorded in (None, own):
+        return None
+    return Line(
+        FAIL,
+        f"config.json says {own}, and it was trained with {recorded}",
+        f"{key}: {recorded} in config.json",
+    )
+
+
 def mask_token(pair: Pair) -> Line:
     """The token of the slots to be filled."""
-    config, recorded = pair.drafter.config, pair.recorded("mask_token_id")
-    own = config.mask_token_id
+    own = pair.drafter.config.mask_token_id
+    failed = unlike_record(pair, "mask_token_id", own)
+    if failed is not None:
+        return failed
     word = pair.tokenizer.convert_ids_to_tokens(own)
-    if recorded not in (None, own):
-        return Line(
-            FAIL,
-            f"config.json says {own} ({word!r}), and it was trained with {recorded}",
-            f"mask_token_id: {recorded} in config.json",
-        )
     others = {}
     derived = derived_mask_token(pair)
     if derived not in (None, own):
@@ -57,14 +65,11 @@ def derived_mask_token(pair: Pair) -> int | None:
 
 def taps(pair: Pair) -> Line:
     """The target's layers that the drafter reads."""
-    config, recorded = pair.drafter.config, pair.recorded("target_layer_ids")
+    config = pair.drafter.config
     own = list(config.target_layer_ids)
-    if recorded not in (None, own):
-        return Line(
-            FAIL,
-            f"config.json says {own}, and it was trained with {recorded}",
-            f"target_layer_ids: {recorded} in config.json",
-        )
+    failed = unlike_record(pair, "target_layer_ids", own)
+    if failed is not None:
+        return failed
     others = {}
     for step in (-1, 1):
         moved = [layer + step for layer in own]
@@ -90,8 +95,10 @@ def rope_and_window(pair: Pair) -> Line:
             f"rope_theta is {own:g} ({pair.accepted.mean():.2f} accepted a pass), and the"
             f" target's is {meant:g} ({other.mean():.2f})"
         )
-        # Only a drafter that was trained elsewhere may have a base of its own.
-        if clearly_better(other, pair.accepted) or pair.provenance:
+        # A drafter that began here took its target's. One that was released before may have its
+        # own, and keeps it.
+        began_here = pair.provenance and pair.recorded("drafter") is None
+        if began_here or clearly_better(other, pair.accepted):
             return Line(FAIL, found, f"rope_theta: {meant:g} in config.json")
         return Line(WARN, found, "ask who trained it which rope_theta it had")
     longest = theirs["max_position_embeddings"]

@@ -1,9 +1,9 @@
 """Checks of how a conversation becomes tokens: chat template, thinking, end tokens, and whether
 training reads before an answer what serving writes there."""
 
-from ..data.conversation import chat_end, end_tokens, stop_at_both_ends
+from ..data.conversation import chat_end, end_tokens, stop_at_both_ends, unread_arguments
 from ..data.findings import supervised_spans
-from ..data.messages import apply_template, chat_messages, row_tools
+from ..data.messages import UnusableRow, apply_template, chat_messages, row_tools
 from ..data.tokens import RowEncoder
 from ..identity import tokenizer_hashes
 from .findings import FAIL, PASS, SKIP, WARN, Line
@@ -58,14 +58,11 @@ def template_arguments(patient: Patient) -> Line:
     own = patient.template_kwargs
     if not own:
         return Line(PASS, "the chat template is given no arguments")
-    template = patient.tokenizer.chat_template or ""
-    if isinstance(template, dict):
-        template = " ".join(template.values())
-    unknown = [key for key in own if key not in template]
-    if unknown:
+    unread = unread_arguments(patient.tokenizer, own)
+    if unread:
         return Line(
             WARN,
-            f"the chat template never mentions {', '.join(unknown)}",
+            f"the chat template never reads {', '.join(unread)}",
             "chat_template_kwargs in the recipe: remove what the template does not know",
         )
     return Line(PASS, f"chat_template_kwargs: {own}")
@@ -104,24 +101,15 @@ def serving_prompt(patient: Patient, rows: list[dict] | None = None) -> Line:
     chats = [row for row in rows or [CONVERSATION] if "messages" in row or "conversations" in row]
     if not chats:
         return Line(SKIP, "the rows are no conversations")
-    kwargs = patient.template_kwargs
-    encoder = RowEncoder(patient.tokenizer, list(chats[0]), 10**9, kwargs)
+    encoder = RowEncoder(patient.tokenizer, list(chats[0]), 10**9, patient.template_kwargs)
     answers, wrong = 0, []
     for number, row in enumerate(chats):
-        turns, tools = chat_messages(row), row_tools(row)
-        served = []
-        for i, turn in enumerate(turns):
-            if turn["role"] == "assistant":
-                rendered = apply_template(
-                    patient.tokenizer,
-                    turns[:i],
-                    tools,
-                    add_generation_prompt=True,
-                    return_dict=True,
-                    **(kwargs or {}),
-                )
-                served.append(rendered["input_ids"])
-        for ids, mask in encoder.encode(row).parts:
+        try:
+            parts = encoder.encode(row).parts
+            served = served_before_answers(patient, row)
+        except UnusableRow:  # training leaves it out too, and says so
+            continue
+        for ids, mask in parts:
             for start, _ in supervised_spans(mask):
                 answers += 1
                 if ids[:start] not in served:
@@ -134,3 +122,21 @@ def serving_prompt(patient: Patient, rows: list[dict] | None = None) -> Line:
             "report this chat template",
         )
     return Line(PASS, f"{answers} answers follow the ids that serving renders before them")
+
+
+def served_before_answers(patient: Patient, row: dict) -> list[list[int]]:
+    """What serving renders before each answer of a conversation, as ids."""
+    turns, tools = chat_messages(row), row_tools(row)
+    served = []
+    for i, turn in enumerate(turns):
+        if turn["role"] == "assistant":
+            rendered = apply_template(
+                patient.tokenizer,
+                turns[:i],
+                tools,
+                add_generation_prompt=True,
+                return_dict=True,
+                **(patient.template_kwargs or {}),
+            )
+            served.append(rendered["input_ids"])
+    return served

@@ -18,9 +18,10 @@ from functools import partial
 
 import torch
 
+from ..drafters.configuration_dflash import DFlashConfig
 from ..drafters.draft_length import Round
 from ..identity import innermost
-from ..losses.blocks import make_blocks
+from ..losses.blocks import Blocks, make_blocks
 from ..losses.branches import branch_losses
 from ..losses.objectives import LossSpec
 from ..target import FrozenTarget
@@ -87,22 +88,11 @@ def accepted_at(target: FrozenTarget, drafter, output: torch.Tensor, *, first: i
     context = target.context(output)  # (1, S, L * H)
     # of the loss that looks at no slot after the first wrong one
     spec = LossSpec.of("auf", config.block_size)
-    documents = torch.zeros_like(output)
-    supervised = torch.ones_like(output, dtype=torch.bool)
     accepted = []
     positions = torch.arange(first, output.shape[1] - 1, device=output.device)
     for anchors in positions.split(BLOCKS_AT_ONCE):
         anchors = anchors[None]  # (1, N)
-        blocks = make_blocks(
-            output,
-            supervised,
-            documents,
-            anchors,
-            torch.ones_like(anchors, dtype=torch.bool),
-            config.block_size,
-            config.mask_token_id,
-            predictions=config.predictions,
-        )
+        blocks = blocks_in(output, anchors, config)
         previous = None
         if config.reads_previous_tokens:
             # The text's own tokens. A pass accepts slot k only if all drafted tokens before it were
@@ -124,6 +114,21 @@ def accepted_at(target: FrozenTarget, drafter, output: torch.Tensor, *, first: i
         right = accepted_prefix(final.correct[:, :, drafted], blocks.valid[:, :, drafted])  # (1, N)
         accepted += right[0].tolist()
     return accepted
+
+
+def blocks_in(output: torch.Tensor, anchors: torch.Tensor, config: DFlashConfig) -> Blocks:
+    """A drafter's blocks at some anchors (1, N) of one text (1, S), all of whose tokens may be
+    predicted."""
+    return make_blocks(
+        output,
+        torch.ones_like(output, dtype=torch.bool),
+        torch.zeros_like(output),
+        anchors,
+        torch.ones_like(anchors, dtype=torch.bool),
+        config.block_size,
+        config.mask_token_id,
+        predictions=config.predictions,
+    )
 
 
 def walk(accepted: list[int], max_new_tokens: int, draft_length: int) -> list[Round]:
