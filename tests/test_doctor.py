@@ -366,6 +366,16 @@ def test_recipes_faults_are_named(copied, capsys, monkeypatch):
     assert "regenerate" in lines["on-policy"]["mend"]
 
 
+def test_rows_that_begin_with_an_answer_raise_no_false_alarm(copied, capsys, monkeypatch):
+    monkeypatch.chdir(copied)
+    question, answer = dict(role="user", content="Is it?"), dict(role="assistant", content="It is, sheep sleep.")
+    rows = [[answer, question, answer], [question, answer]] * 4
+    chats = copied / "chats.jsonl"
+    chats.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    found = examined(capsys, *recipe_words(copied, dataset_name=chats, eval_rows=0))["serving prompt"]
+    assert found["verdict"] == PASS and found["says"].startswith("8 answers"), found
+
+
 # ---- the parts
 
 

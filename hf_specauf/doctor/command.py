@@ -115,7 +115,7 @@ def arguments() -> ArgumentParser:
     add("--prompts", help="a benchmark, data set or file that the target continues (default: a few"
         " built-in questions)")  # fmt: skip
     add("--count", type=int, help=f"prompts that it continues (default {len(QUESTIONS)})")
-    add("--max_new_tokens", type=int, default=48, help="tokens after each (default 48)")
+    add("--max_new_tokens", type=int, default=40, help="tokens after each (default 40)")
     add("--rows", type=int, help="of a recipe: rows of each source that are looked at (default"
         f" {ROWS})")  # fmt: skip
     add("--json", action="store_true", help="print the lines as JSON")

@@ -137,7 +137,7 @@ def supervision(run: Run) -> Line:
         return Line(
             WARN,
             f"{said}; {raw - used} of {raw} raw rows are left out (the reasons stand above)",
-            "dataset_name: rows that the target can be asked, and a mask_token_id that none holds",
+            "what the reasons name: max_length, mask_token_id, or rows of another dataset_name",
         )
     if share < FEW:
         return Line(WARN, said, "look at a row: specauf train prints the first one")

@@ -129,7 +129,10 @@ def served_before_answers(patient: Patient, row: dict) -> list[list[int]]:
     turns, tools = chat_messages(row), row_tools(row)
     served = []
     for i, turn in enumerate(turns):
-        if turn["role"] == "assistant":
+        # Nobody serves an answer to nothing, as many rows of ShareGPT begin. It is not learned.
+        if turn["role"] != "assistant" or not turns[:i]:
+            continue
+        try:
             rendered = apply_template(
                 patient.tokenizer,
                 turns[:i],
@@ -138,5 +141,10 @@ def served_before_answers(patient: Patient, row: dict) -> list[list[int]]:
                 return_dict=True,
                 **(patient.template_kwargs or {}),
             )
-            served.append(rendered["input_ids"])
+        except Exception:
+            # Many templates want a question. Training leaves such an answer out, too.
+            if any(turn["role"] == "user" for turn in turns[:i]):
+                raise
+            continue
+        served.append(rendered["input_ids"])
     return served
