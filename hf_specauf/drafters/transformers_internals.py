@@ -354,7 +354,8 @@ def check_cache_implementation(name: str | None) -> None:
 
 def drop_capture_hooks(model) -> None:
     """Take away the hooks that transformers leaves on a model for ever, once its hidden states were
-    asked for. They slow down every later pass. Whoever asks again gets new ones.
+    asked for. Every later pass calls them, and ours then run in no inference mode (`pass_mode`).
+    Whoever asks again gets new ones.
 
     Args:
         model (`PreTrainedModel`): no wrapper.
