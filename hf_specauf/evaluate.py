@@ -384,10 +384,11 @@ def main(argv: list[str] | None = None) -> None:
     console = Console()
     show(record, console)
     if verdict:
-        # soft_wrap, because the command in it must stay one line to be copied
+        # Commands and paths are to be copied, so that no line of them may be broken.
         console.print(verdict, markup=False, soft_wrap=True)
     out = Path(args.out)
-    console.print(f"written: {out / 'report.html'}, {out / 'eval.json'} and the plots beside them")
+    written = f"written: {out / 'report.html'}, {out / 'eval.json'} and the plots beside them"
+    console.print(written, markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -259,7 +259,9 @@ def main(argv: list[str] | None = None, settings: TargetSettings | None = None) 
     show_report(rows, title, console)
     console.print(
         f"{TAU_DEFINITION}.\nwritten: {out / 'report.json'}, alpha.png, tau.png and the drafter"
-        " folders beside it"
+        " folders beside it",
+        markup=False,
+        soft_wrap=True,
     )
 
 

@@ -278,7 +278,8 @@ def test_the_command_line_writes_results_and_a_plot(folders, tmp_path):
     code, printed = evaluate_in_a_process(folders, tmp_path / "out")
     assert code == 0, printed
     record = check_written(folders, tmp_path / "out", [10, 10])
-    assert f"{record['speedup']:.2f}x" in printed and "tau" in printed and "report.html" in printed
+    assert f"{record['speedup']:.2f}x" in printed and "tau" in printed
+    assert f"written: {tmp_path / 'out' / 'report.html'}, " in printed, "a path must be whole to be copied"
     assert (tmp_path / "out" / "report.html").read_text().startswith("<!doctype html>")
 
 

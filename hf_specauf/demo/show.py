@@ -272,7 +272,7 @@ def main(argv: list[str] | None = None) -> None:
     if recording is not None:
         recording.add(table, force=True)
         recording.save(Path(args.record))
-        console.print(f"written: {args.record}")
+        console.print(f"written: {args.record}", markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":
