@@ -4,8 +4,9 @@ this package's loop with its draft lengths and lookups.
     python tests/benchmarks/decoding.py --target FOLDER --drafter FOLDER --prompts humaneval=FILE mt_bench=FILE ...
 
 Every prompt is decoded in every way, one after the other, and each way goes first in turn. So the ratios of one run
-are fair on a machine whose speed changes. A ratio is of tokens/s over all prompts; its interval is over 2,000
-bootstrap draws of the prompts. Without --target it makes the toy pair of the tests.
+are fair on a machine whose speed changes. A ratio is of tokens/s over all prompts and repeats; its interval is over
+bootstrap draws of the prompts. With --repeats the ratio of each repeat stands beside it: what the machine makes of the
+same work. Without --target it makes the toy pair of the tests. Each set is written to --json once it is done.
 
 z-lab's loop is in their package dflash, which asks for another transformers than ours. Its file runs on 5.23:
     pip download --no-deps dflash==0.1.0 && unzip dflash-0.1.0-py3-none-any.whl -d zlab
@@ -14,7 +15,6 @@ z-lab's loop is in their package dflash, which asks for another transformers tha
 
 import argparse
 import json
-import random
 import sys
 import time
 from contextlib import ExitStack
@@ -22,6 +22,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from real_model_data import WORDINGS
 from rich.console import Console
@@ -34,6 +35,7 @@ from hf_specauf.data.rows import pad_token_id
 from hf_specauf.data.sources import load_rows
 from hf_specauf.evaluation.compare import decoded_in_turn
 from hf_specauf.evaluation.differences import count_verdicts, first_difference
+from hf_specauf.evaluation.intervals import figure, ratio, ratio_of_ratios
 from hf_specauf.evaluation.rows import accepted_by_source, repetition
 from hf_specauf.evaluation.ways import decoding_config, timed
 from hf_specauf.records import environment, write_record
@@ -41,7 +43,6 @@ from hf_specauf.serving.benchmarks import Wording, encode_prompts
 from hf_specauf.serving.decoding import attach
 from hf_specauf.target import load_target
 
-DRAWS = 2000
 # what their config shares with ours
 ZLAB_KEYS = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
@@ -79,6 +80,17 @@ WAYS = {
     "random drafter, auto and lookup": Way(attached={}, drafter="random"),
     "z-lab": Way(drafter="z-lab"),
 }
+
+
+# (one way, what it must not fall behind)
+PAIRS = [
+    ("ours", "native"),
+    ("ours", "z-lab"),
+    ("ours, auto and lookup", "ours, auto"),
+    ("ours, auto and lookup", "ours, lookup alone"),
+    ("ours, auto and lookup", "prompt lookup"),
+    ("random drafter, auto and lookup", "ours, lookup alone"),
+]
 
 
 @dataclass
@@ -133,19 +145,17 @@ def zlab_decode(target, prompt: torch.Tensor, drafter, config) -> tuple[torch.Te
     return output, time.perf_counter() - start
 
 
-def ratio(rows: list[dict], way: str) -> float:
-    """tokens/s of a way over plain's."""
-    rate = {}
-    for name in ("plain", way):
-        rate[name] = sum(row[name]["tokens"] for row in rows) / sum(row[name]["seconds"] for row in rows)
-    return rate[way] / rate["plain"]
-
-
-def interval(rows: list[dict], way: str) -> list[float]:
-    """95 % of `ratio`, over draws of the prompts."""
-    draw = random.Random(0)
-    found = sorted(ratio(draw.choices(rows, k=len(rows)), way) for _ in range(DRAWS))
-    return [found[int(0.025 * DRAWS)], found[int(0.975 * DRAWS) - 1]]
+def speed(rows: list[dict], way: str, base: str) -> dict:
+    """tokens/s of a way over another's: over all rows with its interval over the prompts, and of each repeat."""
+    columns = [[of[key] for of in (row[way], row[base]) for key in ("tokens", "seconds")] for row in rows]
+    of_prompt: dict[int, list[float]] = {}
+    of_repeat: dict[int, list[float]] = {}
+    for row, column in zip(rows, columns):
+        for sums, place in ((of_prompt, row["prompt"]), (of_repeat, row["repeat"])):
+            sums[place] = [a + b for a, b in zip(sums.get(place, [0] * 4), column)]
+    whole = figure(list(of_prompt.values()), ratio_of_ratios)
+    repeats = [ratio(sums[:2]) / ratio(sums[2:]) for sums in np.array(list(of_repeat.values()))]
+    return {"ratio": whole.value, "interval": whole.interval, "repeats": repeats}
 
 
 def summary(rows: list[dict], ways: list[str], attachments: dict) -> dict:
@@ -155,14 +165,17 @@ def summary(rows: list[dict], ways: list[str], attachments: dict) -> dict:
         of_way = [row[way] for row in rows]
         seconds, passes = sum(one["seconds"] for one in of_way), sum(one["passes"] for one in of_way)
         tokens = sum(one["tokens"] for one in of_way)
+        over_plain = speed(rows, way, "plain")
         found[way] = {
             "tokens_per_second": tokens / seconds,
-            "over_plain": ratio(rows, way),
-            "interval": interval(rows, way),
+            "over_plain": over_plain["ratio"],
+            "interval": over_plain["interval"],
+            "repeats": over_plain["repeats"],
             # the prefill's token and its time are in neither
             "tokens_per_pass": (tokens - len(rows)) / passes if passes else None,
             "ms_per_pass": 1000 * seconds / passes if passes else None,
-            "outputs": count_verdicts(of_way),
+            # samples are not compared
+            "outputs": count_verdicts(of_way) if "difference" in of_way[0] else {},
         }
         if way in attachments:
             found[way]["by_source"] = accepted_by_source(attachments[way].rounds)
@@ -172,7 +185,8 @@ def summary(rows: list[dict], ways: list[str], attachments: dict) -> dict:
                     "passes": {d: 1000 * c for d, c in sorted(costs.passes.items())},
                     "drafting": None if costs.drafting is None else 1000 * costs.drafting,
                 }
-    return found
+    pairs = {f"{a} / {b}": speed(rows, a, b) for a, b in PAIRS if a in ways and b in ways}
+    return {"ways": found, "pairs": pairs}
 
 
 def drafter_of(way: Way, given):
@@ -187,12 +201,12 @@ def drafter_of(way: Way, given):
     return type(given)(given.config).to(given.device, given.dtype).eval()
 
 
-def measure(target, drafter, prompts: list[torch.Tensor], ways: list[str], new_tokens: int, pad: int, title: str):
-    """Every prompt in every way -> `summary`, and the share of repeated 4-grams in plain text."""
-    config = decoding_config(target, new_tokens, pad)
+def measure(target, drafter, prompts: list[torch.Tensor], pad: int, title: str, args) -> dict:
+    """Every prompt in every way, so many times -> `summary`, and the share of repeated 4-grams in plain text."""
+    config = decoding_config(target, args.new_tokens, pad, args.temperature)
     with ExitStack() as stack, torch.no_grad():
         runners, attachments = {}, {}
-        for name in ways:
+        for name in args.ways:
             way = WAYS[name]
             own = drafter_of(way, drafter)
             if way.attached is not None:
@@ -204,17 +218,23 @@ def measure(target, drafter, prompts: list[torch.Tensor], ways: list[str], new_t
         for attachment in attachments.values():
             attachment.generations.clear()
         rows, repeated = [], []
-        shown = track(prompts, title, transient=True)
-        for prompt, made in decoded_in_turn(shown, ways, lambda prompt, name: runners[name](prompt, config)):
-            row, outputs = {}, {}
+        turns = [(repeat, place) for repeat in range(args.repeats) for place in range(len(prompts))]
+        shown = track(turns, title, transient=True)
+
+        def decode(turn: tuple[int, int], name: str):
+            return runners[name](prompts[turn[1]], config)
+
+        for (repeat, place), made in decoded_in_turn(shown, args.ways, decode):
+            row, outputs, start = {"repeat": repeat, "prompt": place}, {}, prompts[place].shape[1]
             for name, (ids, seconds, passes) in made.items():
                 outputs[name] = ids
-                row[name] = {"tokens": ids.shape[1] - prompt.shape[1], "seconds": seconds, "passes": passes}
-            for name in ways:
-                row[name]["difference"] = first_difference(target, outputs["plain"], outputs[name])
-            repeated.append(repetition(outputs["plain"][0, prompt.shape[1] :].tolist()) or 0.0)
+                row[name] = {"tokens": ids.shape[1] - start, "seconds": seconds, "passes": passes}
+            for name in args.ways:
+                if not args.temperature:
+                    row[name]["difference"] = first_difference(target, outputs["plain"], outputs[name])
+            repeated.append(repetition(outputs["plain"][0, start:].tolist()) or 0.0)
             rows.append(row)
-        return summary(rows, ways, attachments) | {"repeated_4_grams": sum(repeated) / len(repeated)}
+        return summary(rows, args.ways, attachments) | {"repeated_4_grams": sum(repeated) / len(repeated)}
 
 
 def toy():
@@ -229,19 +249,25 @@ def toy():
     return target, drafter.float(), {"toy": [prompt[None] for prompt in prompts]}
 
 
-def show(found: dict, console: Console) -> None:
-    for title, of_set in found.items():
-        table = Table("way", "tokens/s", "over plain", "95 %", "tokens a pass", "ms a pass", "outputs", title=title)
-        for way, row in of_set.items():
-            if not isinstance(row, dict):
-                continue
-            low, high = row["interval"]
-            table.add_row(
-                way, f"{row['tokens_per_second']:.1f}", f"{row['over_plain']:.2f}", f"{low:.2f} - {high:.2f}",
-                f"{row['tokens_per_pass']:.2f}", f"{row['ms_per_pass']:.1f}",
-                ", ".join(f"{count} {name}" for name, count in row["outputs"].items() if count),
-            )  # fmt: skip
-        console.print(table)
+def show(title: str, found: dict, console: Console) -> None:
+    title = f"{title}, {found['repeated_4_grams']:.0%} of 4-grams repeat"
+    table = Table("way", "tokens/s", "over plain", "95 %", "tokens a pass", "ms a pass", "outputs", title=title)
+    for way, row in found["ways"].items():
+        table.add_row(
+            way, f"{row['tokens_per_second']:.1f}", f"{row['over_plain']:.2f}", ends(row["interval"]),
+            f"{row['tokens_per_pass']:.2f}", f"{row['ms_per_pass']:.1f}",
+            ", ".join(f"{count} {name}" for name, count in row["outputs"].items() if count),
+        )  # fmt: skip
+    console.print(table)
+    table = Table("one over the other", "ratio", "95 %", "each repeat")
+    for pair, row in found["pairs"].items():
+        repeats = ", ".join(f"{one:.2f}" for one in row["repeats"])
+        table.add_row(pair, f"{row['ratio']:.2f}", ends(row["interval"]), repeats)
+    console.print(table)
+
+
+def ends(interval: list[float] | None) -> str:
+    return "" if interval is None else "{:.2f} - {:.2f}".format(*interval)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -252,6 +278,8 @@ def main(argv: list[str] | None = None) -> None:
     add("--prompts", nargs="+", default=[], metavar="NAME=FILE")
     add("--count", type=int, default=12, help="prompts of each set")
     add("--new_tokens", type=int, default=96)
+    add("--repeats", type=int, default=1, help="times that each set is decoded")
+    add("--temperature", type=float, default=0.0, help="0 is greedy, and outputs are compared")
     add("--ways", nargs="+", choices=WAYS, default=[way for way in WAYS if way != "z-lab"])
     add("--zlab", type=Path, help="folder with z-lab's package dflash, for that way")
     add("--dtype", default="float32", help="of target and drafter")
@@ -280,20 +308,18 @@ def main(argv: list[str] | None = None) -> None:
             wording = WORDINGS.get(name) or Wording(("prompt",))
             found = encode_prompts(load_rows(path), tokenizer, args.count, 128, None, wording)
             sets[name] = [prompt.to(args.device) for prompt in found]
-    found = {}
+    record = {
+        "settings": {key: str(value) for key, value in vars(args).items()},
+        "environment": environment(),
+        "threads": torch.get_num_threads(),
+        "sets": {},
+    }
     for title, prompts in sets.items():
-        found[title] = measure(target, drafter, prompts, args.ways, args.new_tokens, pad, title)
-        show({title: found[title]}, Console())
-    if args.json:
-        settings = {key: str(value) for key, value in vars(args).items()}
-        record = {
-            "settings": settings,
-            "environment": environment(),
-            "threads": torch.get_num_threads(),
-            "sets": found,
-        }
-        write_record(args.json, record)
-        print(json.dumps({"written": str(args.json)}))
+        record["sets"][title] = measure(target, drafter, prompts, pad, title, args)
+        show(title, record["sets"][title], Console())
+        if args.json:
+            write_record(args.json, record)
+            print(json.dumps({"written": str(args.json)}))
 
 
 if __name__ == "__main__":
