@@ -427,7 +427,7 @@ def test_a_static_cache_gives_the_output_and_rounds_of_a_dynamic_one(architectur
 
 
 @served
-def test_a_compiled_verification_pass_gives_the_same_output_and_rounds():
+def test_a_compiled_verification_pass_gives_the_same_output():
     p, graphs = pair(), []
 
     def backend(graph, example_inputs, **options):
@@ -442,7 +442,33 @@ def test_a_compiled_verification_pass_gives_the_same_output_and_rounds():
         vars(p.target).pop("_compiled_call", None)
         torch.compiler.reset()
     assert graphs, "nothing was compiled"
-    assert torch.equal(output, p.plain[0]) and rounds == p.assisted[0][1]
+    assert torch.equal(output, p.plain[0])
+    # At a text's end drafts are cut to a width that was compiled before.
+    assert len(rounds) > 4 and rounds[:-3] == p.assisted[0][1][: len(rounds) - 3]
+
+
+@served
+@pytest.mark.parametrize("drafted", [1, 2, 3])
+def test_compiled_passes_have_few_widths_whatever_is_drafted(drafted):
+    p, widths = pair(), []
+    config = CompileConfig(fullgraph=False)
+    config._compile_all_devices = True
+
+    def compiled(input_ids, **inputs):
+        widths.append(input_ids.shape[1])
+        return p.target(input_ids=input_ids, **inputs)
+
+    # Where transformers keeps what it compiled.
+    p.target._compiled_call, p.target._last_compile_config = compiled, config
+    options = dict(cache_implementation="static", compile_config=config, num_assistant_tokens=drafted)
+    try:
+        output, rounds, _ = decode(p, p.prompts[0], **options)
+    finally:
+        del p.target._compiled_call, p.target._last_compile_config
+    assert torch.equal(output, p.plain[0])
+    assert max(round.drafted for round in rounds) == drafted
+    # three tokens are read as four, and at the end no width comes that was not compiled before
+    assert set(widths) <= {1, 2, 4} and max(widths) == {1: 2, 2: 4, 3: 4}[drafted]
 
 
 @served

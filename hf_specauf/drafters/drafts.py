@@ -87,6 +87,14 @@ def ones(last: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
     return torch.ones_like(steps)
 
 
+def padding(mask: torch.Tensor | None) -> torch.Tensor | None:
+    """A mask that leaves something out; `None` for any other, which costs a pass time and says
+    nothing: SDPA then copies keys and values for each group of heads."""
+    if mask is not None and bool(mask.all()):
+        return None
+    return mask
+
+
 class BlockDrafts:
     """Drafts a block with one drafter pass over the target's tapped hidden states (DFlash, arXiv
     2602.06036). A causal head then corrects it token by token (Domino, arXiv 2605.29707).
@@ -378,4 +386,4 @@ class BlockDrafts:
             )
 
 
-__all__ = ["BlockDrafts", "Extended", "counted", "ones"]
+__all__ = ["BlockDrafts", "Extended", "counted", "ones", "padding"]

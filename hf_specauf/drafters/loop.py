@@ -17,7 +17,7 @@ from contextlib import nullcontext
 import torch
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMixin
 
-from .drafts import BlockDrafts, Extended, counted, ones
+from .drafts import BlockDrafts, Extended, counted, ones, padding
 from .target_parts import Mixers, Taps, decoder_layers, device_of, pass_mode
 from .transformers_internals import (
     CACHE,
@@ -34,6 +34,8 @@ from .verification import Verifier
 
 # Arguments that our own passes know how to go on with. Others are left to the target's own methods.
 PLAIN_INPUTS = {CACHE, "attention_mask", "position_ids", "use_cache", "logits_to_keep"}
+# Tokens of a compiled pass. It is compiled, and recorded as a CUDA graph, for each of them.
+WIDTHS = (1, 2, 4, 8, 16)
 
 
 class Ends:
@@ -83,14 +85,6 @@ class Ends:
         return len(tokens), done
 
 
-def padding(mask: torch.Tensor | None) -> torch.Tensor | None:
-    """A mask that leaves something out; `None` for any other, which costs a pass time and says
-    nothing: SDPA then copies keys and values for each group of heads."""
-    if mask is not None and bool(mask.all()):
-        return None
-    return mask
-
-
 class Passes:
     """The target's passes of one call, by transformers' own preparation of each.
 
@@ -113,6 +107,21 @@ class Passes:
         self.step = target.__call__
         if self.mixers is None:
             self.step = decode_step_of(target, model_kwargs, generation_config)
+        self.is_compiled = self.step != target.__call__
+
+    def room(self, most: int) -> int:
+        """How many tokens a draft may have, where the text leaves room for `most`."""
+        if not self.is_compiled or most >= WIDTHS[-1]:
+            return most
+        # The last pass of a text has a width that was compiled before, too.
+        return max(width for width in WIDTHS if width <= max(most, 0) + 1) - 1
+
+    def width(self, count: int) -> int:
+        """The tokens of a pass over `count`. More follow where that width is compiled: they come
+        behind, so that no other token sees them, and `cut` takes them off."""
+        if not self.is_compiled:
+            return count
+        return min((width for width in WIDTHS if width >= count), default=count)
 
     def prefill(self, ids: torch.LongTensor, **more) -> torch.Tensor:
         """Read the prompt. (1, S) -> its last logits (1, 1, V)"""
@@ -295,7 +304,7 @@ class Decoding:
         ids = self.drafts.taps
         within = (self.target, self.target.base_model, self.target.get_decoder())
         compiled = any(getattr(one, "_compiled_call_impl", None) is not None for one in within)
-        if not compiled and self.passes.step == self.target.__call__:
+        if not compiled and not self.passes.is_compiled:
             layers = decoder_layers(self.target)
             self.taps = Taps([layers[i] for i in ids])
             return
@@ -340,18 +349,21 @@ class Decoding:
         """Draft, verify, commit."""
         # A pass commits one token more than it accepts, and that one must fit too.
         # Built-in: drafts past the length limit, and so past the end of a static cache.
-        room = self.ends.max_length - self.length - 1
+        room = self.passes.room(self.ends.max_length - self.length - 1)
         draft = self.drafts.propose(self.text.upto(self.length), room)
         drafted = 0
         if draft is not None:
             drafted = draft.length
             self.text.upto(self.length + drafted)[:, self.length :] = draft.tokens
         ids = self.text.upto(self.length + drafted)
-        logits, taps = self._pass(self.passes.run, ids, drafted + 1)  # (1, d + 1, V)
+        width = self.passes.width(drafted + 1)
+        read = self.text.upto(self.length + width - 1)
+        logits, taps = self._pass(self.passes.run, read, width)
+        logits = logits[:, : drafted + 1]  # (1, d + 1, V)
         verdict = self.verify(logits, draft, ids)
         count = self._commit(logits, verdict)
         # The last committed token was not read yet, and what was rejected is to be forgotten.
-        self.passes.cut(drafted + 1, count)
+        self.passes.cut(width, count)
         self.passes.commit(count)
         self.drafts.learn(verdict.tokens[:count], verdict.accepted, draft)
         self.drafts.keep([one[:, :count] for one in taps])
