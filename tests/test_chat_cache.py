@@ -42,6 +42,7 @@ def two_turns(target, drafter, prompt, change=lambda ids: ids, **options):
     return again, onward, read[0], passes, attachment
 
 
+@pytest.mark.own_parameters
 @pytest.mark.parametrize("architecture", ["qwen3", "gemma3_text", "gpt2", "gpt_oss"])
 def test_a_new_turn_is_read_alone_and_gives_what_feeding_all_again_gives(architecture):
     p = pair(architecture)

@@ -73,6 +73,7 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
     return load_file(next(path for path in files if path.exists()))
 
 
+@pytest.mark.own_parameters
 @pytest.mark.parametrize("clip", [0.0, 0.5], ids=["unclipped", "clipped"])
 def test_one_loss_and_gradient_for_ddp_fsdp2_accumulation_and_one_batch(folder, tmp_path, clip):
     runs = {
@@ -192,7 +193,7 @@ def test_sharded_training_with_muon_is_refused(folder, tmp_path, keys):
         launch(folder, tmp_path, 2, 2, muon_learning_rate=0.02, optim="adamw_torch_fused", **keys)
 
 
-@pytest.mark.own_parameters
+@pytest.mark.own
 @pytest.mark.parametrize("objective", ["f_auf", "b_auf"])
 def test_dominos_two_denominators_are_exact_and_its_head_may_be_sharded(folder, tmp_path, objective):
     runs = {
@@ -241,6 +242,7 @@ def test_fsdp2_of_accelerate_keeps_losses_and_gradients_in_fp32_under_bf16_and_r
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
+@pytest.mark.own_parameters
 @pytest.mark.parametrize("keys", [dict(sharded=True), FSDP2], ids=["transformers", "accelerate"])
 def test_an_evaluation_before_sharded_training_changes_nothing(folder, tmp_path, keys):
     first = dict(evaluate_first=True) if "sharded" in keys else dict(eval_on_start=True)

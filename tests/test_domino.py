@@ -231,6 +231,7 @@ def pair(shift_label: bool, architecture: str = "qwen3"):
 ALIGNMENTS = pytest.mark.parametrize("shift_label", [True, False], ids=["shifted", "unshifted"])
 
 
+@pytest.mark.own_parameters
 @pytest.mark.parametrize("architecture", ["qwen3", "gemma3_text", "gpt2"])
 @ALIGNMENTS
 def test_greedy_decoding_is_lossless_with_accepted_and_rejected_tokens(architecture, shift_label):
@@ -310,6 +311,7 @@ class ClaimsTheBase(BlockDrafts):
         return super()._fill(input_ids, hidden_states, base)._replace(logits=base)
 
 
+@pytest.mark.own
 def test_a_draft_that_claims_the_base_distribution_is_detected():
     drafter = sampling_drafter(True)
     drafter.get_drafts = lambda target, config, **keys: ClaimsTheBase(drafter, target, config, **keys)
@@ -326,7 +328,7 @@ def test_the_logits_a_draft_comes_with_are_the_corrected_ones_each_token_was_dra
         assert torch.isfinite(claimed.gather(1, draft.T)).all()
 
 
-@pytest.mark.own_parameters
+@pytest.mark.own
 @pytest.mark.parametrize(
     ("temperature", "top_k", "shift_label"),
     [(1.0, 0, True), (1.0, 0, False), (1.3, 4, True)],

@@ -642,6 +642,7 @@ class GreedyDraft(BlockDrafts):
         return Draft(logits.argmax(-1), logits)
 
 
+@pytest.mark.own
 def test_sampling_follows_it_too_where_each_drafts_length_is_decided_anew():
     costs = Costs({0: 1.0, 1: 1.15, 3: 1.45}, drafting=0.02, frozen=True)
     seen = []
@@ -670,6 +671,7 @@ class CutByTheTokenDrawn(BlockDrafts):
         return Draft(draft[:, :kept], logits[:, :kept])
 
 
+@pytest.mark.own
 def test_a_draft_cut_by_the_token_drawn_is_detected():
     target, untrained, prompt = sampling_pair()
     set_seed(0)
@@ -681,6 +683,7 @@ def test_a_draft_cut_by_the_token_drawn_is_detected():
     assert p_value < 1e-3 and accepted > 0.7
 
 
+@pytest.mark.own
 def test_a_draft_not_drawn_from_the_distribution_it_claims_is_detected():
     drafter = deepcopy(sampling_pair()[1])
     drafter.get_drafts = lambda target, config, **kwargs: GreedyDraft(drafter, target, config, **kwargs)
@@ -874,6 +877,7 @@ WRAPPERS = {
 }
 
 
+@pytest.mark.own_parameters
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_a_wrapped_target_is_the_same_target_and_is_served(name, process_group):
     p = pair()
@@ -902,6 +906,7 @@ def test_wrapped_targets_are_compared_as_what_is_inside(process_group):
     assert results["lossless"] == {"identical": 1, "near_tie": 0, "different": 0}
 
 
+@pytest.mark.own_parameters
 @pytest.mark.parametrize("wrap", [
     lambda drafter, backend: torch.compile(drafter, backend=backend),
     lambda drafter, backend: torch.compile(lora(drafter, 0.0), backend=backend),

@@ -701,6 +701,7 @@ def test_a_drafter_trained_further_in_full_names_what_it_started_from(published,
     assert "lora" not in render(out, "alice/warm").data.tags
 
 
+@pytest.mark.own
 def test_borrowed_drafter_is_published_small_and_rebuilt_from_the_target_alone(published, lora, run, hub, tmp_path):
     out = lora("borrowed", init_from_target_layers="1 3", num_draft_layers=None)
     push = ["-m", "hf_specauf.hub", "push", "--drafter", str(out), "--target", "alice/target", "--repo"]

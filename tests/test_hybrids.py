@@ -99,6 +99,7 @@ def test_without_reading_again_the_logits_are_off(monkeypatch):
     assert (torch.cat(found.logits) - whole).abs().max() > 1e-3
 
 
+@pytest.mark.own_parameters
 @pytest.mark.parametrize("options", [{}, {"draft_length": "auto"}, {"lookup": 6}], ids=["plain", "auto", "lookup"])
 @pytest.mark.parametrize("make", [make_drafter, make_domino])
 def test_every_way_to_draft_serves_a_hybrid_and_sampling_too(make, options):

@@ -126,6 +126,7 @@ def test_a_cap_that_equals_a_block_is_a_cap(cap):
 # ---- decoding
 
 
+@pytest.mark.own_parameters
 @pytest.mark.parametrize("length", [None, 2, "auto"])
 @pytest.mark.parametrize("lookup", ["auto", True, 1, 5])
 def test_greedy_text_is_the_targets_own_with_drafts_from_both(lookup, length):
@@ -309,6 +310,7 @@ def test_a_stopping_criterion_within_a_looked_up_draft_stops_where_plain_decodin
     assert stopped
 
 
+@pytest.mark.own
 def test_sampled_text_follows_its_distribution_with_lookup():
     p_value, accepted = sampled_p_value(sampling_pair()[1], 500, 1.0, 0, lookup="auto")
     assert p_value > 1e-3

@@ -319,6 +319,7 @@ def choices(verify, logits, draft_logits, draws: int) -> torch.Tensor:
     return counts
 
 
+@pytest.mark.own
 @pytest.mark.parametrize("way", ["one_by_one", "all_at_once"])
 def test_both_ways_to_verify_a_sampled_draft_follow_the_targets_distribution(way):
     torch.manual_seed(0)
@@ -344,6 +345,7 @@ def test_a_draft_that_equals_the_target_is_accepted_whole_in_both_ways():
         assert verdict.accepted == 3 and verdict.tokens[:3] == tokens[0].tolist() and len(verdict.scores) == 4
 
 
+@pytest.mark.own
 def test_sampled_text_follows_its_distribution_where_all_rows_are_verified_at_once(monkeypatch):
     monkeypatch.setattr(Verifier, "__call__", Verifier.all_at_once)
     p_value, accepted = sampled_p_value(sampling_pair()[1], 500, 1.3, 4)

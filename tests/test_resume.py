@@ -64,6 +64,7 @@ def run_until_killed(command, out: Path, moment, rng) -> tuple[int, bool]:
     return before + process.printed().count("{'loss'"), (out / ".saving").exists()
 
 
+@pytest.mark.own
 def test_killed_at_random_steps_and_inside_saves_ends_in_the_same_drafter(command, tmp_path):
     out, rng, killed, inside = tmp_path / "out", random.Random(0), [], 0
     for moment in list(MOMENTS) * 5:
@@ -120,6 +121,7 @@ def test_what_a_killed_save_left_is_cleared_and_never_resumed_from(command, tmp_
     assert not (out / ".saving").exists() and check_checkpoints(out) == BASE["max_steps"]
 
 
+@pytest.mark.own
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
 def test_a_signal_to_regenerate_finishes_the_chunk_and_the_same_command_goes_on(files, tmp_path, number):
     def words(out: str) -> list[str]:

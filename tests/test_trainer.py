@@ -422,6 +422,7 @@ def test_best_model_is_chosen_by_decoded_tau(build, pair, tmp_path):
     assert_same(weights(trainer), pair.drafter.state_dict())
 
 
+@pytest.mark.own
 def test_auf_starts_on_first_slots_grows_its_support_and_raises_tau(build, pair):
     rows = token_rows(written_by(pair.target, 8, seed=1).tolist())
     trainer = build(
@@ -864,6 +865,7 @@ def test_largest_micro_batch_is_tried_and_the_anchors_that_fit_are_named(tokeniz
     assert printed["20000"] == "fits"
 
 
+@pytest.mark.own
 def test_compiled_drafter_gives_the_same_loss_and_weights(build):
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
