@@ -91,6 +91,8 @@ LEGS = {
     # shorter blocks
     "dflash-decay-k8": Leg("decay", block_size=8),
     "dflash-auf-k8": Leg("auf", block_size=8),
+    "domino-decay-k8": Leg("domino_decay", block_size=8),
+    "domino-b-auf-k8": Leg("b_auf", block_size=8),
     # longer training
     "dflash-decay-long": Leg("decay", longer=3),
     "dflash-auf-long": Leg("auf", longer=3),
