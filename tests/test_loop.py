@@ -4,16 +4,15 @@ import sys
 import threading
 import time
 from collections import Counter
-from contextlib import contextmanager
 from copy import deepcopy
 
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from conftest import attach, make_domino, make_drafter, make_target, overfit, random_prompts
+from host_work import HostWork
 from scipy.stats import chisquare
 from test_generate import GREEDY, NEW, PROMPT, inside_a_draft, pair, plain, sampled_p_value, sampling_pair, state_of
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationMixin, StoppingCriteria
 from transformers.generation import (
     LogitsProcessorList,
@@ -34,71 +33,24 @@ from hf_specauf.drafters.verification import Draft, Verifier
 
 pytestmark = pytest.mark.internals
 
-# Ways in which the host looks at a tensor, and on a GPU waits for it.
-LOOKS = ("tolist", "item", "__int__", "__bool__", "__float__", "__index__", "nonzero", "cpu", "numpy")
-
-
-class Counting(TorchDispatchMode):
-    """Counts operations that are no views, and looks, outside the two models' passes."""
-
-    def __init__(self):
-        super().__init__()
-        self.inside = 0
-        self.operations: Counter = Counter()
-        self.looks = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if self.inside == 0 and not func.is_view:
-            self.operations[str(func)] += 1
-        return func(*args, **kwargs or {})
-
-    @contextmanager
-    def leaving_out(self, *modules):
-        def enter(*_):
-            self.inside += 1
-
-        def leave(*_):
-            self.inside -= 1
-
-        handles = [module.register_forward_pre_hook(enter) for module in modules]
-        handles += [module.register_forward_hook(leave) for module in modules]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-
-@contextmanager
-def watching_looks(counting: Counting, monkeypatch):
-    with monkeypatch.context() as patch:
-        for name in LOOKS:
-            own = getattr(torch.Tensor, name)
-
-            def look(self, *args, own=own, **kwargs):
-                counting.looks += counting.inside == 0
-                return own(self, *args, **kwargs)
-
-            patch.setattr(torch.Tensor, name, look)
-        yield
-
 
 def test_a_greedy_round_takes_twelve_operations_and_one_look_beside_the_two_passes(monkeypatch):
-    p, counting, rounds = pair(), Counting(), []
+    p, rounds = pair(), []
+    work = HostWork(p.target, p.drafter)
     own = Decoding._round
 
     def counted_round(self):
-        before = counting.operations.total(), counting.looks
-        with counting, watching_looks(counting, monkeypatch):
+        before = work.operations.total(), work.looks
+        with work.counting():
             own(self)
-        rounds.append((counting.operations.total() - before[0], counting.looks - before[1]))
+        rounds.append((work.operations.total() - before[0], work.looks - before[1]))
 
     monkeypatch.setattr(Decoding, "_round", counted_round)
-    with counting.leaving_out(p.target, p.drafter), attach(p.target, p.drafter):
+    with work.leaving_out(), attach(p.target, p.drafter):
         output = p.target.generate(p.prompts[0], **GREEDY, assistant_model=p.drafter)
     assert torch.equal(output, p.plain[0]) and len(rounds) > 8
     # Ids and positions are made longer once in many tokens, which the worst round pays.
-    assert sorted(count for count, _ in rounds)[-3] <= 12, counting.operations
+    assert sorted(count for count, _ in rounds)[-3] <= 12, work.operations
     assert {looks for _, looks in rounds} == {1}
 
 

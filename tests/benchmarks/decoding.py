@@ -24,6 +24,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from host_work import HostWork
 from real_model_data import WORDINGS
 from rich.console import Console
 from rich.progress import track
@@ -33,11 +36,12 @@ from transformers import AutoModel, Qwen3Config
 from hf_specauf.data.conversation import stop_at_both_ends
 from hf_specauf.data.rows import pad_token_id
 from hf_specauf.data.sources import load_rows
+from hf_specauf.drafters.transformers_internals import drop_capture_hooks
 from hf_specauf.evaluation.compare import decoded_in_turn
 from hf_specauf.evaluation.differences import count_verdicts, first_difference
 from hf_specauf.evaluation.intervals import figure, ratio, ratio_of_ratios
 from hf_specauf.evaluation.rows import accepted_by_source, repetition
-from hf_specauf.evaluation.ways import decoding_config, timed
+from hf_specauf.evaluation.ways import Stopwatch, decoding_config, timed
 from hf_specauf.records import environment, write_record
 from hf_specauf.serving.benchmarks import Wording, encode_prompts
 from hf_specauf.serving.decoding import attach
@@ -103,17 +107,18 @@ class Runner:
 
     def __call__(self, prompt: torch.Tensor, config) -> tuple[torch.Tensor, float, int]:
         """-> ids, seconds, passes of the target after the prefill"""
-        passes = []
-        handle = self.target.register_forward_hook(lambda *_: passes.append(1))
         config = deepcopy(config)
         config.update(**self.way.call)
-        if self.way.drafter == "z-lab":
-            output, seconds = zlab_decode(self.target, prompt, self.drafter, config)
-        else:
-            decoded = timed(self.target, prompt, self.drafter, config, seed=0)
-            output, seconds = decoded.output, decoded.seconds
-        handle.remove()
-        return output, seconds, len(passes) - 1
+        stopwatch = Stopwatch(self.target)
+        # The native generator and z-lab's loop leave hooks on every layer, which would slow down the way after them.
+        drop_capture_hooks(self.target)
+        with stopwatch.running():
+            if self.way.drafter == "z-lab":
+                output, seconds = zlab_decode(self.target, prompt, self.drafter, config)
+            else:
+                decoded = timed(self.target, prompt, self.drafter, config, seed=0)
+                output, seconds = decoded.output, decoded.seconds
+        return output, seconds, stopwatch.read().passes
 
 
 def zlab_drafter(given):
@@ -201,6 +206,17 @@ def drafter_of(way: Way, given):
     return type(given)(given.config).to(given.device, given.dtype).eval()
 
 
+def host_work(target, runner: Runner, prompt: torch.Tensor, config) -> dict:
+    """Of a decoding in that way, for each pass of the target: operations that are no views and looks at a tensor,
+    beside the passes of target and drafter."""
+    # Of lookups alone the drafter is no module.
+    modules = [one for one in (target, runner.drafter) if isinstance(one, torch.nn.Module)]
+    work = HostWork(*modules)
+    with work.leaving_out(), work.counting():
+        passes = runner(prompt, config)[2]
+    return {"operations": work.operations.total() / passes, "looks": work.looks / passes}
+
+
 def measure(target, drafter, prompts: list[torch.Tensor], pad: int, title: str, args) -> dict:
     """Every prompt in every way, so many times -> `summary`, and the share of repeated 4-grams in plain text."""
     config = decoding_config(target, args.new_tokens, pad, args.temperature)
@@ -215,6 +231,7 @@ def measure(target, drafter, prompts: list[torch.Tensor], pad: int, title: str, 
             runners[name] = Runner(way, target, own)
         for runner in runners.values():
             runner(prompts[0][:, -32:], decoding_config(target, 8, pad))
+        work = {name: host_work(target, runner, prompts[0], config) for name, runner in runners.items()}
         for attachment in attachments.values():
             attachment.generations.clear()
         rows, repeated = [], []
@@ -234,12 +251,14 @@ def measure(target, drafter, prompts: list[torch.Tensor], pad: int, title: str, 
                     row[name]["difference"] = first_difference(target, outputs["plain"], outputs[name])
             repeated.append(repetition(outputs["plain"][0, start:].tolist()) or 0.0)
             rows.append(row)
-        return summary(rows, args.ways, attachments) | {"repeated_4_grams": sum(repeated) / len(repeated)}
+        found = summary(rows, args.ways, attachments)
+        for name in args.ways:
+            found["ways"][name]["host_work_per_pass"] = work[name]
+        return found | {"repeated_4_grams": sum(repeated) / len(repeated)}
 
 
 def toy():
     """The tests' toy pair: (target, drafter, prompts by title)."""
-    sys.path.insert(0, str(Path(__file__).parents[1]))
     from conftest import make_drafter, make_target, overfit, random_prompts
 
     target = make_target(dtype=torch.float32)
@@ -251,11 +270,13 @@ def toy():
 
 def show(title: str, found: dict, console: Console) -> None:
     title = f"{title}, {found['repeated_4_grams']:.0%} of 4-grams repeat"
-    table = Table("way", "tokens/s", "over plain", "95 %", "tokens a pass", "ms a pass", "outputs", title=title)
+    columns = ("way", "tokens/s", "over plain", "95 %", "tokens a pass", "ms a pass", "operations, looks a pass")
+    table = Table(*columns, "outputs", title=title)
     for way, row in found["ways"].items():
         table.add_row(
             way, f"{row['tokens_per_second']:.1f}", f"{row['over_plain']:.2f}", ends(row["interval"]),
             f"{row['tokens_per_pass']:.2f}", f"{row['ms_per_pass']:.1f}",
+            "{operations:.0f}, {looks:.1f}".format(**row["host_work_per_pass"]),
             ", ".join(f"{count} {name}" for name, count in row["outputs"].items() if count),
         )  # fmt: skip
     console.print(table)
