@@ -18,7 +18,7 @@ from transformers.generation import LogitsProcessorList
 import hf_specauf
 from hf_specauf import DFlashConfig, DominoConfig, DominoDraftModel
 from hf_specauf.drafters.drafts import BlockDrafts
-from hf_specauf.drafters.target_parts import add_correction
+from hf_specauf.drafters.modeling_domino import add_correction
 from hf_specauf.drafters.verification import Draft
 from hf_specauf.losses.blocks import make_blocks
 from hf_specauf.losses.branches import branch_losses

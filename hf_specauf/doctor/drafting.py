@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..drafters.target_parts import add_correction, apply_head
+from ..drafters.modeling_domino import add_correction
+from ..drafters.target_parts import apply_head
 from ..serving.replay import blocks_in
 from .patient import Patient
 

@@ -276,15 +276,16 @@ class Decoding:
         Returns:
             What `generate` returns: ids (1, S), or a `GenerateDecoderOnlyOutput`.
         """
-        self._prefill()
-        while self.target._has_unfinished_sequences(
-            self.done, self.synced_gpus, device=self.text.rows.device
-        ):
-            if self.done:
-                # Another process is not done, and its passes need all processes.
-                self._idle()
-            else:
-                self._round()
+        with nullcontext() if self.taps is None else self.taps.hooked():
+            self._prefill()
+            while self.target._has_unfinished_sequences(
+                self.done, self.synced_gpus, device=self.text.rows.device
+            ):
+                if self.done:
+                    # Another process is not done, and its passes need all processes.
+                    self._idle()
+                else:
+                    self._round()
         if self.streamer is not None:
             self.streamer.end()
         # All but the last token were read.

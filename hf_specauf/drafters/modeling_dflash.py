@@ -1,14 +1,12 @@
 """The DFlash drafter: one forward for training and decoding. Travels to the Hub."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.functional import rms_norm
-from transformers.modeling_outputs import BaseModelOutput
 
 from .configuration_dflash import DFlashConfig, check_dtype
 from .drafts import BlockDrafts
@@ -71,6 +69,9 @@ class DFlashAttention(nn.Module):
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = config.head_dim**-0.5
         self.is_causal = False
+        # Read off here once: transformers' configs take their time for each.
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = config.head_dim
         q_size = config.num_attention_heads * config.head_dim
         kv_size = config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, q_size, bias=False)
@@ -91,8 +92,7 @@ class DFlashAttention(nn.Module):
     ) -> torch.Tensor:
         """What the block's slots read, (B, Q, H); masks as of [`DFlashDraftModel`]."""
         batch, slots, _ = block.shape
-        heads, kv_heads = self.config.num_attention_heads, self.config.num_key_value_heads
-        head_dim = self.config.head_dim
+        heads, kv_heads, head_dim = self.heads, self.kv_heads, self.head_dim
         both = torch.cat([context, block], dim=1)  # (B, C + Q, H)
         query = self.q_proj(block).view(batch, -1, heads, head_dim)
         key = self.k_proj(both).view(batch, -1, kv_heads, head_dim)
@@ -158,10 +158,13 @@ class DFlashDecoderLayer(GradientCheckpointingLayer):
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
-@dataclass
-class DraftOutput(BaseModelOutput):
-    """`last_hidden_state` of shape `(B, Q, H)`, and what `reduce` returned."""
+class DraftOutput(NamedTuple):
+    """`last_hidden_state` of shape `(B, Q, H)`, and what `reduce` returned.
 
+    No `ModelOutput`, because to make one takes longer than a norm, and decoding makes one a pass.
+    """
+
+    last_hidden_state: torch.Tensor
     reduced: Any = None
 
 
@@ -259,13 +262,12 @@ class DFlashDraftModel(PreTrainedModel):
             hidden_states = layer(hidden_states, context, cos, sin, mask, cache)
         hidden_states = self.norm(hidden_states).to(noise_embeds.dtype)
         # Without the cache, which was changed in place: nobody reads it off a drafter's output.
-        output = DraftOutput(last_hidden_state=hidden_states)
-        if reduce is not None:
-            batch, _, size = hidden_states.shape
-            blocks = hidden_states.view(batch, -1, self.config.block_size, size)  # (B, N, K, H)
-            rows = blocks[:, :, self.config.predicting_slots]  # (B, N, P, H)
-            output.reduced = self.reduce_rows(rows, prev_embeds, reduce)
-        return output
+        if reduce is None:
+            return DraftOutput(hidden_states)
+        batch, _, size = hidden_states.shape
+        blocks = hidden_states.view(batch, -1, self.config.block_size, size)  # (B, N, K, H)
+        rows = blocks[:, :, self.config.predicting_slots]  # (B, N, P, H)
+        return DraftOutput(hidden_states, self.reduce_rows(rows, prev_embeds, reduce))
 
     def reduce_rows(
         self, rows: torch.Tensor, prev_embeds: torch.Tensor | None, reduce: Callable

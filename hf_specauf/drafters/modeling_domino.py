@@ -12,7 +12,6 @@ from transformers import initialization as init
 from .configuration_domino import DominoConfig
 from .modeling_dflash import DFlashDraftModel, DraftOutput
 from .overrides import generate_with_drafter
-from .target_parts import add_correction
 from .transformers_internals import Cache, DFlashCache, the_cache
 
 # A whole Python file, which `save_pretrained` writes to custom_generate/generate.py of a drafter's
@@ -54,6 +53,15 @@ WHAT_TO_CALL = (
     "Call hf_specauf.generate(target, drafter, ...), or without that package target.generate(...,"
     ' custom_generate="<this repository>", trust_remote_code=True, assistant_model=drafter)'
 )
+
+
+def add_correction(logits: torch.Tensor, correction: torch.Tensor) -> torch.Tensor:
+    """Domino's final logits (arXiv 2605.29707): base logits plus correction, both (..., V).
+
+    They are added in the wider of their dtypes, and in fp32 at least.
+    """
+    wide = torch.promote_types(torch.promote_types(logits.dtype, correction.dtype), torch.float32)
+    return logits.to(wide) + correction.to(wide)
 
 
 class LowRankHead(nn.Sequential):

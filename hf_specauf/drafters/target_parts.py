@@ -9,7 +9,7 @@ Letters: B rows, C and Q tokens, H hidden size, V vocabulary.
 import copy
 import inspect
 import threading
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from weakref import WeakSet
 
 import torch
@@ -39,8 +39,8 @@ def decoder_layers(target) -> nn.ModuleList:
 
 
 class Taps:
-    """Keeps what some decoder layers put out, by hooks that last as long as a `with` block, which
-    is one pass: a user's own criterion may call the target between two.
+    """Keeps what some decoder layers put out in the passes inside a `with` block: a user's own
+    criterion may call the target between two. The hooks that do it last as long as `hooked`.
 
     Only passes of the thread that made it are kept, so that several may decode with one target.
     transformers' own way (`output_hidden_states`) leaves hooks on every layer for good, which slow
@@ -54,21 +54,29 @@ class Taps:
         self.layers = layers
         self.kept: list[list[torch.Tensor]] = [[] for _ in layers]
         self.thread = threading.get_ident()
-        self.handles = []
+        self.is_open = False
 
-    def __enter__(self) -> "Taps":
-        for layer, kept in zip(self.layers, self.kept):
-            self.handles.append(layer.register_forward_hook(self._keep_in(kept)))
-        return self
+    @contextmanager
+    def hooked(self):
+        """Hold the hooks, for a whole call: to put them on for each pass would take longer."""
+        handles = []
+        try:
+            for layer, kept in zip(self.layers, self.kept):
+                handles.append(layer.register_forward_hook(self._keep_in(kept)))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def __enter__(self) -> None:
+        self.is_open = True
 
     def __exit__(self, *exception) -> None:
-        for handle in self.handles:
-            handle.remove()
-        self.handles = []
+        self.is_open = False
 
     def _keep_in(self, kept: list[torch.Tensor]):
         def keep(module, args, output):
-            if threading.get_ident() == self.thread:
+            if self.is_open and threading.get_ident() == self.thread:
                 # Some architectures' layers return a tuple, whose first entry is the hidden states.
                 kept.append(output[0] if isinstance(output, tuple) else output)
 
@@ -388,12 +396,3 @@ def apply_head(head: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
         # A quantised head casts by itself.
         dtype = hidden_states.dtype
     return head(hidden_states.to(device_of(head), dtype)).to(hidden_states.device)
-
-
-def add_correction(logits: torch.Tensor, correction: torch.Tensor) -> torch.Tensor:
-    """Domino's final logits (arXiv 2605.29707): base logits plus correction, both (..., V).
-
-    They are added in the wider of their dtypes, and in fp32 at least.
-    """
-    wide = torch.promote_types(torch.promote_types(logits.dtype, correction.dtype), torch.float32)
-    return logits.to(wide) + correction.to(wide)

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ..drafters.target_parts import add_correction, apply_head
+from ..drafters.modeling_domino import add_correction
+from ..drafters.target_parts import apply_head
 from .objectives import LossSpec, first_failure_support, loss_terms
 
 # A product with few rows takes as long as one with this many, because the head's weights are read
