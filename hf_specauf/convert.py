@@ -12,6 +12,7 @@ from .keys import check_keys
 from .layouts import LAYOUTS, Layout
 from .layouts.load import load_drafter
 from .records import check_can_write
+from .target import check_target
 
 
 def writable(name: str) -> Layout:
@@ -52,6 +53,8 @@ def main(argv: list[str] | None = None) -> None:
     check_keys(args)
     layout = writable(args.to)
     out = Path(args.out)
+    if args.target is not None:
+        check_target("--target", args.target)
     # of a file in its place, `save_pretrained` would write nothing, and only log it
     check_can_write("--out", out)
     drafter = load_drafter(args.drafter, args.drafter_revision, key="--drafter")

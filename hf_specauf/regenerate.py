@@ -36,7 +36,7 @@ from .data.sources import load_rows, rows_hash
 from .identity import Identity
 from .keys import ONE_OR_MORE, SEED, Numbers, check_keys, template_arguments
 from .recipe import CHOICES, DataArguments, TargetArguments
-from .target import check_device, check_revision, load_target
+from .target import check_device, check_target, load_target
 from .training.callbacks import Interruption
 
 # Flags that take a number.
@@ -140,7 +140,7 @@ class RegenerateArguments:
             return
         # Before the rows are read, which may take long. A server has both on its own machine.
         check_device(self.device)
-        check_revision("target", self.target, self.target_revision)
+        check_target("target", self.target, self.target_revision)
 
 
 def regenerate(args: RegenerateArguments) -> dict | None:
