@@ -736,6 +736,33 @@ def test_checkpoints_of_an_earlier_run_go_first_and_are_not_resumed_from(build, 
     ]
 
 
+LATE = dict(lr_scheduler_type="constant_with_warmup", max_steps=2, save_strategy="no")
+
+
+@pytest.mark.parametrize(
+    "keys, said",
+    [
+        (dict(learning_rate=0.0, max_steps=1), "learning_rate is 0: the drafter stays as it is."),
+        (
+            dict(learning_rate=0.0, muon_learning_rate=0.02, max_steps=1),
+            "learning_rate is 0: all of the drafter but the matrices, which Muon trains, stays as it is.",
+        ),
+        (dict(warmup_steps=4, **LATE), "the warm-up takes 4 steps and the run has 2: it ends at 25% of the learning"),
+        (dict(warmup_steps=1.0, num_train_epochs=1.0, **LATE | dict(max_steps=-1)), "the run has 1: it ends at 0%"),
+        (dict(warmup_steps=1, **LATE), ""),
+    ],
+)
+def test_a_learning_rate_that_trains_nothing_or_is_never_reached_is_said_as_training_begins(
+    build, pair, capsys, keys, said
+):
+    trainer = build(eval_prompts=0, train_dataset=pair.rows.select(range(4)), eval_dataset=None, **keys)
+    capsys.readouterr()
+    trainer.train()
+    printed = capsys.readouterr().out
+    assert said in printed.splitlines()[0]
+    assert bool(said) == ("learning_rate is 0" in printed or "the warm-up takes" in printed)
+
+
 def test_training_leaves_the_target_untouched(build, pair, tmp_path):
     target = deepcopy(pair.target)
     for parameter in target.parameters():

@@ -38,7 +38,7 @@ from ..losses.branches import BranchBalance, branch_denominators, row_loss_terms
 from ..target import FrozenTarget, room_for_prompt
 from ..target_states.kept import KeptStates
 from . import preflight
-from .callbacks import InterruptCallback, TauProgressCallback
+from .callbacks import InterruptCallback, RateCallback, TauProgressCallback
 from .checkpoints import DrafterCheckpoints, shard_again, whole_copy
 from .config import AUFConfig
 from .diagnostics import (
@@ -135,7 +135,7 @@ class AUFTrainer(DrafterCheckpoints, Publishing, Trainer):
             eval_dataset=eval_dataset,
             data_collator=RowCollator(pad, config.mask_token_id, keyed=kept is not None),
             compute_metrics=evaluation_metrics,
-            callbacks=[self._interrupt, *(callbacks or [])],
+            callbacks=[self._interrupt, RateCallback(), *(callbacks or [])],
         )
         wait_for_everyone()  # with push_to_hub, the first process has just asked the Hub
         preflight.check_best_metric(args, self.block_size, eval_dataset)
