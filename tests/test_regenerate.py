@@ -935,6 +935,24 @@ def test_a_server_that_refuses_everything_is_no_success(words, pair, tmp_path):
 
 
 @pytest.mark.own
+@pytest.mark.parametrize("rows", [[{"text": "the fox"}], [{"messages": [FOX]}, {"text": "the fox"}]])
+def test_a_server_is_not_asked_to_continue_plain_text(words, pair, tmp_path, rows):
+    data, last = save_rows(tmp_path / "data.jsonl", rows), len(rows) - 1
+    with server(pair, []) as (url, seen):
+        with pytest.raises(SystemExit, match=f"error: row {last} is plain text, .*: leave out --endpoint, or such"):
+            main(words(endpoint=url, target="tiny", dataset_name=data))
+    assert not seen and [path.name for path in tmp_path.iterdir()] == ["data.jsonl"]
+
+
+@pytest.mark.own
+@pytest.mark.parametrize("row", [{"question": "why?"}, {"input_ids": [5, 6], "supervised": [0, 1]}])
+def test_rows_that_ask_nothing_are_told_before_the_target_is_loaded(words, tmp_path, row):
+    data = save_rows(tmp_path / "data.jsonl", [row])
+    with pytest.raises(SystemExit, match="error: the dataset's columns are .*Rename the column that holds"):
+        main(words(target="no/target", dataset_name=data))
+
+
+@pytest.mark.own
 @pytest.mark.parametrize("name", ["reasoning", "reasoning_content"])
 def test_a_servers_thoughts_are_found_by_every_template(words, pair, tmp_path, name):
     with server(pair, [], **{name: "Foxes."}) as (url, _):
