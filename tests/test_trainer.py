@@ -676,7 +676,8 @@ def test_signals_are_given_back_and_sums_start_clean_after_an_error(build, pair)
 
 
 def test_raw_rows_and_several_sets_are_evaluated(build, pair, tokenizer):
-    texts = Dataset.from_dict({"text": ["a quick brown fox jumps over the lazy dog"] * 3})
+    # a column of that name does not make them token rows
+    texts = Dataset.from_dict({"text": ["a quick brown fox jumps over the lazy dog"] * 3, "row": [7, 8, 9]})
     target = make_target(vocab_size=len(tokenizer), bos_token_id=None)
     config = drafter_config(target, num_hidden_layers=1, block_size=4, mask_token_id=2, target_layer_ids=[0, 2])
     trainer = build(
@@ -761,6 +762,22 @@ def test_a_learning_rate_that_trains_nothing_or_is_never_reached_is_said_as_trai
     printed = capsys.readouterr().out
     assert said in printed.splitlines()[0]
     assert bool(said) == ("learning_rate is 0" in printed or "the warm-up takes" in printed)
+
+
+def test_rows_that_were_prepared_for_more_positions_than_the_target_has_are_refused(build, pair):
+    texts = random_prompts(3, 300).tolist()
+    rows = token_rows([texts[0][:200], texts[1], texts[2][:100]])
+    prepared = rows.add_column("length", [200, 300, 100]).add_column("row", [0, 1, 2])
+    refused = "row 1 holds a document of 300 tokens, and the target has 256 positions: give prepare_rows positions=256"
+    keys = dict(max_length=400, eval_dataset=None, eval_prompts=0)
+    for given in (prepared, prepared.remove_columns("length")):
+        with pytest.raises(ValueError, match=refused):
+            build(train_dataset=given, **keys)
+    trainer = build(train_dataset=prepared.remove_columns("length").rename_column("row", "document"), **keys)
+    assert trainer.train_dataset["length"][:3] == [200, 256, 100]
+    documents = [[0] * 200, [0] * 150 + [1] * 150, [0] * 100]
+    packed = prepared.add_column("document_ids", documents)
+    assert build(train_dataset=packed, per_device_train_batch_size=1, **keys).train_dataset["length"][1] == 300
 
 
 def test_training_leaves_the_target_untouched(build, pair, tmp_path):

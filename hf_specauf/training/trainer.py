@@ -30,6 +30,7 @@ from transformers import (
 )
 
 from ..data.conversation import stop_at_both_ends
+from ..data.findings import are_prepared
 from ..data.rows import RowCollator, fill_up, pad_token_id, prepare_rows
 from ..drafters.transformers_internals import check_methods
 from ..layouts.adapters import AdapterBase
@@ -165,7 +166,7 @@ class AUFTrainer(DrafterCheckpoints, Publishing, Trainer):
         """Raw rows, or a dict of several sets, as token rows; token rows as they are."""
         if isinstance(rows, dict):
             return {name: self._prepare(part) for name, part in rows.items()}
-        if rows is None or "row" in rows.column_names:
+        if rows is None or are_prepared(rows, self.target.positions):
             return rows
         return prepare_rows(
             rows,
@@ -180,8 +181,7 @@ class AUFTrainer(DrafterCheckpoints, Publishing, Trainer):
         )
 
     def _keep_sharded_sums_in_fp32(self) -> None:
-        # accelerate's own policy sums gradients in bf16, and casts what forward returns, which
-        # holds a Domino drafter's losses
+        # accelerate's own policy sums gradients in bf16, and casts a Domino drafter's losses too
         if self.is_fsdp_enabled and self.args.bf16:
             policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = policy
