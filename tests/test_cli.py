@@ -310,6 +310,28 @@ def test_a_name_that_is_neither_a_folder_nor_on_the_hub_is_told_before_any_work(
     assert [path.name for path in tmp_path.iterdir()] == ["drafter"]
 
 
+def test_no_model_is_overwritten_by_a_drafter(fresh, tmp_path, capsys):
+    target = tmp_path / "target"
+    make_target().save_pretrained(target)
+    before = {path: path.read_bytes() for path in (*target.iterdir(), *fresh.iterdir())}
+    trained = ["--target", "a/b", "--dataset_name", "p.txt", "--use_cpu", "true"]
+    for main_of_command, words in (
+        (train.main, [*trained, "--output_dir"]),
+        (convert.main, ["--drafter", fresh, "--out"]),
+        (hub.main, ["pull", "--repo", "a/b", "--into"]),
+    ):
+        said = say(main_of_command, [*words, target], capsys)
+        assert f"{words[-1].removeprefix('--')} {target} holds a model of type qwen3, which would be over" in said
+    for main_of_command, words, out in (
+        (train.main, [*trained, "--drafter", fresh, "--output_dir"], fresh),
+        (train.main, [*trained, "--drafter", fresh, "--output_dir"], tmp_path),
+        (convert.main, ["--drafter", fresh, "--out"], fresh),
+    ):
+        said = say(main_of_command, [*words, out], capsys)
+        assert f"{out} holds what it is made from ({fresh}), which would be overwritten: name another" in said
+    assert before == {path: path.read_bytes() for path in (*target.iterdir(), *fresh.iterdir())}
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there_is_said_not_to_be(capsys):
     words = ["--target", "no/target", "--drafter", "no/drafter", "--prompts", "gsm8k", "--device", "cuda"]

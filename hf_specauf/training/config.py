@@ -17,7 +17,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 from ..keys import ONE_OR_MORE, SEED, Numbers, check_keys
 from ..losses.branches import check_domino_keys
 from ..losses.objectives import OBJECTIVES, LossSpec, check_normalisation, find_objective
-from ..records import check_can_write
+from ..records import check_can_write, check_no_model_is_lost
 
 # Keys of TrainingArguments that would be accepted and ignored, or break the exact loss, and their
 # harmless values.
@@ -303,7 +303,9 @@ class AUFConfig(TrainingArguments):
 
     def _check_places(self) -> None:
         """Where things are written, here and on the Hub."""
-        check_can_write("output_dir", self.output_dir or "trainer_output")
+        out = self.output_dir or "trainer_output"
+        check_can_write("output_dir", out)
+        check_no_model_is_lost("output_dir", out)
         if self.target_states_cache is not None:
             check_can_write("target_states_cache", self.target_states_cache)
         if self.hub_model_id is not None:
