@@ -307,7 +307,26 @@ def test_a_name_that_is_neither_a_folder_nor_on_the_hub_is_told_before_any_work(
         for name in ("no such", str(tmp_path / "nowhere"), "https://huggingface.co/a/b"):
             said = say(main_of_command, ["--target", name, *more], capsys)
             assert f"target: {name!r} is neither a folder nor a Hub id (OWNER/NAME): give one" in said
+        said = say(main_of_command, ["--target", fresh / "config.json", *more], capsys)
+        assert f"target: '{fresh / 'config.json'}' is a file: give the folder that it lies in" in said
+    said = say(convert.main, ["--drafter", fresh / "config.json", "--out", tmp_path / "out"], capsys)
+    assert f"--drafter: {fresh / 'config.json'} is a file: give the folder that it lies in" in said
     assert [path.name for path in tmp_path.iterdir()] == ["drafter"]
+
+
+def test_a_target_given_as_drafter_or_as_rows_is_told_to_be_one(tmp_path, capsys):
+    target = tmp_path / "target"
+    make_target().save_pretrained(target)
+    for main_of_command, words in (
+        (convert.main, ["--out", tmp_path / "out"]),
+        (hub.main, ["check", "--target", "a/b"]),
+    ):
+        said = say(main_of_command, [*words, "--drafter", target], capsys)
+        assert f"--drafter: {target} says nothing about block_size" in said and "of type qwen3 (a target?)" in said
+    words = ["--target", target, "--drafter", target, "--device", "cpu", "--prompts", target]
+    assert f"--prompts '{target}' is a folder that holds a model, and no rows" in say(evaluate.main, words, capsys)
+    trained = ["--target", target, "--output_dir", tmp_path / "out", "--dataset_name", target]
+    assert f"dataset_name '{target}' is a folder that holds a model, and no rows" in say(train.main, trained, capsys)
 
 
 def test_no_model_is_overwritten_by_a_drafter(fresh, tmp_path, capsys):

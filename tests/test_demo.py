@@ -54,6 +54,8 @@ def test_chat_answers_what_is_typed_until_an_empty_line(folders, monkeypatch, ca
 def test_prompts_and_chats_that_leave_no_room_for_an_answer_are_told(folders, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="error: the prompt has .* tokens, and --new_tokens 250 leaves 6 of the"):
         main([*folders, "--new_tokens", "250"])
+    with pytest.raises(SystemExit, match="error: --new_tokens is 256, and the target has 256 positions"):
+        main([*folders, "--new_tokens", "256"])
     asked = ["one " * 40, "two " * 40, "three " * 90, "four"]
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join([*asked, ""])))
     main([*folders, "--new_tokens", "8", "--chat"])

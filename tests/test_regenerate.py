@@ -660,6 +660,7 @@ def test_a_drafter_trains_on_the_answers(words, command, tmp_path, capsys):
         (dict(target="nowhere"), "--target: 'nowhere' cannot be loaded"),
         (dict(chat_template_kwargs="[1]"), "chat_template_kwargs is '[1]', which is no JSON object"),
         (dict(max_rows=-3), "max_rows is -3"),
+        (dict(max_new_tokens=256), "max_new_tokens is 256, and the target has 256 positions, the prompt's among them"),
         (dict(temprature=1), "--temprature"),
         (dict(endpoint="not a url"), "endpoint is 'not a url', which is no address; it must be one like http://"),
         (dict(endpoint="localhost:8000/v1"), "endpoint is 'localhost:8000/v1', which is no address"),

@@ -73,12 +73,12 @@ class Pair:
         """Why the target has no positions for the answer to a prompt (1, S); `None` where it
         has."""
         new = self.config.max_new_tokens
-        room = room_for_prompt(self.target, new)
+        room = room_for_prompt(self.target, new, "--new_tokens")
         if room is None or prompt.shape[1] <= room:
             return None
         return (
-            f"the prompt has {prompt.shape[1]} tokens, and --new_tokens {new} leaves"
-            f" {max(room, 0)} of the target's positions to it"
+            f"the prompt has {prompt.shape[1]} tokens, and --new_tokens {new} leaves {room} of the"
+            " target's positions to it"
         )
 
     def write(self, prompt: torch.Tensor, assistant, streamer: AnswerStreamer | None = None):

@@ -50,7 +50,7 @@ def check_target(
         on_hub (`bool`, *optional*, defaults to `False`): look at a repository's config too.
 
     Raises:
-        OSError: it is neither a folder nor a Hub id.
+        OSError: it is a file, or neither a folder nor a Hub id.
         ValueError: the folder was given a revision, which transformers ignores without a word; or
             it holds a drafter.
     """
@@ -61,6 +61,8 @@ def check_target(
             f"{key}_revision is {revision!r}, and {key} {name_or_path!r} is a folder, which has no"
             f" revisions: remove {key}_revision, or give the Hub id"
         )
+    if Path(name_or_path).is_file():
+        raise OSError(f"{key}: {name_or_path!r} is a file: give the folder that it lies in")
     if not is_folder:
         try:
             validate_repo_id(str(name_or_path))

@@ -390,7 +390,7 @@ class AUFTrainer(DrafterCheckpoints, Publishing, Trainer):
     def eval_prompts(self, rows: Dataset | None = None) -> list[torch.Tensor]:
         """Prompts (1, S) of `eval_prompts` held-out rows, evenly spread."""
         rows = first_set(self.eval_dataset if rows is None else rows)
-        room = room_for_prompt(self.target.model, self.args.eval_new_tokens)
+        room = room_for_prompt(self.target.model, self.args.eval_new_tokens, "eval_new_tokens")
         return list(prompts_of(evenly_spread(rows, self.args.eval_prompts), self.args.device, room))
 
     def decoded_tau(self, rows: Dataset) -> float:
