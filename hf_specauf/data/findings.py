@@ -84,13 +84,14 @@ def are_prepared(rows: Dataset, positions: int | None) -> bool:
     """
     if not PREPARED <= {*rows.column_names}:
         return False
-    lengths = rows["length"] if "length" in rows.column_names else map(len, rows["input_ids"])
+    if positions is None:
+        return True
+    # What somebody made by hand may lack the lengths.
+    lengths = rows["length"][:] if "length" in rows.column_names else map(len, rows["input_ids"])
     for number, size in enumerate(lengths):
-        if positions is None or size <= positions:
-            continue
         # A packed row may be longer than each of its documents.
-        if "document_ids" in rows.column_names:
-            size = int(np.unique_counts(rows[number]["document_ids"]).counts.max())
+        if size > positions and "document_ids" in rows.column_names:
+            size = int(np.unique(rows[number]["document_ids"], return_counts=True)[1].max())
         if size > positions:
             raise ValueError(
                 f"row {number} holds a document of {size} tokens, and the target has {positions}"
