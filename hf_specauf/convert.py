@@ -11,7 +11,8 @@ from .cli import errors_in_one_line, under_new_spelling
 from .keys import check_keys
 from .layouts import LAYOUTS, Layout
 from .layouts.load import load_drafter
-from .records import check_can_write
+from .records import check_can_write, check_no_model_is_lost
+from .target import check_target
 
 
 def writable(name: str) -> Layout:
@@ -52,8 +53,11 @@ def main(argv: list[str] | None = None) -> None:
     check_keys(args)
     layout = writable(args.to)
     out = Path(args.out)
+    if args.target is not None:
+        check_target("--target", args.target)
     # of a file in its place, `save_pretrained` would write nothing, and only log it
     check_can_write("--out", out)
+    check_no_model_is_lost("--out", out, args.drafter)
     drafter = load_drafter(args.drafter, args.drafter_revision, key="--drafter")
     config = drafter.config
     # other layouts do not name their target, and push needs it

@@ -50,7 +50,7 @@ from .serving.benchmarks import (
     load_prompts,
 )
 from .serving.decoding import AUTO
-from .target import check_device, check_revision, load_target, room_for_prompt
+from .target import check_device, check_target, load_target, room_for_prompt
 
 SEED = 0  # of every sampled output
 # Flags that take a number.
@@ -177,7 +177,9 @@ class EvaluateArguments:
             self.lookup = int(self.lookup)
         self.choose_ways()
         check_device(self.device)
-        check_revision("--target", self.target, self.target_revision)
+        check_target("--target", self.target, self.target_revision)
+        if self.assistant is not None:
+            check_target("--assistant", self.assistant)
         check_can_write("--out", self.out)
 
     def choose_ways(self) -> dict[str, Way]:
@@ -331,6 +333,8 @@ def evaluate(args: EvaluateArguments) -> tuple[dict, str]:
         args.prompts_salvage,
     )
     folder, commit = fetch(args.drafter, args.drafter_revision, "--drafter")
+    for drafter in args.also or []:
+        fetch(drafter, None, "--also")
     target, tokenizer, drafter = load_models(args, folder)
     stop_at_both_ends(target, tokenizer, drafter.config.chat_template_kwargs)
     out = Path(args.out)

@@ -3,6 +3,7 @@ before anything heavy is loaded."""
 
 import json
 import math
+import re
 from argparse import Namespace
 from collections.abc import Iterable
 from dataclasses import fields
@@ -133,6 +134,22 @@ def check_words(arguments: Any) -> None:
             raise ValueError(f"{key} is {value!r}, which is no text: put it between quotes")
         if not value.strip():
             raise ValueError(f"{key} is empty: give it a value, or leave it out")
+        if key.endswith("revision"):
+            check_revision_name(key, value)
+
+
+# What git takes in no name of a branch, tag or commit.
+NO_REVISION = re.compile(r"[\s\x00-\x1f\x7f~^:?*\[\\]|\.\.|@\{|//|/\.|\.lock(?:/|$)|^[-./]|[./]$")
+
+
+def check_revision_name(key: str, revision: str) -> None:
+    """Raise for what no branch, tag or commit can be called: the Hub would only say that it has
+    none, after work that took long."""
+    if NO_REVISION.search(revision):
+        raise ValueError(
+            f"{key} {revision!r} is no name that git takes: give a branch, a tag or a commit, like"
+            " main, v1 or 3f2a9c1"
+        )
 
 
 # Arguments of `apply_chat_template` itself, and what it gives to each template.

@@ -20,7 +20,7 @@ from .data.config import DataArguments
 from .drafters import DRAFTERS
 from .drafters.configuration_dflash import DFlashConfig
 from .keys import ONE_OR_MORE, Numbers, check_keys, template_arguments
-from .target import check_device, check_revision
+from .target import check_device, check_target
 from .training.config import AUFConfig
 
 # Keys that take one of a few words. They are no `choices` in the fields' metadata: argparse would
@@ -85,8 +85,8 @@ class TargetArguments:
 
     def __post_init__(self):
         check_keys(self, choices=CHOICES)
-        # before the data is read, which may take long
-        check_revision("target", self.target, self.target_revision)
+        # Before the data is read, which may take long.
+        check_target("target", self.target, self.target_revision)
         is_folder = os.path.isdir(self.target)
         if self.trust_remote_code and not self.target_revision and not is_folder:
             raise ValueError(

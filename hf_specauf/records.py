@@ -110,6 +110,37 @@ def check_can_write(key: str, path: str | Path, *, is_file: bool = False) -> Non
         ) from error
 
 
+def check_no_model_is_lost(key: str, folder: str | Path, source: str | Path | None = None) -> None:
+    """Raise where a drafter that is written into a folder would overwrite a model: a target, or the
+    very drafter that it is made from.
+
+    Args:
+        key (`str`): what errors call the folder.
+        source (`str` or `Path`, *optional*): Hub id or folder of what it is made from.
+
+    Raises:
+        ValueError: what is there, and the key.
+    """
+    folder = Path(folder)
+    if source is not None and Path(source).is_dir():
+        read = Path(source).resolve()
+        # Beside a drafter, its checkpoints and its adapter are written anew too.
+        if read.is_relative_to(folder.resolve()):
+            raise ValueError(
+                f"{key} {folder} holds what it is made from ({source}), which would be overwritten:"
+                " name another folder"
+            )
+    config = folder / "config.json"
+    if not config.is_file():
+        return
+    kind = str(read_record(config).get("model_type"))
+    if not kind.startswith("specauf_"):
+        raise ValueError(
+            f"{key} {folder} holds a model of type {kind}, which would be overwritten: name another"
+            " folder"
+        )
+
+
 def part_of(path: Path) -> Path:
     """A file's name while this process writes it. Several processes may write the same file."""
     return path.with_name(f"{path.name}.{os.getpid()}.part")

@@ -23,20 +23,15 @@ from trl import TrlParser
 from .cli import OneSpelling, errors_in_one_line
 from .data.answers import ROWS_PER_BATCH, TargetWriter
 from .data.chunks import ChunkFiles, check_out, chunk_seed, number_of_process
-from .data.conversation import (
-    Sampling,
-    Writer,
-    answer_rows,
-    end_for_a_server,
-    stop_at_both_ends,
-)
+from .data.conversation import Sampling, Writer, answer_rows, end_for_a_server, stop_at_both_ends
+from .data.messages import row_format
 from .data.on_policy import written_by
-from .data.server import ServerWriter, check_endpoint
+from .data.server import ServerWriter, check_endpoint, refuse_plain_text
 from .data.sources import load_rows, rows_hash
 from .identity import Identity
 from .keys import ONE_OR_MORE, SEED, Numbers, check_keys, template_arguments
 from .recipe import CHOICES, DataArguments, TargetArguments
-from .target import check_device, check_revision, load_target
+from .target import check_device, check_target, load_target
 from .training.callbacks import Interruption
 
 # Flags that take a number.
@@ -140,7 +135,7 @@ class RegenerateArguments:
             return
         # Before the rows are read, which may take long. A server has both on its own machine.
         check_device(self.device)
-        check_revision("target", self.target, self.target_revision)
+        check_target("target", self.target, self.target_revision)
 
 
 def regenerate(args: RegenerateArguments) -> dict | None:
@@ -167,6 +162,10 @@ def regenerate(args: RegenerateArguments) -> dict | None:
     )
     if args.max_rows is not None:
         rows = rows.select(range(min(args.max_rows, len(rows))))
+    # Token ids of another target ask nothing.
+    row_format([column for column in rows.column_names if column != "input_ids"])
+    if args.endpoint is not None:
+        refuse_plain_text(rows)
     # The target is loaded before anything is compared, because its weights are compared too.
     write, found = writer(args)
     settings = asdict(args) | found | {"rows": len(rows), "rows_hash": rows_hash(rows)}

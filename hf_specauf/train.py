@@ -28,7 +28,7 @@ from .identity.multimodal import auto_class
 from .layouts.adapters import AdapterBase, borrow
 from .layouts.load import load_drafter
 from .recipe import DrafterArguments, TargetArguments, parse
-from .records import NOT_PUBLIC, environment, write_record
+from .records import NOT_PUBLIC, check_no_model_is_lost, environment, write_record
 from .regenerate import on_policy_words
 from .target import FrozenTarget, default_mask_token_id, drafter_config, load_target
 from .training.checkpoints import resume_folder, save_final
@@ -48,12 +48,10 @@ def train(
     compare_decoding: bool = True,
 ) -> AUFTrainer:
     """Run one recipe. The final drafter, `provenance.json`, `eval.json` and checkpoints lie under
-    `args.output_dir`; of LoRA, the folder holds the merged drafter, and `adapter/` the adapter.
-
-    `resume_from_checkpoint` goes on from a checkpoint: a folder, or `true` for the newest.
-    """
+    `args.output_dir`; of LoRA, the folder holds the merged drafter, and `adapter/` the adapter."""
     started = datetime.now(UTC)
     resume = resume_folder(args)
+    check_no_model_is_lost("output_dir", args.output_dir, draft.drafter)
     # Before the target, because a target may take minutes to load.
     train_rows, heldout = load_data(data)
     set_seed(args.seed)

@@ -1,6 +1,7 @@
 """`specauf`: one command, one spelling of each flag, and old spellings that are still read."""
 
 import argparse
+import json
 import subprocess
 import sys
 import tomllib
@@ -10,11 +11,15 @@ from importlib import import_module
 import pytest
 import torch
 from conftest import ROOT, make_drafter, make_target
+from peft import LoraConfig, get_peft_model
+from test_convert import z_lab
 
-from hf_specauf import convert, evaluate, hub, load_drafter, model_card, quickstart, regenerate
+from hf_specauf import convert, evaluate, hub, load_drafter, model_card, quickstart, regenerate, train
 from hf_specauf.cli import COMMANDS, main, parse_with_drafter, under_new_spelling
 from hf_specauf.demo import show
+from hf_specauf.doctor.command import main as doctor
 from hf_specauf.evaluate import EvaluateArguments
+from hf_specauf.layouts.adapters import AdapterBase, finish_adapter
 from hf_specauf.regenerate import RegenerateArguments
 
 
@@ -250,6 +255,100 @@ def test_a_name_that_no_repository_can_have_is_said_to_be_one(fresh, tmp_path, c
         (model_card.main, ["render", "--drafter", fresh]),
     ):
         assert f"repo is '{repo}'; it must be OWNER/NAME" in say(main_of_command, [*words, "--repo", repo], capsys)
+
+
+@pytest.fixture(scope="module")
+def drafters(tmp_path_factory):
+    """Folders that hold a drafter: ours, one in z-lab's layout, an adapter, and each one's target in words."""
+    folder, own = tmp_path_factory.mktemp("drafters"), make_drafter(make_target())
+    own.config.target_model_name_or_path = "own/target"
+    for name in ("ours", "adapter"):
+        own.save_pretrained(folder / name)
+    (folder / "zlab").mkdir()
+    (folder / "zlab" / "config.json").write_text(json.dumps(z_lab(own)))
+    base = AdapterBase.of_drafter(own)
+    get_peft_model(own, LoraConfig(target_modules="all-linear")).save_pretrained(folder / "adapter")
+    finish_adapter(folder / "adapter", base, own.config)
+    named = "for the target 'own/target', which writes no text alone: give that target"
+    unknown = "a drafter, which writes no text alone: give the model that it drafts for"
+    return {folder / "ours": named, folder / "zlab": unknown, folder / "adapter": named}
+
+
+def test_a_drafter_given_as_target_is_told_to_be_one_before_any_work(drafters, tmp_path, capsys):
+    for folder, words in drafters.items():
+        for main_of_command, more, key in (
+            (train.main, ["--dataset_name", "p.txt", "--output_dir", tmp_path / "out"], "target"),
+            (evaluate.main, ["--drafter", folder, "--prompts", "p.txt", "--device", "cpu"], "--target"),
+            (regenerate.main, ["--dataset_name", "p.txt", "--out", tmp_path / "o.jsonl", "--device", "cpu"], "target"),
+            (doctor, ["--drafter", folder], "target"),
+            (show.main, [], "--target"),
+            (convert.main, ["--drafter", folder, "--out", tmp_path / "out"], "--target"),
+        ):
+            said = say(main_of_command, ["--target", folder, *more], capsys)
+            assert said.startswith(f"error: {key}: {str(folder)!r} holds a drafter") and words in said
+        said = say(evaluate.main, ["--target", "a/b", *_measured(folder), "--assistant", folder], capsys)
+        assert f"--assistant: {str(folder)!r} holds a drafter" in said
+    assert not list(tmp_path.iterdir())
+
+
+def _measured(drafter) -> list:
+    return ["--drafter", drafter, "--prompts", "p.txt", "--device", "cpu"]
+
+
+def test_a_name_that_is_neither_a_folder_nor_on_the_hub_is_told_before_any_work(fresh, tmp_path, capsys):
+    for main_of_command, more in (
+        (convert.main, ["--drafter", fresh, "--out", tmp_path / "out"]),
+        (train.main, ["--dataset_name", "p.txt", "--output_dir", tmp_path / "out"]),
+        (evaluate.main, _measured(fresh)),
+        (regenerate.main, ["--dataset_name", "p.txt", "--out", tmp_path / "o.jsonl", "--device", "cpu"]),
+        (doctor, ["--drafter", fresh]),
+        (show.main, []),
+    ):
+        for name in ("no such", str(tmp_path / "nowhere"), "https://huggingface.co/a/b"):
+            said = say(main_of_command, ["--target", name, *more], capsys)
+            assert f"target: {name!r} is neither a folder nor a Hub id (OWNER/NAME): give one" in said
+        said = say(main_of_command, ["--target", fresh / "config.json", *more], capsys)
+        assert f"target: '{fresh / 'config.json'}' is a file: give the folder that it lies in" in said
+    said = say(convert.main, ["--drafter", fresh / "config.json", "--out", tmp_path / "out"], capsys)
+    assert f"--drafter: {fresh / 'config.json'} is a file: give the folder that it lies in" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["drafter"]
+
+
+def test_a_target_given_as_drafter_or_as_rows_is_told_to_be_one(tmp_path, capsys):
+    target = tmp_path / "target"
+    make_target().save_pretrained(target)
+    for main_of_command, words in (
+        (convert.main, ["--out", tmp_path / "out"]),
+        (hub.main, ["check", "--target", "a/b"]),
+    ):
+        said = say(main_of_command, [*words, "--drafter", target], capsys)
+        assert f"--drafter: {target} says nothing about block_size" in said and "of type qwen3 (a target?)" in said
+    words = ["--target", target, "--drafter", target, "--device", "cpu", "--prompts", target]
+    assert f"--prompts '{target}' is a folder that holds a model, and no rows" in say(evaluate.main, words, capsys)
+    trained = ["--target", target, "--output_dir", tmp_path / "out", "--dataset_name", target]
+    assert f"dataset_name '{target}' is a folder that holds a model, and no rows" in say(train.main, trained, capsys)
+
+
+def test_no_model_is_overwritten_by_a_drafter(fresh, tmp_path, capsys):
+    target = tmp_path / "target"
+    make_target().save_pretrained(target)
+    before = {path: path.read_bytes() for path in (*target.iterdir(), *fresh.iterdir())}
+    trained = ["--target", "a/b", "--dataset_name", "p.txt", "--use_cpu", "true"]
+    for main_of_command, words in (
+        (train.main, [*trained, "--output_dir"]),
+        (convert.main, ["--drafter", fresh, "--out"]),
+        (hub.main, ["pull", "--repo", "a/b", "--into"]),
+    ):
+        said = say(main_of_command, [*words, target], capsys)
+        assert f"{words[-1].removeprefix('--')} {target} holds a model of type qwen3, which would be over" in said
+    for main_of_command, words, out in (
+        (train.main, [*trained, "--drafter", fresh, "--output_dir"], fresh),
+        (train.main, [*trained, "--drafter", fresh, "--output_dir"], tmp_path),
+        (convert.main, ["--drafter", fresh, "--out"], fresh),
+    ):
+        said = say(main_of_command, [*words, out], capsys)
+        assert f"{out} holds what it is made from ({fresh}), which would be overwritten: name another" in said
+    assert before == {path: path.read_bytes() for path in (*target.iterdir(), *fresh.iterdir())}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -1,6 +1,8 @@
 """`specauf demo`: two answers side by side, what is said of them, and the recording."""
 
+import copy
 import io
+import shutil
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from PIL import Image
 from rich.console import Console
 
 from hf_specauf.demo.recording import Recording
-from hf_specauf.demo.show import PROMPTS, main, summary
+from hf_specauf.demo.show import PROMPTS, Pair, main, summary
 from hf_specauf.demo.stream import Answer, AnswerStreamer
 from hf_specauf.drafters.draft_length import Round
 
@@ -47,6 +49,21 @@ def test_chat_answers_what_is_typed_until_an_empty_line(folders, monkeypatch, ca
     monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n\nthree\n"))
     main([*folders, "--new_tokens", "4", "--chat"])
     assert capsys.readouterr().out.count("passes") == 2
+
+
+def test_prompts_and_chats_that_leave_no_room_for_an_answer_are_told(folders, monkeypatch, capsys):
+    with pytest.raises(SystemExit, match="error: the prompt has .* tokens, and --new_tokens 250 leaves 6 of the"):
+        main([*folders, "--new_tokens", "250"])
+    with pytest.raises(SystemExit, match="error: --new_tokens is 256, and the target has 256 positions"):
+        main([*folders, "--new_tokens", "256"])
+    asked = ["one " * 40, "two " * 40, "three " * 90, "four"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join([*asked, ""])))
+    main([*folders, "--new_tokens", "8", "--chat"])
+    shown = " ".join(capsys.readouterr().out.split())
+    # The second question has no room behind the first one, the third has none at all.
+    assert shown.count("what was said before is forgotten") == 2
+    assert shown.count("No answer: the prompt has") == 1 and "Ask something shorter" in shown
+    assert shown.count("passes") == 3
 
 
 def test_accepted_tokens_are_marked_and_a_character_of_several_tokens_is_written_once(tokenizer):
@@ -115,6 +132,19 @@ def test_what_cannot_be_loaded_is_named_by_its_flag(folders, tmp_path):
         main(["--target", target, "--drafter", str(tmp_path)])
     with pytest.raises(SystemExit, match="error: --target: the folder .* has no config.json, so it holds no model"):
         main(["--target", str(tmp_path)])
+    shutil.copytree(target, tmp_path / "base")
+    (tmp_path / "base" / "chat_template.jinja").unlink()
+    with pytest.raises(SystemExit, match="error: --target: .* has no chat template, .*: give a chat model"):
+        main(["--target", str(tmp_path / "base")])
+
+
+def test_a_template_that_reads_parts_alone_is_given_parts(tokenizer):
+    reads_parts = copy.deepcopy(tokenizer)
+    reads_parts.chat_template = (
+        "{% for m in messages %}{% for part in m['content'] %}{{ part['text'] }}{% endfor %}{% endfor %}"
+    )
+    prompt = Pair(None, reads_parts, None, None).prompt([{"role": "user", "content": "Why is the sky blue?"}])
+    assert tokenizer.decode(prompt[0]) == "Why is the sky blue?"
 
 
 def test_a_chat_is_not_recorded_and_that_is_said(capsys):

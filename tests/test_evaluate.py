@@ -346,9 +346,10 @@ def test_the_command_line_fails_in_one_clear_line(folders, tmp_path):
             dict(prompts="nulls.jsonl"),
             "not one row of 2 gives a prompt: its columns are empty .1, first: row 0., its tools.*--prompts_column",
         ),
+        (dict(max_new_tokens=256), "max_new_tokens is 256, and the target has 256 positions, the prompt's among them"),
         (dict(prompts_split="test"), "text.jsonl is a file, and prompts_split 'test' is for datasets on the Hub"),
     ],
-    ids=["a target as drafter", "an empty folder", "dtype", "cap", "columns", "rows", "split of a file"],
+    ids=["a target as drafter", "an empty folder", "dtype", "cap", "columns", "rows", "no room", "split of a file"],
 )
 def test_what_cannot_be_evaluated_is_one_line_of_advice(folders, tmp_path, more, advice):
     (folders / "empty").mkdir(exist_ok=True)

@@ -4,6 +4,7 @@ is loaded. The flags are read from the commands themselves, so a new one is test
 import argparse
 import inspect
 import math
+import re
 from dataclasses import fields
 
 import pytest
@@ -13,6 +14,7 @@ from hf_specauf import convert, evaluate, hub, model_card, quickstart, recipe, r
 from hf_specauf.data import config as data_config
 from hf_specauf.data.config import DataArguments
 from hf_specauf.demo import show
+from hf_specauf.doctor.command import main as doctor
 from hf_specauf.evaluate import EvaluateArguments
 from hf_specauf.keys import RESERVED, Numbers, check_keys
 from hf_specauf.recipe import CHOICES, TargetArguments, drafter_arguments
@@ -123,11 +125,31 @@ def test_a_revision_of_a_folder_is_refused_before_anything_is_read(cls, tmp_path
         cls(**ARGUMENTS[cls] | dict(target=str(tmp_path), target_revision="v1"))
 
 
+# Names that git takes in no branch, tag or commit, and some that it takes.
+NO_NAMES = ("a b", "v1 ", "a..b", "a^", "v1~2", "a:b", "/a", "a/", "a//b", "a.lock", "-a", ".a", "a/.b", "a@{1}", "a.")
+NAMES = ("main", "v1.0", "refs/pr/3", "feature/x-y_z", "3f2a9c1", "a@b", "v1+cpu", "#1")
+
+
+def is_revision(case) -> bool:
+    return case.values[1].endswith("revision")
+
+
+@pytest.mark.parametrize("cls, key", [case for case in cases(TEXT_TYPES) if is_revision(case)])
+def test_a_name_that_no_revision_can_have_is_refused_before_anything_is_read(cls, key):
+    for value in NO_NAMES:
+        with pytest.raises(ValueError, match=re.escape(f"{key} {value!r} is no name that git takes: give a branch")):
+            cls(**ARGUMENTS[cls] | {key: value})
+    for value in NAMES:
+        check_keys(argparse.Namespace(**{key: value}))
+
+
 @pytest.mark.parametrize("key", ["name", "config", "split", "revision"])
 @pytest.mark.parametrize("value", ["", 1234567])
 def test_the_names_of_a_mixture_are_checked_too(key, value):
     with pytest.raises(ValueError, match=f"dataset_mixture.*({key} of .* is {value!r}|has the entry)"):
         DataArguments(dataset_mixture=[{"name": "a/b"} | {key: value}])
+    with pytest.raises(ValueError, match="dataset_mixture: a/b's revision 'a b' is no name that git takes"):
+        DataArguments(dataset_mixture=[{"name": "a/b", "revision": "a b"}])
 
 
 # ---- commands of argparse
@@ -204,7 +226,24 @@ def test_a_licence_that_the_hub_would_refuse_is_refused_at_once(name, licence, c
 @pytest.mark.parametrize("flag", ["--revision", "--tag"])
 def test_a_branch_or_tag_that_git_does_not_take_is_refused_at_once(flag, capsys):
     main, _, words = PARSERS["push"]
-    assert f"{flag} 'a..b c' is no name that git takes" in refused(main, [*words, flag, "a..b c"], capsys)
+    said = refused(main, [*words, flag, "a..b c"], capsys)
+    assert f"{flag.removeprefix('--')} 'a..b c' is no name that git takes" in said
+
+
+REVISIONS = [case for case in flags((None, str)) if case.values[2].dest.endswith("revision")]
+DOCTOR = ["--drafter", "no/drafter", "--target", "no/target"]
+
+
+@pytest.mark.parametrize("main, words, action", REVISIONS)
+def test_a_revision_that_cannot_be_ends_a_command_before_it_begins(main, words, action, capsys):
+    said = refused(main, [*words, action.option_strings[-1], "a b"], capsys)
+    assert f"error: {action.dest} 'a b' is no name that git takes" in said
+
+
+@pytest.mark.parametrize("key", ["drafter_revision", "target_revision"])
+def test_the_doctor_refuses_what_no_revision_can_be_and_an_empty_name(key, capsys):
+    for value, said in (("a b", f"{key} 'a b' is no name that git takes"), ("", f"{key} is empty")):
+        assert said in refused(doctor, [*DOCTOR, f"--{key}={value}"], capsys)
 
 
 def test_checking_passes_over_what_was_not_given():

@@ -30,6 +30,7 @@ from hf_specauf.publishing.stranger import outputs_of
 from hf_specauf.publishing.traces import find_secrets
 from hf_specauf.publishing.validate import validate
 from hf_specauf.records import public
+from hf_specauf.target import load_target
 from hf_specauf.train import main as train
 
 pytestmark = pytest.mark.internals
@@ -768,6 +769,14 @@ def test_a_target_that_the_hub_does_not_have_is_refused(folder, online):
 
 
 @pytest.mark.own
+def test_a_repository_that_holds_a_drafter_is_no_target(published, folder, online):
+    said = "--target: 'alice/drafter' holds a drafter for the target 'alice/target', .* give that target"
+    with pytest.raises(ValueError, match=said):
+        load_target("alice/drafter", key="--target")
+    with pytest.raises(ValueError, match=said):
+        check(folder, target="alice/drafter")
+
+
 def test_no_network_ends_the_check_in_one_line(folder, run):
     words = ["-m", "hf_specauf.hub", "check", str(folder)]
     code, printed = run(*words, home="home-errors", HF_ENDPOINT="http://127.0.0.1:9")

@@ -124,6 +124,10 @@ def test_unknown_keys_fail_and_are_named(recipe, key):
         (dict(drafter_type="eagle"), "drafter_type is 'eagle'; it must be one of dflash, domino"),
         (dict(emb_dim=64, shift_label=True), "emb_dim, shift_label: of a domino drafter.*Set drafter_type: domino"),
         (dict(lambda_decay_ratio=0.5), "has no base branch and would ignore it"),
+        (
+            dict(warmup_steps=0.1, lr_scheduler_type="constant"),
+            "warmup_steps is 0.1, and lr_scheduler_type: constant would ignore it.*constant_with_warmup",
+        ),
         (dict(trust_remote_code=True), "trust_remote_code: true needs target_revision"),
     ],
 )
@@ -141,7 +145,7 @@ def test_values_that_are_not_allowed_fail_in_yaml_and_on_the_command_line(recipe
         ("per_device_eval_batch_size", [0], 1),
         ("gradient_accumulation_steps", [0], 1),
         ("learning_rate", ["inf", "nan", -1], 0),
-        ("muon_learning_rate", [-1, "inf"], 0.02),
+        ("muon_learning_rate", [-1, "inf", 0], 0.02),
         ("weight_decay", ["nan", -0.1], 0),
         ("adam_beta2", [1.5], 0.95),
         ("max_grad_norm", [-1], 0),

@@ -660,6 +660,7 @@ def test_a_drafter_trains_on_the_answers(words, command, tmp_path, capsys):
         (dict(target="nowhere"), "--target: 'nowhere' cannot be loaded"),
         (dict(chat_template_kwargs="[1]"), "chat_template_kwargs is '[1]', which is no JSON object"),
         (dict(max_rows=-3), "max_rows is -3"),
+        (dict(max_new_tokens=256), "max_new_tokens is 256, and the target has 256 positions, the prompt's among them"),
         (dict(temprature=1), "--temprature"),
         (dict(endpoint="not a url"), "endpoint is 'not a url', which is no address; it must be one like http://"),
         (dict(endpoint="localhost:8000/v1"), "endpoint is 'localhost:8000/v1', which is no address"),
@@ -932,6 +933,24 @@ def test_a_server_that_refuses_everything_is_no_success(words, pair, tmp_path):
                 main(words(endpoint=url, **keys))
             assert sorted(path.name for path in tmp_path.iterdir()) == ["own.parts"]
         assert len(seen) == 6  # four questions, and a trial with neutral keys and without
+
+
+@pytest.mark.own
+@pytest.mark.parametrize("rows", [[{"text": "the fox"}], [{"messages": [FOX]}, {"text": "the fox"}]])
+def test_a_server_is_not_asked_to_continue_plain_text(words, pair, tmp_path, rows):
+    data, last = save_rows(tmp_path / "data.jsonl", rows), len(rows) - 1
+    with server(pair, []) as (url, seen):
+        with pytest.raises(SystemExit, match=f"error: row {last} is plain text, .*: leave out --endpoint, or such"):
+            main(words(endpoint=url, target="tiny", dataset_name=data))
+    assert not seen and [path.name for path in tmp_path.iterdir()] == ["data.jsonl"]
+
+
+@pytest.mark.own
+@pytest.mark.parametrize("row", [{"question": "why?"}, {"input_ids": [5, 6], "supervised": [0, 1]}])
+def test_rows_that_ask_nothing_are_told_before_the_target_is_loaded(words, tmp_path, row):
+    data = save_rows(tmp_path / "data.jsonl", [row])
+    with pytest.raises(SystemExit, match="error: the dataset's columns are .*Rename the column that holds"):
+        main(words(target="no/target", dataset_name=data))
 
 
 @pytest.mark.own

@@ -240,8 +240,10 @@ def test_a_key_twice_in_the_only_line_of_a_file_is_named(tmp_path):
         load_rows(str(tmp_path / "a.jsonl"))
 
 
-def test_the_files_of_a_local_folder_are_looked_at_too(tmp_path):
+def test_the_files_of_a_local_folder_are_looked_at_too(tmp_path, monkeypatch):
     (tmp_path / "a.jsonl").write_text('{"text": "whole"}\n')
+    monkeypatch.chdir(tmp_path)
+    assert load_rows(".")["text"] == ["whole"]
     (tmp_path / "b.jsonl").write_text('{"text": "half \\ud83d x"}\n{"text": "ok"}\n')
     with pytest.raises(ValueError, match=r"b.jsonl: line 1 holds half a character, '\\ud83d'"):
         load_rows(str(tmp_path))

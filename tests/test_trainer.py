@@ -677,7 +677,8 @@ def test_signals_are_given_back_and_sums_start_clean_after_an_error(build, pair)
 
 
 def test_raw_rows_and_several_sets_are_evaluated(build, pair, tokenizer):
-    texts = Dataset.from_dict({"text": ["a quick brown fox jumps over the lazy dog"] * 3})
+    # a column of that name does not make them token rows
+    texts = Dataset.from_dict({"text": ["a quick brown fox jumps over the lazy dog"] * 3, "row": [7, 8, 9]})
     target = make_target(vocab_size=len(tokenizer), bos_token_id=None)
     config = drafter_config(target, num_hidden_layers=1, block_size=4, mask_token_id=2, target_layer_ids=[0, 2])
     trainer = build(
@@ -735,6 +736,49 @@ def test_checkpoints_of_an_earlier_run_go_first_and_are_not_resumed_from(build, 
         (["checkpoint-1", "checkpoint-2"], "checkpoint-2"),
         (["checkpoint-2", "checkpoint-3"], "checkpoint-3"),
     ]
+
+
+LATE = dict(lr_scheduler_type="constant_with_warmup", max_steps=2, save_strategy="no")
+
+
+@pytest.mark.parametrize(
+    "keys, said",
+    [
+        (dict(learning_rate=0.0, max_steps=1), "learning_rate is 0: the drafter stays as it is."),
+        (
+            dict(learning_rate=0.0, muon_learning_rate=0.02, max_steps=1),
+            "learning_rate is 0: all of the drafter but the matrices, which Muon trains, stays as it is.",
+        ),
+        (dict(warmup_steps=4, **LATE), "the warm-up takes 4 steps and the run has 2: it ends at 25% of the learning"),
+        (dict(warmup_steps=1.0, num_train_epochs=1.0, **LATE | dict(max_steps=-1)), "the run has 1: it ends at 0%"),
+        (dict(warmup_steps=1, **LATE), ""),
+    ],
+)
+def test_a_learning_rate_that_trains_nothing_or_is_never_reached_is_said_as_training_begins(
+    build, pair, capsys, keys, said
+):
+    trainer = build(eval_prompts=0, train_dataset=pair.rows.select(range(4)), eval_dataset=None, **keys)
+    capsys.readouterr()
+    trainer.train()
+    printed = capsys.readouterr().out
+    assert said in printed.splitlines()[0]
+    assert bool(said) == ("learning_rate is 0" in printed or "the warm-up takes" in printed)
+
+
+def test_rows_that_were_prepared_for_more_positions_than_the_target_has_are_refused(build, pair):
+    texts = random_prompts(3, 300).tolist()
+    rows = token_rows([texts[0][:200], texts[1], texts[2][:100]])
+    prepared = rows.add_column("length", [200, 300, 100]).add_column("row", [0, 1, 2])
+    refused = "row 1 holds a document of 300 tokens, and the target has 256 positions: give prepare_rows positions=256"
+    keys = dict(max_length=400, eval_dataset=None, eval_prompts=0)
+    for given in (prepared, prepared.remove_columns("length")):
+        with pytest.raises(ValueError, match=refused):
+            build(train_dataset=given, **keys)
+    trainer = build(train_dataset=prepared.remove_columns("length").rename_column("row", "document"), **keys)
+    assert trainer.train_dataset["length"][:3] == [200, 256, 100]
+    documents = [[0] * 200, [0] * 150 + [1] * 150, [0] * 100]
+    packed = prepared.add_column("document_ids", documents)
+    assert build(train_dataset=packed, per_device_train_batch_size=1, **keys).train_dataset["length"][1] == 300
 
 
 def test_training_leaves_the_target_untouched(build, pair, tmp_path):

@@ -210,6 +210,7 @@ class TargetWriter:
         self.tokenizer = tokenizer
         self.chat_template_kwargs = chat_template_kwargs
         self.prompt_tokens = prompt_tokens
+        self.room = room_for_prompt(target, sampling.max_new_tokens)
         self.config = generation_config(sampling, target, tokenizer)
         end = self.config.eos_token_id
         if end is None:
@@ -270,8 +271,7 @@ class TargetWriter:
         )
         if isinstance(prompt, str):
             return prompt
-        room = room_for_prompt(self.target, self.config.max_new_tokens)
-        if room is not None and len(prompt) > room:
+        if self.room is not None and len(prompt) > self.room:
             most = positions_of(self.target)
             return f"its prompt leaves no room for max_new_tokens in the target's {most} positions"
         tokens = embedding_rows(self.target)

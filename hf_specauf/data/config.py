@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass, field
 from typing import TypedDict
 
-from ..keys import Numbers, check_keys
+from ..keys import Numbers, check_keys, check_revision_name
 
 
 class Source(TypedDict):
@@ -200,4 +200,6 @@ def mixture_source(entry: str | dict) -> Source:
                 f"dataset_mixture: the {key} of {found['name']} is {text!r}; it must be a text: put"
                 " it between quotes, or leave it out"
             )
+    if found["revision"] is not None:
+        check_revision_name(f"dataset_mixture: {found['name']}'s revision", found["revision"])
     return found

@@ -68,6 +68,39 @@ def supervised_spans(mask: list[int]) -> list[tuple[int, int]]:
     return spans
 
 
+# What `prepare_rows` gives, and raw rows have not.
+PREPARED = {"input_ids", "supervised", "row"}
+
+
+def are_prepared(rows: Dataset, positions: int | None) -> bool:
+    """Whether rows are token rows as `prepare_rows` gives them.
+
+    Args:
+        positions (`int`, *optional*): the most tokens of a document that the target has positions
+            for.
+
+    Raises:
+        ValueError: they are, and a document in them is longer.
+    """
+    if not PREPARED <= {*rows.column_names}:
+        return False
+    if positions is None:
+        return True
+    # What somebody made by hand may lack the lengths.
+    lengths = rows["length"][:] if "length" in rows.column_names else map(len, rows["input_ids"])
+    for number, size in enumerate(lengths):
+        # A packed row may be longer than each of its documents.
+        if size > positions and "document_ids" in rows.column_names:
+            size = int(np.unique(rows[number]["document_ids"], return_counts=True)[1].max())
+        if size > positions:
+            raise ValueError(
+                f"row {number} holds a document of {size} tokens, and the target has {positions}"
+                f" positions: give prepare_rows positions={positions}, or AUFTrainer the rows"
+                " without their column row. Both cut documents there"
+            )
+    return True
+
+
 def ended_itself(reason) -> bool:
     """Whether a server's word for the end of an answer says that the target ended it. At any other
     word the answer was cut."""

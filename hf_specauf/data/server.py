@@ -5,6 +5,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx2
+from datasets import Dataset
 
 from .conversation import Answer, Conversation, Sampling, unwatched
 from .findings import ended_itself
@@ -42,6 +43,22 @@ def check_endpoint(endpoint: str) -> None:
             f"endpoint is {endpoint!r}, which is no address; it must be one like"
             " http://localhost:8000/v1, with http:// or https:// before it and up to /v1"
         )
+
+
+NEEDS_TARGET = (
+    "is plain text, which is continued token by token, and that needs the target itself: leave out"
+    " --endpoint, or such rows"
+)
+
+
+def refuse_plain_text(rows: Dataset) -> None:
+    """Raise where a row is plain text, before any server is asked."""
+    if "text" not in rows.column_names:
+        return
+    # A file of several formats has the columns of all.
+    for number, row in enumerate(rows):
+        if Conversation(number, row).text is not None:
+            raise ValueError(f"row {number} {NEEDS_TARGET}")
 
 
 # `huggingface_hub.InferenceClient(base_url=...)` would not do instead. Without a key it sends the
@@ -174,10 +191,7 @@ class ServerWriter:
             OSError: the server cannot help.
         """
         if conversation.text is not None:
-            raise ValueError(
-                "rows of plain text are continued token by token, which needs the target itself:"
-                " leave out --endpoint"
-            )
+            raise ValueError(f"row {conversation.source_row} {NEEDS_TARGET}")
         body = self.settings | self.neutral | self.ending
         body |= {"messages": conversation.history, "seed": seed}
         if conversation.tools:

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 from fractions import Fraction
+from glob import escape, glob
 from math import ceil
 
 from datasets import Dataset, load_dataset
@@ -62,7 +63,9 @@ def load_rows(
     reader = reader_of(name)
     if reader is None:
         check_hub_name(name, keys)
-        arguments = dict(path=name, name=config, split=split, revision=revision)
+        # The folder `.` has no name of its own.
+        path = os.path.abspath(name) if os.path.isdir(name) else name
+        arguments = dict(path=path, name=config, split=split, revision=revision)
     else:
         check_file(name, config, split, revision, keys)
         arguments = dict(path=reader, data_files=name, split="train")
@@ -162,13 +165,19 @@ def check_hub_name(name: str, keys: str) -> None:
 
     Raises:
         FileNotFoundError: it is a path, and nothing is there.
-        ValueError: it is a file, and its ending is none of those that are read.
+        ValueError: it is a file, and its ending is none of those that are read; or a model's
+            folder.
     """
     if os.path.isfile(name):
         packed = ", ".join(ending for ending, reader in READERS.items() if reader in UNPACKED)
         raise ValueError(
             f"{name_key(keys)} {name!r} is a file with an ending that is not read. What is read:"
             f" {packed}, also with .gz behind it, and .parquet. Rename or unpack it"
+        )
+    if glob(os.path.join(escape(name), "*.safetensors")):
+        raise ValueError(
+            f"{name_key(keys)} {name!r} is a folder that holds a model, and no rows: give a file or"
+            " folder of rows, or a dataset's Hub id"
         )
     is_path = name.startswith(("/", ".", "~")) or name.count("/") > 1
     if is_path and "://" not in name and not os.path.isdir(name):

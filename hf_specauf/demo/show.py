@@ -18,6 +18,7 @@ from rich.text import Text
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..cli import errors_in_one_line, under_new_spelling
+from ..data.messages import apply_template
 from ..drafters.draft_length import Round
 from ..evaluation.differences import first_difference
 from ..evaluation.rows import accepted_by_source, prompt_row
@@ -27,7 +28,7 @@ from ..keys import Numbers, check_keys
 from ..layouts.load import load_drafter
 from ..serving.acceptance import number
 from ..serving.decoding import AUTO, Attachment, attach
-from ..target import load_target
+from ..target import load_target, room_for_prompt
 from .recording import Recording, check_record
 from .smollm2 import smollm2
 from .stream import Answer, AnswerStreamer
@@ -69,9 +70,20 @@ class Pair:
 
     def prompt(self, messages: list[dict]) -> torch.Tensor:
         """The ids that serving makes of a conversation. (1, S)"""
-        return self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )["input_ids"]
+        options = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
+        return apply_template(self.tokenizer, messages, **options)["input_ids"]
+
+    def lack_of_room(self, prompt: torch.Tensor) -> str | None:
+        """Why the target has no positions for the answer to a prompt (1, S); `None` where it
+        has."""
+        new = self.config.max_new_tokens
+        room = room_for_prompt(self.target, new, "--new_tokens")
+        if room is None or prompt.shape[1] <= room:
+            return None
+        return (
+            f"the prompt has {prompt.shape[1]} tokens, and --new_tokens {new} leaves {room} of the"
+            " target's positions to it"
+        )
 
     def write(self, prompt: torch.Tensor, assistant, streamer: AnswerStreamer | None = None):
         """Answer a prompt (1, S), plainly where `assistant` is `None`; a `Decoded`."""
@@ -187,6 +199,15 @@ def chat(pair: Pair, console: Console) -> None:
             return
         messages.append({"role": "user", "content": question})
         prompt = pair.prompt(messages)
+        if len(messages) > 1 and pair.lack_of_room(prompt):
+            console.print("The target has no positions left: what was said before is forgotten.")
+            messages = messages[-1:]
+            prompt = pair.prompt(messages)
+        lack = pair.lack_of_room(prompt)
+        if lack:
+            console.print(f"No answer: {lack}. Ask something shorter, or lower --new_tokens.")
+            messages = []
+            continue
         answer = Answer("drafted")
         with Live(console=console, auto_refresh=False, vertical_overflow="visible") as live:
 
@@ -247,6 +268,11 @@ def main(argv: list[str] | None = None) -> None:
     target, tokenizer = load_target(
         path, key="--target", dtype=getattr(torch, args.dtype or fast_dtype())
     )
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            f"--target: {path!r} has no chat template, and the demo asks questions: give a chat"
+            " model"
+        )
     drafter = None
     if args.drafter is not None:
         drafter = load_drafter(args.drafter, dtype=target.dtype, key="--drafter")
@@ -264,6 +290,10 @@ def main(argv: list[str] | None = None) -> None:
         if args.chat:
             chat(pair, console)
             return
+        for question in PROMPTS:
+            lack = pair.lack_of_room(pair.prompt([{"role": "user", "content": question}]))
+            if lack:
+                raise ValueError(f"{lack}: lower --new_tokens, or give another --target")
         recording = Recording(console) if args.record else None
         # The first calls of a process are slow, so that neither way may be the first.
         warm_up = pair.prompt([{"role": "user", "content": "Hello"}])

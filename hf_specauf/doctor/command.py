@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from ..cli import errors_in_one_line, under_new_spelling
+from ..keys import check_keys
 from ..recipe import TargetArguments
 from ..target import check_device
 from . import pair, run, serving, shape, words
@@ -127,6 +128,7 @@ def patient_of(argv: list[str]) -> tuple[Pair | Run, dict[str, Check], Namespace
     argv = under_new_spelling(argv)
     parser = arguments()
     args, rest = parser.parse_known_args(argv)
+    check_keys(args)
     for key, least in (("count", 1), ("max_new_tokens", 4), ("rows", 1)):
         given = getattr(args, key)
         if given is not None and given < least:

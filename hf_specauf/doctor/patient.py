@@ -16,7 +16,7 @@ from ..identity.multimodal import load_language_model, load_tokenizer
 from ..serving.acceptance import summarize
 from ..serving.benchmarks import Wording, encode_prompts, load_prompts
 from ..serving.decoding import attach
-from ..target import FrozenTarget, check_revision
+from ..target import FrozenTarget, check_target, room_for_prompt
 from ..target.loading import load
 
 # A few questions of different kinds. `--prompts` replaces them.
@@ -93,7 +93,7 @@ class Patient:
         """Load target and tokenizer, as `load_target` of the package does, and note what weights
         the checkpoint lacks."""
         name, revision = self.target_name, self.revision
-        check_revision("--target", name, revision)
+        check_target("--target", name, revision, on_hub=True)
         trust = {"trust_remote_code": self.loading.get("trust_remote_code", False)}
         self.tokenizer = load(load_tokenizer, "--target", name, revision, **trust)
         kwargs = {"dtype": "auto"} | self.loading | {"output_loading_info": True}
@@ -130,8 +130,9 @@ class Patient:
         if self.prompts_name is not None:
             source = load_prompts(self.prompts_name)
             rows, wording = source.rows, source.wording
+        room = room_for_prompt(self.target, self.max_new_tokens)
         found = encode_prompts(
-            rows, self.tokenizer, self.count, TEXT_PROMPT, self.template_kwargs, wording
+            rows, self.tokenizer, self.count, TEXT_PROMPT, self.template_kwargs, wording, room
         )
         return [prompt.to(self.device) for prompt in found]
 

@@ -30,6 +30,7 @@ from .words import serving_prompt
 # What a step of a checkup does not do.
 ONE_STEP = {
     "max_steps": "1",
+    "warmup_steps": "0",
     "gradient_accumulation_steps": "1",
     "logging_steps": "1",
     "save_strategy": "no",

@@ -27,6 +27,8 @@ def fetch(
                 " it out"
             )
         return Path(name_or_path), None
+    if Path(name_or_path).is_file():
+        raise OSError(f"{key}: {name_or_path} is a file: give the folder that it lies in")
     if not HUB_ID.fullmatch(str(name_or_path)):
         raise OSError(
             f"{key}: {str(name_or_path)!r} is neither a folder nor a Hub id (OWNER/NAME): give one"

@@ -105,9 +105,11 @@ def layout_of(folder: Path, config: dict, name: str) -> Layout:
             " left, or a drafter's Hub id"
         )
     read = ", ".join(f"{kind} ({layout.says})" for kind, layout in LAYOUTS.items())
+    found = config.get("model_type")
+    found = f"is a model of type {found} (a target?)" if found else "is not whole"
     raise ValueError(
         f"{name} says nothing about block_size, so it is not a DFlash drafter in any layout that is"
-        f" read, or its config.json was cut. These are read: {read}"
+        f" read: its config.json {found}, or was cut. These are read: {read}"
     )
 
 

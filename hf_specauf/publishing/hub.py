@@ -15,7 +15,7 @@ from huggingface_hub.hf_api import RepoFile
 from ..cli import said_by_hub, words_for
 from ..drafters.transformers_internals import TESTED
 from ..layouts.adapters import BASE_FILE
-from ..records import check_can_write, read_record
+from ..records import check_can_write, check_no_model_is_lost, read_record
 from .options import PublishOptions, check_repo_name
 from .staging import PICKLES, stage
 
@@ -234,6 +234,7 @@ def pull(
     if not str(into):
         raise ValueError("--into is empty: name a folder to fetch the drafter into")
     check_can_write("--into", into)
+    check_no_model_is_lost("--into", into)
     found = HfApi(token=token).model_info(repo, revision=revision)
     check_is_drafter(repo, found.sha, {file.rfilename for file in found.siblings or []}, token)
     pickles = [f"*{ending}" for ending in PICKLES]

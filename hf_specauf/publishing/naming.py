@@ -15,6 +15,7 @@ from ..identity import Identity, origin_of, weights_fingerprint
 from ..layouts.adapters import AdapterBase
 from ..layouts.load import load_drafter
 from ..records import HUB_ID
+from ..target import check_target
 from .options import PublishOptions
 
 
@@ -39,6 +40,7 @@ def name_target(config: DFlashConfig, options: PublishOptions) -> None:
     wanted = options.target_revision
     if wanted is None and options.target is None:
         wanted = config.target_revision
+    check_target("--target", name, wanted, on_hub=True)
     commit = HfApi(token=options.token).model_info(name, revision=wanted).sha
     theirs = AutoConfig.from_pretrained(name, revision=commit, token=options.token)
     # a multimodal target keeps the shape of its language model in a config within

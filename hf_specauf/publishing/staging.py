@@ -14,7 +14,8 @@ import torch
 from transformers import PreTrainedModel
 
 from ..layouts.adapters import BASE_FILE, AdapterBase, finish_adapter
-from ..layouts.load import load_drafter
+from ..layouts.folders import read_json
+from ..layouts.load import layout_of, load_drafter
 from ..records import write_record
 from ..target import load_target
 from .card import render
@@ -93,6 +94,9 @@ def check_folder(drafter: Path, allow_unmeasured: bool) -> None:
             f"{drafter} is no drafter's folder: it holds no config.json. Name the folder that train"
             " left"
         )
+    config = read_json(drafter / "config.json")
+    if config:
+        layout_of(drafter, config, f"--drafter: {drafter}")
     pickles = []
     for path in drafter.iterdir():
         if path.suffix in PICKLES and not TRAINER_STATE.fullmatch(path.name):

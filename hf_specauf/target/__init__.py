@@ -2,7 +2,7 @@
 lends to a drafter."""
 
 from .frozen import FrozenTarget, decoder_layers
-from .loading import check_device, check_revision, load, load_target
+from .loading import check_device, check_target, load, load_target
 from .shape import (
     default_mask_token_id,
     default_target_layer_ids,
@@ -14,7 +14,7 @@ from .shape import (
 __all__ = [
     "FrozenTarget",
     "check_device",
-    "check_revision",
+    "check_target",
     "decoder_layers",
     "default_mask_token_id",
     "default_target_layer_ids",

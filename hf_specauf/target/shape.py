@@ -37,11 +37,28 @@ def positions_of(target: PreTrainedModel) -> int | None:
     return getattr(text, "max_position_embeddings", None)
 
 
-def room_for_prompt(target: PreTrainedModel, new_tokens: int) -> int | None:
+def room_for_prompt(
+    target: PreTrainedModel, new_tokens: int, key: str = "max_new_tokens"
+) -> int | None:
     """The most tokens that a prompt may have, so that a target has positions for its answer too;
-    `None` where any number will do."""
+    `None` where any number will do.
+
+    Args:
+        new_tokens (`int`): the most tokens of the answer.
+        key (`str`, *optional*): what errors call that number.
+
+    Raises:
+        ValueError: no prompt has room.
+    """
     positions = positions_of(target)
-    return None if positions is None else positions - new_tokens
+    if positions is None:
+        return None
+    if new_tokens >= positions:
+        raise ValueError(
+            f"{key} is {new_tokens}, and the target has {positions} positions, the prompt's among"
+            " them: lower it"
+        )
+    return positions - new_tokens
 
 
 def default_mask_token_id(target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:

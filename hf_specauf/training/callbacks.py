@@ -1,5 +1,5 @@
-"""What a person meets while a drafter trains: Ctrl-C and other signals that lose nothing, and a
-progress bar that shows tau."""
+"""What a person meets while a drafter trains: Ctrl-C and other signals that lose nothing, a word on
+a learning rate that trains nothing, and a progress bar that shows tau."""
 
 import os
 import signal
@@ -124,6 +124,32 @@ class InterruptCallback(TrainerCallback):
     def release(self) -> None:
         """Give the signals back, also after an error; calling it twice is harmless."""
         self._interruption.release()
+
+
+class RateCallback(TrainerCallback):
+    """Says, as training begins, that its learning rate trains nothing, or is never reached. Only
+    then is it known how many steps there are."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Print at most one line."""
+        if not state.is_world_process_zero:
+            return
+        warmup = args.get_warmup_steps(state.max_steps)
+        if args.learning_rate == 0:
+            untrained = "the drafter"
+            if args.muon_learning_rate is not None:
+                untrained = "all of the drafter but the matrices, which Muon trains,"
+            print(
+                f"learning_rate is 0: {untrained} stays as it is. To train it, raise learning_rate"
+                " (6e-4 by default)"
+            )
+        elif warmup >= state.max_steps:
+            reached = (state.max_steps - 1) / warmup
+            print(
+                f"the warm-up takes {warmup} steps and the run has {state.max_steps}: it ends at"
+                f" {reached:.0%} of the learning rate. Lower warmup_steps (now"
+                f" {args.warmup_steps:g}), or train longer"
+            )
 
 
 class TauProgressCallback(ProgressCallback):

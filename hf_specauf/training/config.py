@@ -11,12 +11,13 @@ from transformers.integrations.integration_utils import (
     INTEGRATION_TO_CALLBACK,
     get_available_reporting_integrations,
 )
+from transformers.trainer_utils import SchedulerType
 from transformers.utils import is_torch_bf16_gpu_available
 
 from ..keys import ONE_OR_MORE, SEED, Numbers, check_keys
 from ..losses.branches import check_domino_keys
 from ..losses.objectives import OBJECTIVES, LossSpec, check_normalisation, find_objective
-from ..records import check_can_write
+from ..records import check_can_write, check_no_model_is_lost
 
 # Keys of TrainingArguments that would be accepted and ignored, or break the exact loss, and their
 # harmless values.
@@ -35,6 +36,12 @@ INAPPLICABLE = {
 }
 # Keys of other optimizers, which the one of `muon_learning_rate` would ignore.
 OPTIMIZER_KEYS = ("optim", "adam_beta1", "adam_beta2", "adam_epsilon")
+# Schedules that begin at the whole learning rate, whatever the warm-up.
+WITHOUT_WARMUP = (
+    SchedulerType.CONSTANT,
+    SchedulerType.REDUCE_ON_PLATEAU,
+    SchedulerType.GREEDY,
+)
 USE_FSDP2 = "use FSDP2 (recipes/accelerate/fsdp2.yaml)"
 
 
@@ -56,7 +63,7 @@ NUMBERS = {
     "num_train_epochs": Numbers(0, inside=True),
     "max_steps": Numbers(1, whole=True, hint=", or left out: num_train_epochs then decides"),
     "learning_rate": NOT_NEGATIVE,
-    "muon_learning_rate": NOT_NEGATIVE,
+    "muon_learning_rate": Numbers(0, inside=True, hint=", or left out: AdamW then trains all"),
     "warmup_steps": NOT_NEGATIVE,
     "weight_decay": NOT_NEGATIVE,
     "adam_beta1": DECAY,
@@ -221,6 +228,12 @@ class AUFConfig(TrainingArguments):
         # known only now: Trainer's own arguments have read the launcher's settings
         self._check_deepspeed()
         self._check_reports()
+        if self.warmup_steps and self.lr_scheduler_type in WITHOUT_WARMUP:
+            raise ValueError(
+                f"warmup_steps is {self.warmup_steps:g}, and lr_scheduler_type:"
+                f" {self.lr_scheduler_type.value} would ignore it: remove the key, or set"
+                " lr_scheduler_type: constant_with_warmup"
+            )
         for key, harmless in INAPPLICABLE.items():
             if getattr(self, key) != harmless:
                 raise ValueError(
@@ -290,7 +303,9 @@ class AUFConfig(TrainingArguments):
 
     def _check_places(self) -> None:
         """Where things are written, here and on the Hub."""
-        check_can_write("output_dir", self.output_dir or "trainer_output")
+        out = self.output_dir or "trainer_output"
+        check_can_write("output_dir", out)
+        check_no_model_is_lost("output_dir", out)
         if self.target_states_cache is not None:
             check_can_write("target_states_cache", self.target_states_cache)
         if self.hub_model_id is not None:

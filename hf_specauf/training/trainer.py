@@ -30,6 +30,7 @@ from transformers import (
 )
 
 from ..data.conversation import stop_at_both_ends
+from ..data.findings import are_prepared
 from ..data.rows import RowCollator, fill_up, pad_token_id, prepare_rows
 from ..drafters.transformers_internals import check_methods
 from ..layouts.adapters import AdapterBase
@@ -38,7 +39,7 @@ from ..losses.branches import BranchBalance, branch_denominators, row_loss_terms
 from ..target import FrozenTarget, room_for_prompt
 from ..target_states.kept import KeptStates
 from . import preflight
-from .callbacks import InterruptCallback, TauProgressCallback
+from .callbacks import InterruptCallback, RateCallback, TauProgressCallback
 from .checkpoints import DrafterCheckpoints, shard_again, whole_copy
 from .config import AUFConfig
 from .diagnostics import (
@@ -135,7 +136,7 @@ class AUFTrainer(DrafterCheckpoints, Publishing, Trainer):
             eval_dataset=eval_dataset,
             data_collator=RowCollator(pad, config.mask_token_id, keyed=kept is not None),
             compute_metrics=evaluation_metrics,
-            callbacks=[self._interrupt, *(callbacks or [])],
+            callbacks=[self._interrupt, RateCallback(), *(callbacks or [])],
         )
         wait_for_everyone()  # with push_to_hub, the first process has just asked the Hub
         preflight.check_best_metric(args, self.block_size, eval_dataset)
@@ -165,7 +166,7 @@ class AUFTrainer(DrafterCheckpoints, Publishing, Trainer):
         """Raw rows, or a dict of several sets, as token rows; token rows as they are."""
         if isinstance(rows, dict):
             return {name: self._prepare(part) for name, part in rows.items()}
-        if rows is None or "row" in rows.column_names:
+        if rows is None or are_prepared(rows, self.target.positions):
             return rows
         return prepare_rows(
             rows,
@@ -180,8 +181,7 @@ class AUFTrainer(DrafterCheckpoints, Publishing, Trainer):
         )
 
     def _keep_sharded_sums_in_fp32(self) -> None:
-        # accelerate's own policy sums gradients in bf16, and casts what forward returns, which
-        # holds a Domino drafter's losses
+        # accelerate's own policy sums gradients in bf16, and casts a Domino drafter's losses too
         if self.is_fsdp_enabled and self.args.bf16:
             policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = policy
@@ -390,7 +390,7 @@ class AUFTrainer(DrafterCheckpoints, Publishing, Trainer):
     def eval_prompts(self, rows: Dataset | None = None) -> list[torch.Tensor]:
         """Prompts (1, S) of `eval_prompts` held-out rows, evenly spread."""
         rows = first_set(self.eval_dataset if rows is None else rows)
-        room = room_for_prompt(self.target.model, self.args.eval_new_tokens)
+        room = room_for_prompt(self.target.model, self.args.eval_new_tokens, "eval_new_tokens")
         return list(prompts_of(evenly_spread(rows, self.args.eval_prompts), self.args.device, room))
 
     def decoded_tau(self, rows: Dataset) -> float:
