@@ -2,22 +2,26 @@
 
 import functools
 import json
+import os
 import signal
 import time
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import test_evaluate
 import torch
-from conftest import PAD, make_target, random_prompts, warm_python
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_simple_launcher_cmd_env
+from conftest import PAD, make_target, random_prompts, start, warm_python
 from test_evaluate import NEW, PROMPT, K, arguments, strict_json, untimed
 
 from hf_specauf.drafters.draft_length import Round
 from hf_specauf.evaluate import main
 from hf_specauf.evaluation.compare import compare
 from hf_specauf.evaluation.intervals import figure, ratio, ratio_of_ratios
-from hf_specauf.evaluation.kept import KeptRows
+from hf_specauf.evaluation.kept import KeptRows, join_processes
 from hf_specauf.evaluation.page import page
 from hf_specauf.evaluation.plots import PICTURES
 from hf_specauf.evaluation.record import evaluation_record
@@ -263,16 +267,29 @@ def test_ctrl_c_says_that_the_same_command_goes_on(folders, tmp_path, monkeypatc
 
 def test_two_processes_give_the_sums_of_one(folders, many, tmp_path):
     words = dict(prompts=many, count=5, max_new_tokens=12, lookup="off", device="cpu")
-    code, printed = warm_python().run_ranks(
-        2, "-m", "hf_specauf.evaluate", *arguments(folders, tmp_path / "two", **words)
-    )
-    assert code == 0, printed
+    launch = ("accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes", "2")
+    process = start(*launch, "-m", "hf_specauf.evaluate", *arguments(folders, tmp_path / "two", **words))
+    assert process.wait() == 0, process.printed()
+    printed = process.printed()
     assert printed.count("report.html") == 1, printed  # the first process alone prints
     main(arguments(folders, tmp_path / "one", **words))
     two, one = (json.loads((tmp_path / name / "eval.json").read_text()) for name in ("two", "one"))
     assert (two["environment"].pop("processes"), one["environment"].pop("processes")) == (2, 1)
     assert len(two["prompts"]) == 5 and untimed(two) == untimed(one)
     assert not (tmp_path / "two/rows").exists()
+
+
+def test_one_process_where_several_were_asked_for_says_what_starts_them(monkeypatch, capsys):
+    words = ["--cpu", "--num_processes", "2", "-m", "hf_specauf.evaluate"]
+    launch, *_ = _validate_launch_command(launch_command_parser().parse_args(words))
+    _, environment = prepare_simple_launcher_cmd_env(launch)
+    for name in environment.keys() - os.environ.keys():
+        monkeypatch.setenv(name, environment[name])
+    join_processes(SimpleNamespace(device="cpu"))
+    assert "with --multi_gpu: accelerate launch --multi_gpu" in capsys.readouterr().out
+    monkeypatch.delenv("MASTER_PORT")  # as one process has it that was asked for alone
+    join_processes(SimpleNamespace(device="cpu"))
+    assert not capsys.readouterr().out
 
 
 # ---- low precision
