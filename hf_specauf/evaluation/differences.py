@@ -26,9 +26,9 @@ def first_difference(target, plain: torch.Tensor, assisted: torch.Tensor) -> dic
     there.
 
     Returns:
-        dict with the `position`, `top2_gap` (the best logit less the second), `below_best` (the
-        best logit less that of the token which the second output has there; `None` where it has
-        ended) and `near_tie`.
+        dict with the `position`, `top2_gap` (the best logit less the second), `below_best` (from
+        there on, of the second output's tokens the furthest below the best logit of its place;
+        `None` where it has ended) and `near_tie`.
     """
     if torch.equal(plain, assisted):
         return None
@@ -36,14 +36,16 @@ def first_difference(target, plain: torch.Tensor, assisted: torch.Tensor) -> dic
     differs = (plain[0, :shorter] != assisted[0, :shorter]).nonzero()
     # Where one is the other's beginning, they part where it ends.
     at = differs[0].item() if len(differs) else shorter
+    read = assisted[:, : max(at, assisted.shape[1] - 1)]
     with torch.no_grad():
-        logits = target(input_ids=plain[:, :at], use_cache=False).logits[0, -1].float()
-    best = logits.topk(2).values
+        logits = target(input_ids=read, use_cache=False).logits[0, at - 1 :].float()
+    best = logits[0].topk(2).values
     gap = (best[0] - best[1]).item()
-    below = None
-    if at < assisted.shape[1]:
-        below = (best[0] - logits[assisted[0, at]]).item()
-    near_tie = gap < near_tie_bound(target.dtype, logits)
+    committed, below = assisted[0, at:], None
+    if len(committed):
+        chosen = logits.gather(1, committed[:, None])[:, 0]
+        below = (logits.amax(-1) - chosen).max().item()
+    near_tie = gap < near_tie_bound(target.dtype, logits[0])
     return {"position": at, "top2_gap": gap, "below_best": below, "near_tie": near_tie}
 
 
@@ -62,7 +64,7 @@ def count_verdicts(rows: list[dict]) -> dict[str, int]:
 
 def largest_gaps(rows: list[dict]) -> dict[str, float] | None:
     """Of the first differences the largest gap between the target's two best logits, and how far
-    below its best a committed token was at most; `None` where nothing differs."""
+    below its best a committed token was at most, from there on; `None` where nothing differs."""
     found = [row["difference"] for row in rows if row["difference"] is not None]
     if not found:
         return None

@@ -26,7 +26,7 @@ from ..training.waiting import wait_for_everyone
 from .ways import Way
 
 # Rows that other versions kept are measured anew: raised when what a row holds changes.
-FORM_OF_ROWS = 1
+FORM_OF_ROWS = 2
 ALONE = (
     "accelerate launch has started one process, and several were asked for. On CPUs it starts them"
     " with --multi_gpu: accelerate launch --multi_gpu --num_processes N -m hf_specauf.evaluate ..."

@@ -95,7 +95,8 @@ def gap_words(gaps: dict, dtype: str) -> str:
         f" {gaps['top2_gap']:.3g}, which {dtype} rounds away"
     )
     if gaps["below_best"] is not None:
-        said += f"; no committed token there lies more than {gaps['below_best']:.3g} below the best"
+        said += "; from there on no committed token lies more than"
+        said += f" {gaps['below_best']:.3g} below the target's best"
     return said + "."
 
 
