@@ -174,13 +174,19 @@ def test_a_first_difference_is_a_near_tie_only_below_the_bound(gap, tie):
         best, runner_up = logits.topk(2).indices.tolist()
         # the runner-up's logit becomes the best one's less the gap
         target.lm_head.weight[runner_up] = target.lm_head.weight[best] * (1 - gap / logits[best])
+        # what stands behind the first difference is not the target's text either
+        behind = target(assisted[:, :-1]).logits[0, 12:]
+        below = behind.amax(-1) - behind.gather(1, assisted[0, 13:, None])[:, 0]
+    assert below[0] > 0 and below.argmax() > 0
     assert first_difference(target, plain, plain.clone()) is None
     assert first_difference(target, plain, assisted) == {
         "position": 13,
         "top2_gap": pytest.approx(gap, abs=1e-5),
-        "below_best": pytest.approx((logits[best] - logits[3]).item(), abs=1e-5),
+        "below_best": pytest.approx(below.max().item(), abs=1e-5),
         "near_tie": tie,
     }
+    found = first_difference(target, plain, assisted[:, :14])
+    assert found["below_best"] == pytest.approx(below[0].item(), abs=1e-5)
 
 
 @pytest.mark.parametrize(("longer", "expected"), [("neither", None), ("plain", 15), ("assisted", 15)])
@@ -189,6 +195,7 @@ def test_an_output_that_ends_early_differs_where_it_ends(longer, expected):
     plain, assisted = (ids if longer in (name, "neither") else ids[:, :15] for name in ("plain", "assisted"))
     found = first_difference(target, plain, assisted)
     assert (found and found["position"]) == expected
+    assert not found or (found["below_best"] is None) == (longer == "plain")
 
 
 def test_the_bound_of_a_near_tie_is_fixed_in_fp32_and_a_few_roundings_in_bf16():

@@ -7,7 +7,7 @@ import shlex
 import pytest
 import torch
 from conftest import GATED, MASK, ROOT, make_drafter, make_target, random_prompts
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from transformers import AutoConfig, AutoModelForCausalLM
 from trl import TrlParser
 
@@ -40,12 +40,13 @@ def written(frozen, **settings) -> torch.Tensor:
     return frozen.model.generate(prompts, attention_mask=torch.ones_like(prompts), **settings)
 
 
-def test_score_is_what_the_targets_logits_say(frozen):
+@pytest.mark.parametrize("most", [None, 6])
+def test_score_is_what_the_targets_logits_say(frozen, most):
     texts = random_prompts(3, 20)
-    score = on_policy_score(frozen, rows_of(texts), positions_per_chunk=5)
-    log_p = frozen.model(texts).logits.double().log_softmax(-1)[:, 11:-1]
-    labels = texts[:, 12:]
-    assert (score["rows"], score["tokens"]) == (3, 24)
+    score = on_policy_score(frozen, rows_of(texts), most=most, positions_per_chunk=5)
+    log_p = frozen.model(texts).logits.double().log_softmax(-1)[:, 11:-1][:, :most]
+    labels = texts[:, 12:][:, :most]
+    assert (score["rows"], score["tokens"]) == (3, labels.numel())
     expected = dict(
         agreement=(log_p.argmax(-1) == labels).double().mean(), agreement_if_own=log_p.exp().amax(-1).mean(),
         log_probability=log_p.gather(2, labels[:, :, None]).mean(),
@@ -230,3 +231,10 @@ def test_rows_that_fill_up_a_step_are_not_judged(frozen):
     rows = rows_of(random_prompts(4, 20))
     rows = rows.remove_columns("row").add_column("row", [0, 1, 2, -1])
     assert on_policy_score(frozen, rows)["rows"] == 3
+
+
+def test_rows_without_a_supervised_token_say_nothing(frozen):
+    texts = random_prompts(2, 20)
+    rows = concatenate_datasets([rows_of(texts[:1]), rows_of(texts[1:], prompt=20)])
+    score = on_policy_score(frozen, rows)
+    assert score["tokens"] == 8 and score["agreement"] == on_policy_score(frozen, rows_of(texts[:1]))["agreement"]

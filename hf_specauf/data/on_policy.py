@@ -17,7 +17,11 @@ from ..target import FrozenTarget
 
 @torch.no_grad()
 def on_policy_score(
-    target: FrozenTarget, rows: Dataset, count: int = 32, positions_per_chunk: int = 512
+    target: FrozenTarget,
+    rows: Dataset,
+    count: int = 32,
+    most: int | None = None,
+    positions_per_chunk: int = 512,
 ) -> dict:
     """Top-1 agreement and mean log-probability (nats) of supervised tokens under the target, on a
     sample of rows.
@@ -30,6 +34,8 @@ def on_policy_score(
         target (`FrozenTarget`): every process must call this, where it is sharded.
         rows (`Dataset`): token rows from `prepare_rows`.
         count (`int`, *optional*, defaults to 32): rows taken, evenly spread.
+        most (`int`, *optional*): supervised tokens taken of each row, the first of them; all by
+            default.
         positions_per_chunk (`int`, *optional*, defaults to 512): positions whose logits are held at
             a time. Each chunk is a pass of the target.
     """
@@ -44,14 +50,18 @@ def on_policy_score(
         row = rows[number]
         ids = torch.tensor([row["input_ids"]], device=device)  # (1, S)
         documents = torch.tensor([row.get("document_ids", [0] * ids.shape[1])], device=device)
-        inputs = row_inputs(documents)
         supervised = torch.tensor(row["supervised"], device=device).bool()  # (S,)
         # The first token of a document has no context that could predict it.
         supervised[0] = False
         supervised[1:] &= documents[0, 1:] == documents[0, :-1]
-        for at in supervised.nonzero().flatten().split(positions_per_chunk):
-            # The token at a position is predicted by the one before it.
-            logits = target.own_logits(ids, at - 1, **inputs)  # (N, V)
+        for at in supervised.nonzero().flatten()[:most].split(positions_per_chunk):
+            if not len(at):
+                continue
+            # The token at a position is predicted by the one before it. What stands behind the last
+            # of them is not seen, and would only take time.
+            end = int(at[-1])
+            inputs = row_inputs(documents[:, :end])
+            logits = target.own_logits(ids[:, :end], at - 1, **inputs)  # (N, V)
             log_p = logits.float().log_softmax(-1)
             p = log_p.exp()
             labels = ids[0, at].to(log_p.device)  # (N,)

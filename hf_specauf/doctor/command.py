@@ -72,6 +72,8 @@ OF_RUN = {
     "first step": Check(run.first_step, WITH_ROWS),
 }
 ROWS = 256  # of each source, that are looked at
+# How well a new drafter drafts is not asked. So a recipe needs fewer texts than a drafter.
+COUNT_OF_RECIPE = 3
 COLOURS = {PASS: "green", WARN: "yellow", FAIL: "bold red", SKIP: "dim"}
 
 
@@ -115,7 +117,8 @@ def arguments() -> ArgumentParser:
     add("--device", help="cuda or cpu (default: cuda where there is one)")
     add("--prompts", help="a benchmark, data set or file that the target continues (default: a few"
         " built-in questions)")  # fmt: skip
-    add("--count", type=int, help=f"prompts that it continues (default {len(QUESTIONS)})")
+    add("--count", type=int, help=f"prompts that it continues (default {len(QUESTIONS)}, and"
+        f" {COUNT_OF_RECIPE} with --config)")  # fmt: skip
     add("--max_new_tokens", type=int, default=40, help="tokens after each (default 40)")
     add("--rows", type=int, help="of a recipe: rows of each source that are looked at (default"
         f" {ROWS})")  # fmt: skip
@@ -133,7 +136,7 @@ def patient_of(argv: list[str]) -> tuple[Pair | Run, dict[str, Check], Namespace
         given = getattr(args, key)
         if given is not None and given < least:
             parser.error(f"--{key} is {given}: give at least {least}")
-    count = args.count or len(QUESTIONS)
+    count = args.count or (len(QUESTIONS) if args.config is None else COUNT_OF_RECIPE)
     if args.prompts is None and count > len(QUESTIONS):
         parser.error(f"--count is {count}, and {len(QUESTIONS)} questions are built in: give more"
                      " with --prompts")  # fmt: skip

@@ -42,6 +42,7 @@ ONE_STEP = {
 }
 FEW = 0.02  # of a row's tokens; a drafter hardly learns from fewer
 USED = 0.8  # of the raw rows; where more are left out, something is wrong with them
+FIRST_TOKENS = 128  # of each row's answers, that are compared with the target's own choice
 PLACES = 4  # at which a leak is looked for
 
 
@@ -153,7 +154,7 @@ def prompts_of_training(run: Run) -> Line:
 
 def on_policy(run: Run) -> Line:
     """Whether the answers are the target's own."""
-    score = on_policy_score(run.frozen, run.rows, count=16)
+    score = on_policy_score(run.frozen, run.rows, count=16, most=FIRST_TOKENS)
     said = (
         f"the target's own first choice on {score['agreement']:.0%} of the tokens; had it written"
         f" them, on {score['agreement_if_own']:.0%}"

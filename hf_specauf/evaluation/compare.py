@@ -13,7 +13,7 @@ from ..serving.acceptance import number
 from ..serving.decoding import AUTO
 from ..serving.replay import replay
 from ..target import FrozenTarget
-from .differences import first_difference
+from .differences import first_difference, is_low_precision, read_at_once
 from .kept import Rows
 from .rows import measured_row, prompt_keys, tau_of
 from .summary import own_passes, results
@@ -74,12 +74,28 @@ def compare(
             decode(mine[0], way)
         shown = with_tau(mine, rows, show_progress)
         for place, decoded in decoded_in_turn(shown, list(ways), decode):
-            differences = differences_from_plain(model, decoded) if greedy else {}
-            prompt, replayed = prompts[place], None
-            if teacher is not None:
-                replayed = teacher.passes(decoded["plain"].output, prompt.shape[1])
-            rows.add(measured_row(keys[place], prompt, decoded, differences, replayed))
+            rows.add(row_of(keys[place], prompts[place], decoded, model, greedy, teacher))
     return results(rows.all(keys), ways, innermost(drafter).config.block_size, greedy)
+
+
+def row_of(
+    key: str,
+    prompt: torch.Tensor,
+    decoded: dict[str, Decoded],
+    target: PreTrainedModel,
+    greedy: bool,
+    teacher: "Teacher | None",
+) -> dict:
+    """What is noted of one prompt (1, S), decoded in every way."""
+    plain, differences, replayed = decoded["plain"].output, {}, None
+    if greedy:
+        differences = differences_from_plain(target, decoded)
+    if teacher is not None:
+        replayed = teacher.passes(plain, prompt.shape[1])
+    row = measured_row(key, prompt, decoded, differences, replayed)
+    if greedy and is_low_precision(target.dtype):
+        row["read_at_once"] = read_at_once(target, plain, prompt.shape[1])
+    return row
 
 
 def differences_from_plain(target, decoded: dict[str, Decoded]) -> dict[str, dict | None]:

@@ -26,7 +26,11 @@ from ..training.waiting import wait_for_everyone
 from .ways import Way
 
 # Rows that other versions kept are measured anew: raised when what a row holds changes.
-FORM_OF_ROWS = 1
+FORM_OF_ROWS = 2
+ALONE = (
+    "accelerate launch has started one process, and several were asked for. On CPUs it starts them"
+    " with --multi_gpu: accelerate launch --multi_gpu --num_processes N -m hf_specauf.evaluate ..."
+)
 
 
 def is_first_process() -> bool:
@@ -37,6 +41,8 @@ def is_first_process() -> bool:
 def join_processes(args) -> None:
     """Find the other processes that `accelerate launch` has started, and this one's device."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        if launched_alone():
+            print(ALONE)
         return
     state = PartialState(cpu=args.device == "cpu")
     if args.device == "cuda":
@@ -44,6 +50,13 @@ def join_processes(args) -> None:
     if not state.is_main_process:
         # what is said of prompts and models is said once
         sys.stdout = open(os.devnull, "w")
+
+
+def launched_alone() -> bool:
+    """Whether `accelerate launch` was asked for several processes, and has started this one alone.
+    On CPUs it does, without a word: then it has only set where the others would meet."""
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ
+    return launched and "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ
 
 
 class Rows:

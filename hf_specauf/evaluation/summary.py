@@ -48,6 +48,9 @@ def results(measured: list[dict], ways: dict[str, Way], block_size: int, greedy:
     found = {"acceptance": summarize(own_passes(rows), block_size).to_dict()}
     found |= totals(rows, greedy)
     found["tau"] = taus(rows)
+    read = [row["read_at_once"] for row in rows if "read_at_once" in row]
+    if read:
+        found["read_at_once"] = reading(read)
     found["ways"] = {name: of_way(rows, name, way, greedy) for name, way in ways.items()}
     # at the end, because they are long
     found["prompts"] = found.pop("prompts")
@@ -62,6 +65,17 @@ def passes_of(rows: list[dict], way: str) -> list[Round]:
 def own_passes(rows: list[dict]) -> list[Round]:
     """The passes of the drafter alone."""
     return [r for r in passes_of(rows, "drafter") if not r.looked_up]
+
+
+def reading(read: list[dict]) -> dict:
+    """What `differences.read_at_once` found, of all prompts together."""
+    return {
+        "outputs": len(read),
+        "outputs_otherwise": sum(one["otherwise"] > 0 for one in read),
+        "tokens": sum(one["tokens"] for one in read),
+        "tokens_otherwise": sum(one["otherwise"] for one in read),
+        "below_best": max(one["below_best"] for one in read),
+    }
 
 
 # ---- tau

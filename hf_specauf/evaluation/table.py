@@ -83,7 +83,15 @@ def lossless_words(record: dict, way: dict) -> str:
     if pair is not None:
         said += (
             " Plain decoding beside a copy of itself, in a batch of two and without any draft:"
-            f" {counts(pair['lossless'])}. So much is rounding."
+            f" {counts(pair['lossless'])}."
+        )
+    read = record.get("read_at_once")
+    if read is not None:
+        said += (
+            " Without any draft, too: where the target reads its plain outputs in one pass, it"
+            f" chooses otherwise in {read['outputs_otherwise']} of {read['outputs']}"
+            f" ({read['tokens_otherwise']} of {read['tokens']} tokens, at most"
+            f" {read['below_best']:.3g} below its best). So much is rounding."
         )
     return said
 
@@ -95,7 +103,8 @@ def gap_words(gaps: dict, dtype: str) -> str:
         f" {gaps['top2_gap']:.3g}, which {dtype} rounds away"
     )
     if gaps["below_best"] is not None:
-        said += f"; no committed token there lies more than {gaps['below_best']:.3g} below the best"
+        said += "; from there on no committed token lies more than"
+        said += f" {gaps['below_best']:.3g} below the target's best"
     return said + "."
 
 
