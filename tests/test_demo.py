@@ -2,6 +2,7 @@
 
 import copy
 import io
+import re
 import shutil
 
 import pytest
@@ -41,6 +42,11 @@ def test_demo_shows_both_answers_and_says_what_they_are_in_words_and_in_a_gif(fo
     assert shown.count("identical") == len(PROMPTS)
     assert "DIFFERENT" not in shown and "near-tie" not in shown
     assert ("faster: " in shown) != ("SLOWER than plain decoding: " in shown)
+    passes = [int(count) for count in re.findall(r"tokens/s, (\d+) passes", shown)]
+    assert min(passes[1::2]) < NEW, "nothing was accepted"
+    # The first token comes from the prompt's pass. All drafts count, looked-up ones too.
+    for count in passes[1::2]:
+        assert f" {(NEW - 1) / (count - 1):.2f} " in shown
     with Image.open(tmp_path / "demo.gif") as image:
         assert image.n_frames > len(PROMPTS)
 
@@ -81,7 +87,7 @@ def test_accepted_tokens_are_marked_and_a_character_of_several_tokens_is_written
 
 def row(plain: float, assisted: float, difference: dict | None) -> dict:
     return {
-        "prompt_tokens": 7, "new_tokens": 10, "plain_new_tokens": 10, "tau": 1.5, "plain_seconds": plain,
+        "prompt_tokens": 7, "new_tokens": 10, "plain_new_tokens": 10, "tokens_per_pass": 1.5, "plain_seconds": plain,
         "assisted_seconds": assisted, "difference": difference, "repetition": 0.0,
     }  # fmt: skip
 

@@ -37,10 +37,10 @@ class Recording:
 
     Args:
         console (`Console`): whose width the frames have.
-        frames_per_second (`float`, *optional*, defaults to 6): at most so many are kept.
+        frames_per_second (`float`, *optional*, defaults to 3): at most so many are kept.
     """
 
-    def __init__(self, console: Console, frames_per_second: float = 6.0):
+    def __init__(self, console: Console, frames_per_second: float = 3.0):
         self.console = console
         self.pause = 1 / frames_per_second
         self.frames: list[tuple[float, list[list[Segment]]]] = []

@@ -122,7 +122,11 @@ def answer_both(pair: Pair, question: str, console: Console, recording: Recordin
     # A file has no cursor that the next answer could go on from.
     console.print()
     difference = first_difference(pair.target, decoded.output, assisted.output)
-    return prompt_row(prompt, decoded, assisted, pair.attachment.generations[-1], difference)
+    rounds = pair.attachment.generations[-1]
+    row = prompt_row(prompt, decoded, assisted, rounds, difference)
+    # Of all passes: the row's tau is of those that nothing was looked up for.
+    tokens = sum(one.emitted for one in rounds)
+    return row | {"tokens_per_pass": tokens / len(rounds) if rounds else None}
 
 
 def verdict(row: dict) -> str:
@@ -160,7 +164,7 @@ def summary(rows: list[dict], rounds: list[Round], dtype: torch.dtype) -> Group:
             f"{plain_rate:.1f}",
             f"{rate:.1f}",
             f"{rate / plain_rate:.2f}x",
-            number(row["tau"]),
+            number(row["tokens_per_pass"]),
             verdict(row),
         )
     whole = totals(rows, greedy=True)
