@@ -10,6 +10,7 @@ import torch
 from conftest import make_drafter, overfit
 from PIL import Image
 from rich.console import Console
+from rich.text import Text
 
 from hf_specauf.demo.recording import Recording
 from hf_specauf.demo.show import PROMPTS, Pair, main, summary
@@ -105,7 +106,7 @@ def test_summary_never_calls_slower_faster_nor_another_answer_identical(one, wor
     console = Console(width=140, file=io.StringIO())
     console.print(summary([one], [Round(2, 1, 3, 3), Round(4, 3, 5, 5, True), Round(1, 0, 0, 0)], torch.bfloat16))
     shown = " ".join(console.file.getvalue().split())
-    assert "Hardly a pass had a draft" not in shown
+    assert "Hardly a token was drafted and accepted" not in shown
     for word in [*words, "drafter 1 of 3 tokens in 1 passes, lookup 3 of 5 tokens in 1 passes, of 3 passes"]:
         assert word in shown
     if one["difference"] is not None:
@@ -118,7 +119,16 @@ def test_summary_says_when_it_was_not_the_drafter_that_made_the_difference():
     console = Console(width=140, file=io.StringIO())
     console.print(summary([row(2.0, 1.0, None)], [Round(1, 0, 0, 0)] * 29 + [Round(2, 1, 3, 3)], torch.float32))
     shown = " ".join(console.file.getvalue().split())
-    assert "faster: 2.00x" in shown and "Hardly a pass had a draft" in shown
+    assert "faster: 2.00x" in shown and "Hardly a token was drafted and accepted" in shown
+
+
+def test_one_green_word_among_many_white_ones_is_green_in_a_recording(tmp_path):
+    recording = Recording(Console(width=80, file=io.StringIO()))
+    recording.add(Text("\n".join(["white words, line after line"] * 30)).append(" green", "bold green"))
+    recording.save(tmp_path / "demo.gif")
+    with Image.open(tmp_path / "demo.gif") as image:
+        colours = [colour for _, colour in image.convert("RGB").getcolors(256)]
+    assert any(green > max(red, blue) + 40 for red, green, blue in colours)
 
 
 def test_recording_keeps_the_pace_and_at_most_its_frames_a_second(tmp_path):

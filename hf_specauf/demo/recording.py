@@ -95,8 +95,9 @@ class Recording:
                     at = (MARGIN + column * CELL_WIDTH, MARGIN + row * CELL_HEIGHT)
                     draw.text(at, character, font=font, fill=_colour(style.color))
                     column += cell_len(character)
-        # Sixteen colours are plenty for a terminal, and keep the file small.
-        return image.quantize(16)
+        # Sixteen colours are plenty for a terminal, and keep the file small. By the usual way to
+        # choose them, one green word among many white ones would be white, too.
+        return image.quantize(16, method=Image.Quantize.MAXCOVERAGE)
 
 
 def _colour(color: Color | None) -> tuple[int, int, int]:

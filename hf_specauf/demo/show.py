@@ -33,7 +33,7 @@ from .recording import Recording, check_record
 from .smollm2 import smollm2
 from .stream import Answer, AnswerStreamer
 
-# Share of passes with a draft, below which the drafter did not decide the speed.
+# Share of tokens that were drafted and accepted, below which drafts did not decide the speed.
 FEW = 0.1
 # flags that take a number
 NUMBERS = {
@@ -170,11 +170,10 @@ def summary(rows: list[dict], rounds: list[Round], dtype: torch.dtype) -> Group:
     whole = totals(rows, greedy=True)
     faster = "faster" if whole["speedup"] > 1 else "SLOWER than plain decoding"
     words = [f"{faster}: {whole['speedup']:.2f}x. {by_source(rounds)}"]
-    drafted = sum(one.drafted > 0 for one in rounds)
-    if drafted < FEW * len(rounds):
+    if sum(one.accepted for one in rounds) < FEW * sum(one.emitted for one in rounds):
         words.append(
-            "Hardly a pass had a draft, because drafts cost more than they bring here: what differs"
-            " between the two is the clock."
+            "Hardly a token was drafted and accepted, because drafts cost more than they bring"
+            " here: what differs between the two is the clock."
         )
     if whole["lossless"]["near_tie"]:
         words.append(
