@@ -40,15 +40,15 @@ NUMBERS = {
     # the first token comes from the prefill, so one token says nothing of a drafter
     "new_tokens": Numbers(2, whole=True),
 }
-# Code, prose, and two whose answers say again what stands in the prompt.
+# Two whose answers say again what stands in the prompt, code, and prose.
 PROMPTS = (
-    "Write a Python function that checks whether a string is a palindrome. Add a docstring.",
-    "Why is the sky blue? Explain it to a child.",
+    "Explain this code line by line:\n\nclass Stack:\n    def __init__(self):\n"
+    "        self.items = []\n\n    def push(self, item):\n        self.items.append(item)\n",
     "Write this as a list of bullet points: Wash the apples. Peel the apples and cut them into"
     " small pieces. Mix the pieces with sugar and cinnamon. Put them into the oven for forty"
     " minutes.",
-    "Explain this code line by line:\n\nclass Stack:\n    def __init__(self):\n"
-    "        self.items = []\n\n    def push(self, item):\n        self.items.append(item)\n",
+    "Write a Python function that checks whether a string is a palindrome. Add a docstring.",
+    "Why is the sky blue? Explain it to a child.",
 )
 
 
