@@ -76,6 +76,8 @@ WAYS = {
     "prompt lookup": Way(call=dict(prompt_lookup_num_tokens=10)),
     "native": Way(call=dict(speculation_type="dflash"), drafter="given"),
     "ours": Way(attached=WHOLE, drafter="given"),
+    "ours, drafts of 1": Way(attached=dict(draft_length=1, lookup=False), drafter="given"),
+    "ours, drafts of 2": Way(attached=dict(draft_length=2, lookup=False), drafter="given"),
     "ours, auto": Way(attached=dict(lookup=False), drafter="given"),
     "ours, lookup": Way(attached=dict(draft_length=None), drafter="given"),
     "ours, auto and lookup": Way(attached={}, drafter="given"),
@@ -90,6 +92,7 @@ WAYS = {
 PAIRS = [
     ("ours", "native"),
     ("ours", "z-lab"),
+    ("ours, auto", "ours, drafts of 1"),
     ("ours, auto and lookup", "ours, auto"),
     ("ours, auto and lookup", "ours, lookup alone"),
     ("ours, auto and lookup", "prompt lookup"),
