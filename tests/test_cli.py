@@ -322,7 +322,7 @@ def test_a_target_given_as_drafter_or_as_rows_is_told_to_be_one(tmp_path, capsys
         (hub.main, ["check", "--target", "a/b"]),
     ):
         said = say(main_of_command, [*words, "--drafter", target], capsys)
-        assert f"--drafter: {target} says nothing about block_size" in said and "of type qwen3 (a target?)" in said
+        assert f"--drafter: {target} says nothing about block_size" in said and "that of a qwen3 (a target?)" in said
     words = ["--target", target, "--drafter", target, "--device", "cpu", "--prompts", target]
     assert f"--prompts '{target}' is a folder that holds a model, and no rows" in say(evaluate.main, words, capsys)
     trained = ["--target", target, "--output_dir", tmp_path / "out", "--dataset_name", target]

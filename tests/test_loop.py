@@ -24,8 +24,8 @@ from transformers.generation import (
 from transformers.generation.streamers import BaseStreamer
 
 import hf_specauf
-from hf_specauf.drafters.drafts import Extended, counted
-from hf_specauf.drafters.loop import Decoding, LeanPasses, padding
+from hf_specauf.drafters.drafts import Extended, counted, padding
+from hf_specauf.drafters.loop import Decoding, LeanPasses
 from hf_specauf.drafters.overrides import DraftingOverrides
 from hf_specauf.drafters.target_parts import pass_mode
 from hf_specauf.drafters.transformers_internals import CACHE

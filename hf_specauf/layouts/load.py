@@ -106,10 +106,10 @@ def layout_of(folder: Path, config: dict, name: str) -> Layout:
         )
     read = ", ".join(f"{kind} ({layout.says})" for kind, layout in LAYOUTS.items())
     found = config.get("model_type")
-    found = f"is a model of type {found} (a target?)" if found else "is not whole"
+    found = f"is that of a {found} (a target?)" if found else "names no model_type"
     raise ValueError(
         f"{name} says nothing about block_size, so it is not a DFlash drafter in any layout that is"
-        f" read: its config.json {found}, or was cut. These are read: {read}"
+        f" read. Its config.json {found}, or was cut. These are read: {read}"
     )
 
 
