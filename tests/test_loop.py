@@ -399,6 +399,61 @@ def test_inference_mode_is_for_targets_whose_weights_stay_where_they_are():
     assert pass_mode(target) is not torch.inference_mode
 
 
+def modes_of_rounds(monkeypatch, target, drafter, **call) -> tuple[set[bool], torch.Tensor]:
+    """Whether rounds run in inference mode, and what a call returns."""
+    modes, whole = set(), Decoding._round
+
+    def asked(self):
+        modes.add(torch.is_inference_mode_enabled())
+        return whole(self)
+
+    monkeypatch.setattr(Decoding, "_round", asked)
+    found = hf_specauf.generate(target, drafter, random_prompts(1, PROMPT), max_new_tokens=NEW, **call)
+    monkeypatch.undo()
+    return modes, found
+
+
+@pytest.mark.parametrize("call", [dict(do_sample=False), dict(do_sample=True, temperature=0.7, top_k=5)])
+def test_rounds_run_in_inference_mode_where_nobody_else_sees_a_tensor(call, monkeypatch):
+    target = make_target()
+    for drafter in (make_drafter(target), None):
+        modes, output = modes_of_rounds(monkeypatch, target, drafter, **call)
+        # Autograd takes what comes back.
+        assert modes == {True} and not output.is_inference()
+        target(output, labels=output).loss.backward()
+
+
+def test_a_users_own_code_is_not_called_in_inference_mode(monkeypatch):
+    target, modes = make_target(), set()
+    drafter = make_drafter(target)
+
+    class Streamer(BaseStreamer):
+        def put(self, value):
+            modes.add(torch.is_inference_mode_enabled())
+
+        def end(self):
+            pass
+
+    class Own(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            modes.add(torch.is_inference_mode_enabled())
+            return torch.zeros(1, dtype=torch.bool)
+
+    def processor(input_ids, scores):
+        modes.add(torch.is_inference_mode_enabled())
+        return scores
+
+    greedy, processors = dict(do_sample=False), LogitsProcessorList([processor])
+    for given in (
+        dict(streamer=Streamer()), dict(stopping_criteria=[Own()]), dict(logits_processor=processors),
+        dict(return_dict_in_generate=True, output_scores=True),
+    ):  # fmt: skip
+        assert modes_of_rounds(monkeypatch, target, drafter, **greedy, **given)[0] == {False}
+    assert modes == {False}
+    target.model.layers[1].register_forward_hook(lambda *_: None)
+    assert modes_of_rounds(monkeypatch, target, drafter, **greedy)[0] == {False}
+
+
 def test_a_users_hook_may_take_gradients_and_keep_what_it_saw():
     p, kept = pair(), []
 

@@ -123,7 +123,7 @@ def test_raw_logits_have_the_same_best_token_and_the_loss_is_that_of_what_drafts
     )  # fmt: skip
     hidden, draft, logits = drawn[0]
     # Copied, because decoding runs in inference mode. (1, 1, P, H), (1, 1, P)
-    hidden, labels = hidden[:, None].clone().requires_grad_(), draft[:, None]
+    hidden, labels = hidden[:, None].clone().requires_grad_(), draft[:, None].clone()
     loss = head_loss(
         hidden, frozen.head, labels, torch.ones_like(labels, dtype=torch.bool), LossSpec(OBJECTIVES["uniform"])
     )

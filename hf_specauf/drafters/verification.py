@@ -1,6 +1,7 @@
-"""What the target makes of a draft: which of its tokens are committed, and which comes after them.
+"""What the target makes of a draft: which of its tokens are committed, which comes after them, and
+whether the text ends there.
 
-Travels to the Hub: imports torch and transformers alone.
+Travels to the Hub: imports torch, transformers and its sibling.
 
 Greedy: a drafted token is committed while it is the target's own choice. Sampled (Leviathan et al.,
 arXiv 2211.17192, algorithm 1), with q the drafter's probability of a drafted token and p the
@@ -17,10 +18,13 @@ that the token was really drawn from.
 Letters: d drafted tokens, V vocabulary. Row j of d + 1 is what the target says after j of them.
 """
 
+import time
 from typing import NamedTuple
 
 import torch
 from transformers.generation import logits_process
+
+from .transformers_internals import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria
 
 # Processors that look at scores alone, so that all rows may go through them in one call.
 SCORES_ALONE = (
@@ -210,4 +214,51 @@ def greedy(logits: torch.Tensor, draft: Draft | None) -> Verdict:
     return Verdict(chosen[: kept + 1])
 
 
-__all__ = ["Draft", "Verdict", "Verifier"]
+class Ends:
+    """Where a text ends. Asked of every committed token, as plain decoding asks.
+
+    Length, end tokens and time are looked at here, without a look at the device. All other criteria
+    are called.
+
+    Args:
+        criteria (`StoppingCriteriaList`): of the call.
+        max_length (`int`): of the text, prompt included, where no criterion says it.
+    """
+
+    def __init__(self, criteria, max_length: int):
+        self.tokens: set[int] = set()
+        lengths, self.times, self.others = [], [], []
+        for one in criteria:
+            # Not `isinstance`, because a user's own kind may do more.
+            if type(one) is MaxLengthCriteria:
+                lengths.append(one.max_length)
+            elif type(one) is EosTokenCriteria:
+                self.tokens.update(one.eos_token_id.flatten().tolist())
+            elif type(one) is MaxTimeCriteria:
+                self.times.append(one)
+            else:
+                self.others.append(one)
+        # A user's own criterion for length stands in the place of the call's.
+        self.max_length = min(lengths, default=max_length)
+
+    def first(self, text, length: int, tokens: list[int], scores) -> tuple[int, bool]:
+        """How many of the new tokens belong to the text, and whether it ends with them.
+
+        Args:
+            text (`Extended` of drafts.py): ids, the new tokens among them.
+            length (`int`): of the text before them.
+            tokens (`list[int]`): the new ones.
+            scores (`Callable[[int], tuple | None]`): the scores of the call after so many of them.
+        """
+        for count, token in enumerate(tokens, start=1):
+            done = length + count >= self.max_length or token in self.tokens
+            for one in self.others:
+                done |= bool(torch.as_tensor(one(text.upto(length + count), scores(count))).all())
+            if done:
+                return count, True
+        now = time.time()
+        done = any(now - one.initial_timestamp > one.max_time for one in self.times)
+        return len(tokens), done
+
+
+__all__ = ["Draft", "Ends", "Verdict", "Verifier"]

@@ -47,6 +47,7 @@ class LookupDrafts(BlockDrafts):
         # A drafter would have read the text into these.
         self.cache, self.pending = DynamicCache(), []
         self.confidences = self.drafting_seconds = None
+        self.mode = torch.inference_mode  # there is no model that could mind
         self.longest = lookup.longest
         if generation_config.num_assistant_tokens not in (None, UNSET_ASSISTANT_TOKENS):
             self.longest = generation_config.num_assistant_tokens
