@@ -12,6 +12,8 @@ from .table import PAIR
 STANDS_FOR_TEXT = "#010203"
 BARS, LINE = "#3b82c4", "#d9822b"
 SIZE = (6, 3.6)  # inches
+FEW_PASSES = 30  # that reached a slot, below which their share of accepted tokens says little
+ALPHA_TITLE = f"Accepted, once slot k is reached (hollow: < {FEW_PASSES} passes)"
 # Of the text in a picture, which is shown at this size in a page too.
 STYLE = {"svg.fonttype": "none", "svg.hashsalt": "specauf", "font.size": 10}
 
@@ -35,19 +37,29 @@ def figure_with_axes(title: str, xlabel: str, ylabel: str):
         plt.close(figure)
 
 
-def plot_alpha(results: dict[str, list[float | None]], path: Path) -> None:
-    """alpha_k over the slots, a line for each named result."""
-    curves = {}
-    for name, alpha in results.items():
-        curves[name] = [(k, a) for k, a in enumerate(alpha, start=1) if a is not None]
-    plot_curves(
-        curves,
-        path,
-        xlabel="slot k",
-        ylabel="conditional acceptance α_k",
-        ylim=(0, 1),
-        title="Accepted, given that slot k was reached",
-    )
+def draw_acceptance(acceptance: dict, axes, **style) -> None:
+    """A line through alpha_k of the slots that were reached. Where few passes reached a slot its
+    mark is hollow: a text that repeats itself alone can make such a share large."""
+    alpha, histogram = acceptance["alpha"], acceptance["histogram"]
+    points = [(k, a) for k, a in enumerate(alpha, start=1) if a is not None]
+    (line,) = axes.plot([k for k, _ in points], [a for _, a in points], **style)
+    for k, a in points:
+        # A pass that accepted k - 1 tokens or more came as far as slot k.
+        is_sure = sum(histogram[k - 1 :]) >= FEW_PASSES
+        inner = line.get_color() if is_sure else "none"
+        axes.plot(k, a, "o", color=line.get_color(), markerfacecolor=inner)
+    axes.set_ylim(0, 1)
+    axes.set_xlim(0.5, max(len(alpha), 1) + 0.5)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+
+
+def plot_alpha(results: dict[str, dict], path: Path) -> None:
+    """alpha_k over the slots, a line for each named acceptance (as of `Acceptance.to_dict`)."""
+    with figure_with_axes(ALPHA_TITLE, "slot k", "conditional acceptance α_k") as (figure, axes):
+        for name, acceptance in results.items():
+            draw_acceptance(acceptance, axes, label=name)
+        axes.legend()
+        figure.savefig(path, dpi=130)
 
 
 def plot_curves(
@@ -57,14 +69,11 @@ def plot_curves(
     xlabel: str,
     ylabel: str,
     title: str,
-    ylim: tuple[float, float] | None = None,
 ) -> None:
     """A line through the (x, y) points of each named curve."""
     with figure_with_axes(title, xlabel, ylabel) as (figure, axes):
         for name, points in curves.items():
             axes.plot(*zip(*points), marker="o", label=name)
-        if ylim is not None:
-            axes.set_ylim(ylim)
         axes.legend()
         figure.savefig(path, dpi=130)
 
@@ -74,12 +83,7 @@ def plot_curves(
 
 def draw_alpha(record: dict, axes) -> None:
     """alpha_k, over the slots that were reached."""
-    alpha = record["acceptance"]["alpha"]
-    points = [(k, a) for k, a in enumerate(alpha, start=1) if a is not None]
-    axes.plot([k for k, _ in points], [a for _, a in points], marker="o", color=BARS)
-    axes.set_ylim(0, 1)
-    axes.set_xlim(0.5, max(len(alpha), 1) + 0.5)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    draw_acceptance(record["acceptance"], axes, color=BARS)
 
 
 def draw_histogram(record: dict, axes) -> None:
@@ -149,7 +153,7 @@ PICTURES: dict[str, tuple[str, str, str, Callable]] = {
         draw_speed,
     ),
     "alpha": (
-        "Accepted, given that slot k was reached",
+        ALPHA_TITLE,
         "slot k of a block",
         "conditional acceptance α_k",
         draw_alpha,

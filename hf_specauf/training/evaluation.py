@@ -132,6 +132,6 @@ def measure_decoding(trainer, prompts: str) -> None:
             chat_template_kwargs=drafter.config.chat_template_kwargs,
         )
         write_record(out / "eval.json", record)
-        plot_alpha({args.objective: results["acceptance"]["alpha"]}, out / "alpha.png")
+        plot_alpha({args.objective: results["acceptance"]}, out / "alpha.png")
         show(record, Console())
     wait_for_everyone()
