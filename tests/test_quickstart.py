@@ -58,8 +58,13 @@ def test_quickstart_writes_its_report_and_goes_on_after_a_loss(cache, tmp_path, 
     assert [row["objective"] for row in report["drafters"]] == ["decay", "auf"]
     for row in report["drafters"]:
         assert row["lossless"] and row["prompts"] == 2 and row["tau"] >= 1 and len(row["alpha"]) == 15
+        # Sampled, because a small target's greedy text repeats itself. The greedy outputs are compared beside it.
+        assert row["temperature"] > 0 and 0 <= row["repetition"] <= 1
+        assert sum(row["greedy_outputs"].values()) == 2
         stored = json.loads((tmp_path / "qs" / row["objective"] / "eval.json").read_text())
         assert stored["acceptance"]["tau"] == row["tau"]
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "2 of 2" in shown and "repeated: of the 4-grams" in shown
     same = {key: value for key, value in report["recipes"]["auf"].items() if value != report["recipes"]["decay"][key]}
     assert set(same) <= {"objective", "gamma", "output_dir", "resume_from_checkpoint"}
     assert (tmp_path / "qs" / "alpha.png").stat().st_size > 5000 and (

@@ -11,8 +11,8 @@ from ..data.sources import load_rows
 from ..identity import Identity
 from ..records import write_record, write_whole
 
-PROMPT_TOKENS, ROW_TOKENS = 64, 256
-ROWS_PER_BATCH = 192  # generated at once
+PROMPT_TOKENS, ROW_TOKENS = 64, 192
+ROWS_PER_BATCH = 200  # generated at once
 
 
 def cut(
@@ -49,7 +49,7 @@ def save_rows(path: Path, rows: list[list[int]]) -> Path:
     return path
 
 
-def training_rows(folder: Path, count: int = 1920) -> Path:
+def training_rows(folder: Path, count: int = 600) -> Path:
     """Token rows for drafters: the target's own continuations of real text, once, kept beside the
     target.
 

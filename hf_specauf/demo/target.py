@@ -56,7 +56,7 @@ class TargetSettings:
     head_dim: int = 32
     row_tokens: int = 256
     rows_per_step: int = 8
-    steps: int = 400
+    steps: int = 160
     learning_rate: float = 2e-2  # Muon's, for the matrices
     adam_learning_rate: float = 3e-3  # for embedding and norms
     # another version has another standard library
@@ -180,7 +180,7 @@ def train_target(
         # twice as fast where the processor has it
         bf16=torch.cpu._is_avx512_bf16_supported(),
         seed=settings.seed,
-        save_steps=100,
+        save_steps=40,
         save_total_limit=1,
         logging_steps=50,
         report_to="none",

@@ -129,7 +129,7 @@ def main() -> None:
     if args.quick:
         variants = {name: VARIANTS[name] for name in ("DFlash AUF", "Domino decay", "Domino B-AUF")}
         seeds, steps, prompts, out, new_tokens = [0], 20, 3, args.out.with_name(args.out.name + "_quick"), 32
-    target = quickstart_target(TargetSettings())
+    target = quickstart_target(TargetSettings(steps=400))
     rows: dict[str, list[dict]] = {name: [] for name in variants}
     for seed in seeds:
         for name, overrides in variants.items():

@@ -173,7 +173,7 @@ def main() -> None:
         args.out = Path("out/lora_study_quick")
         names = ("LoRA r=16, Muon", "full fine-tune", "borrowed, LoRA r=16")
         base_steps = ["--max_steps", "20"]
-    source = quickstart_target(TargetSettings())
+    source = quickstart_target(TargetSettings(steps=400))
     base = args.out / "base"
     train_drafter(source, RECIPE, base, *base_steps)
     target = fine_tuned_target(source, args.out, args.target_steps)

@@ -44,7 +44,7 @@ def main() -> None:
     if args.quick:
         variants = {name: VARIANTS[name] for name in ("decay", "auf")}
         seeds, steps, prompts, out = [0], 20, 4, Path("out/objectives_study_quick")
-    target = quickstart_target(TargetSettings())
+    target = quickstart_target(TargetSettings(steps=400))
     rows: dict[str, list[dict]] = {name: [] for name in variants}
     for seed in seeds:
         for name, overrides in variants.items():
@@ -59,7 +59,7 @@ def main() -> None:
             )
             kept = folder / f"row-{prompts}.json"
             if not kept.is_file():
-                kept.write_text(json.dumps(evaluate_drafter(target, folder, record, prompts, 96)))
+                kept.write_text(json.dumps(evaluate_drafter(target, folder, record, prompts, 96, temperature=0.0)))
             row = json.loads(kept.read_text())
             rows[name].append({key: row[key] for key in row if key != "path"} | {"seconds": record["seconds"]})
 

@@ -27,7 +27,12 @@ PAIRS = [
     ("dflash-auf", "dflash-decay"), ("dflash-auf-decay", "dflash-decay"), ("dflash-decay", "dflash-uniform"),
     ("domino-b-auf", "domino-decay"), ("domino-b-auf-decay", "domino-decay"), ("domino-decay", "dflash-decay"),
     ("dflash-auf-own", "dflash-decay-own"), ("domino-b-auf-own", "dflash-auf-own"), ("dflash-auf-own", "dflash-auf"),
-    ("dflash-auf-k8", "dflash-decay-k8"), ("dflash-auf-long", "dflash-decay-long"),
+    ("dflash-auf-k8", "dflash-decay-k8"), ("dflash-auf-decay-k8", "dflash-auf-k8"),
+    ("domino-b-auf-k8", "domino-decay-k8"),
+    ("domino-decay-k8", "dflash-decay-k8"), ("domino-b-auf-k8", "dflash-auf-k8"),
+    ("dflash-auf-own-k8", "dflash-decay-own-k8"), ("domino-b-auf-own-k8", "dflash-auf-own-k8"),
+    ("dflash-decay-own-k8", "dflash-decay-k8"), ("dflash-auf-own-k8", "dflash-auf-k8"),
+    ("dflash-auf-long", "dflash-decay-long"),
 ]  # fmt: skip
 SETS = ("HumanEval", "MT-Bench", "ShareGPT")
 RESAMPLES = 2000

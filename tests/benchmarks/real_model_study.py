@@ -91,8 +91,12 @@ LEGS = {
     # shorter blocks
     "dflash-decay-k8": Leg("decay", block_size=8),
     "dflash-auf-k8": Leg("auf", block_size=8),
+    "dflash-auf-decay-k8": Leg("auf_decay", block_size=8),
     "domino-decay-k8": Leg("domino_decay", block_size=8),
     "domino-b-auf-k8": Leg("b_auf", block_size=8),
+    "dflash-decay-own-k8": Leg("decay", block_size=8, data="own"),
+    "dflash-auf-own-k8": Leg("auf", block_size=8, data="own"),
+    "domino-b-auf-own-k8": Leg("b_auf", block_size=8, data="own"),
     # longer training
     "dflash-decay-long": Leg("decay", longer=3),
     "dflash-auf-long": Leg("auf", longer=3),

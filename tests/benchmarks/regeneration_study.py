@@ -140,7 +140,7 @@ def main() -> None:
     if args.quick:
         seeds, steps, count, prompts, out = [0], 20, 96, 4, Path("out/regeneration_study_quick")
     out.mkdir(parents=True, exist_ok=True)
-    target = quickstart_target(TargetSettings())
+    target = quickstart_target(TargetSettings(steps=400))
     files = both_kinds(target, out, count, args.temperature)
     few = 24 if args.quick else min(300, count)
     resumed = killed_and_resumed(target, out / f"prompts-{count}.jsonl", out / f"killed-{few}", few, args.temperature)
