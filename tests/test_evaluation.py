@@ -24,7 +24,7 @@ from hf_specauf.evaluation.differences import read_at_once
 from hf_specauf.evaluation.intervals import figure, ratio, ratio_of_ratios
 from hf_specauf.evaluation.kept import KeptRows, join_processes
 from hf_specauf.evaluation.page import page
-from hf_specauf.evaluation.plots import PICTURES
+from hf_specauf.evaluation.plots import PICTURES, draw_acceptance, figure_with_axes
 from hf_specauf.evaluation.record import evaluation_record
 from hf_specauf.evaluation.rows import passes_as_text, passes_from_text, prompt_keys
 from hf_specauf.evaluation.summary import tau_by_place
@@ -440,3 +440,14 @@ def test_older_records_are_paired_by_their_order_and_clear_differences_called_so
     other["prompts"] = other["prompts"][:2]
     with pytest.raises(ValueError, match="no prompt in common.*same --prompts and --count"):
         compare_records(older(record), other)
+
+
+def test_a_slot_that_few_passes_reached_is_in_no_line():
+    # 100 passes reached slot 1, 40 slot 2, and 10 slot 3, of which one text that repeats itself made 1.0.
+    acceptance = {"alpha": [0.4, 0.25, 1.0, None], "histogram": [60, 30, 0, 10]}
+    with figure_with_axes("", "", "") as (_, axes):
+        draw_acceptance(acceptance, axes, label="auf")
+        line, mark = axes.get_lines()
+        assert line.get_xydata().tolist() == [[1, 0.4], [2, 0.25]]
+        assert mark.get_xydata().tolist() == [[3, 1.0]] and mark.get_markerfacecolor() == "none"
+        assert axes.get_xlim() == (0.5, 4.5)

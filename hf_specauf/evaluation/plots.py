@@ -38,16 +38,18 @@ def figure_with_axes(title: str, xlabel: str, ylabel: str):
 
 
 def draw_acceptance(acceptance: dict, axes, **style) -> None:
-    """A line through alpha_k of the slots that were reached. Where few passes reached a slot its
-    mark is hollow: a text that repeats itself alone can make such a share large."""
+    """A line through alpha_k of the slots that many passes reached, and hollow marks for the rest:
+    one text that repeats itself can make such a share 1."""
     alpha, histogram = acceptance["alpha"], acceptance["histogram"]
-    points = [(k, a) for k, a in enumerate(alpha, start=1) if a is not None]
-    (line,) = axes.plot([k for k, _ in points], [a for _, a in points], **style)
-    for k, a in points:
+    sure, unsure = [], []
+    for k, share in enumerate(alpha, start=1):
         # A pass that accepted k - 1 tokens or more came as far as slot k.
-        is_sure = sum(histogram[k - 1 :]) >= FEW_PASSES
-        inner = line.get_color() if is_sure else "none"
-        axes.plot(k, a, "o", color=line.get_color(), markerfacecolor=inner)
+        reached = sum(histogram[k - 1 :])
+        if share is not None:
+            (sure if reached >= FEW_PASSES else unsure).append((k, share))
+    (line,) = axes.plot([k for k, _ in sure], [a for _, a in sure], marker="o", **style)
+    for k, share in unsure:
+        axes.plot(k, share, "o", color=line.get_color(), markerfacecolor="none", alpha=0.5)
     axes.set_ylim(0, 1)
     axes.set_xlim(0.5, max(len(alpha), 1) + 0.5)
     axes.xaxis.get_major_locator().set_params(integer=True)
