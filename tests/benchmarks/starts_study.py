@@ -69,7 +69,7 @@ def run(start: str, words: list[str]) -> list[dict]:
         return drafter, base
 
     with tempfile.TemporaryDirectory() as out:
-        arguments = parse([*words, "--output_dir", out])
+        arguments = parse([*words, "--logging_first_step", "true", "--output_dir", out])
         training.start_drafter = changed
         try:
             trainer = training.train(*arguments, compare_decoding=False)
