@@ -5,6 +5,7 @@ import io
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -199,10 +200,16 @@ def test_the_shipped_drafter_drafts_for_its_own_target_alone(folders, tmp_path, 
     assert "There is no drafter" in capsys.readouterr().out
 
 
-def test_the_shipped_drafter_loads_as_it_lies_there():
-    folder = shipped_drafter()
+def test_the_shipped_drafter_loads_as_it_lies_there(tmp_path):
+    folder = Path(shipped_drafter())
     drafter = load_drafter(str(folder))
     assert drafter.config.target_model_name_or_path == HUB_ID and drafter.dtype == torch.bfloat16
     assert validate(folder / "README.md") == []
+    # Its code is this checkout's, all that a published folder has, so that it loads without the package too.
+    drafter.save_pretrained(tmp_path)
+    wanted = {code.name for code in tmp_path.glob("*.py")}
+    assert wanted and wanted == {code.name for code in folder.glob("*.py")}
+    for name in wanted:
+        assert (folder / name).read_text() == (tmp_path / name).read_text()
     measured = json.loads((folder / "eval.json").read_text())
     assert measured["lossless"]["different"] == 0 and measured["target"]["dtype"] == "float32"

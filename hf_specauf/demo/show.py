@@ -258,9 +258,8 @@ def fast_dtype() -> str:
     return "float32"
 
 
-@errors_in_one_line()
-def main(argv: list[str] | None = None) -> None:
-    """Command line of `specauf demo`."""
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    """The flags as they are meant, once they are known to go together."""
     parser = command_parser()
     args = parser.parse_args(under_new_spelling(argv))
     check_keys(args, NUMBERS)
@@ -275,6 +274,13 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("--record keeps the demo's own prompts, and --chat asks yours: leave one out")
     if args.record:
         check_record(args.record)
+    return args
+
+
+@errors_in_one_line()
+def main(argv: list[str] | None = None) -> None:
+    """Command line of `specauf demo`."""
+    args = arguments(argv)
     console = Console()
     if args.drafter is None:
         console.print("There is no drafter, so drafts are looked up in the text alone.")
@@ -291,7 +297,7 @@ def main(argv: list[str] | None = None) -> None:
         )
     drafter = None
     if args.drafter is not None:
-        drafter = load_drafter(str(args.drafter), dtype=target.dtype, key="--drafter")
+        drafter = load_drafter(args.drafter, dtype=target.dtype, key="--drafter")
     config = decoding_config(target, args.new_tokens, tokenizer.pad_token_id)
     with (
         torch.no_grad(),

@@ -201,11 +201,11 @@ def told(folder: Path) -> Path:
     return folder
 
 
-def shipped_drafter() -> Path | None:
+def shipped_drafter() -> str | None:
     """The folder of a drafter for SmolLM2, in a checkout; `None` where there is none: an installed
     package holds no weights."""
     folder = Path(__file__).parents[2] / "model_cards" / DRAFTER
-    return folder if folder.is_dir() else None
+    return str(folder) if folder.is_dir() else None
 
 
 @errors_in_one_line()
