@@ -26,7 +26,7 @@ from .transformers_internals import (
     longer_kwargs,
     take_past,
 )
-from .verification import Ends, Verifier
+from .verification import Ends, Verifier, few_rows
 
 # Arguments that our own passes know how to go on with. Others are left to the target's own methods.
 PLAIN_INPUTS = {CACHE, "attention_mask", "position_ids", "use_cache", "logits_to_keep"}
@@ -226,7 +226,7 @@ class Decoding:
         Returns:
             What `generate` returns: ids (1, S), or a `GenerateDecoderOnlyOutput`.
         """
-        with nullcontext() if self.taps is None else self.taps.hooked():
+        with nullcontext() if self.taps is None else self.taps.hooked(), self._products():
             self._prefill()
             goes_on, device = self.target._has_unfinished_sequences, self.text.rows.device
             with self._mode():
@@ -259,6 +259,12 @@ class Decoding:
         if nullcontext in (self.passes.mode, self.drafts.mode):
             return nullcontext()
         return torch.inference_mode()
+
+    def _products(self):
+        """How both models multiply. Compiled passes are left as they are."""
+        if self.taps is None:
+            return nullcontext()
+        return few_rows(self.target, self.drafts.run)
 
     def _tap(self) -> None:
         """Decide what brings the taps."""

@@ -1,5 +1,5 @@
 """What the target makes of a draft: which of its tokens are committed, which comes after them, and
-whether the text ends there.
+whether the text ends there. And how CPUs multiply the few rows of such a pass.
 
 Travels to the Hub: imports torch, transformers and its sibling.
 
@@ -19,9 +19,12 @@ Letters: d drafted tokens, V vocabulary. Row j of d + 1 is what the target says 
 """
 
 import time
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
+from torch import nn
+from torch.nn import functional as F
 from transformers.generation import logits_process
 
 from .transformers_internals import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria
@@ -261,4 +264,125 @@ class Ends:
         return len(tokens), done
 
 
-__all__ = ["Draft", "Ends", "Verdict", "Verifier"]
+# Rows of x up to which one form of a product may be far slower than the other.
+FEW = 16
+# Products of each form before the faster is chosen. A target's head has one of them a pass.
+TRIED = 4
+# The turned form must be so much faster, lest noise choose it.
+WORTH = 0.9
+
+
+class Trial:
+    """Finds the faster form of products of one shape: they take both by turns at first.
+
+    Attributes:
+        turned (`bool`, *optional*): the form that was chosen; `None` before.
+    """
+
+    def __init__(self):
+        self.seconds: tuple[list[float], list[float]] = [], []
+        self.turned: bool | None = None
+
+    def turn(self) -> bool:
+        """The form that the next product takes."""
+        if self.turned is not None:
+            return self.turned
+        return len(self.seconds[True]) < len(self.seconds[False])
+
+    def learn(self, turned: bool, seconds: float) -> None:
+        """Take in what a product took."""
+        self.seconds[turned].append(seconds)
+        plain, other = self.seconds
+        if len(other) == TRIED:
+            # The least of each, because a stall of the machine is no matter of the form.
+            self.turned = min(other) < WORTH * min(plain)
+
+
+# (rows, columns of both sides, dtype, threads) -> its trial. One for the whole process, because
+# they are a matter of its processor.
+TRIALS: dict[tuple, Trial] = {}
+
+
+class FewRows:
+    """Stands in for `nn.Linear.forward` where x has few rows and the weight W is on a CPU: x W^T or
+    (W x^T)^T, whichever is faster. They are the same numbers, but for rounding.
+
+    A pass over a draft has few rows, and BLAS libraries may take several times longer for the one
+    form than for the other: MKL on an AMD processor, in fp32 with 4 rows, 2.4 times as long
+    (docs/results.md). `torch.use_deterministic_algorithms` leaves all products as they are.
+
+    Args:
+        linear (`nn.Linear`): whose method it is.
+    """
+
+    def __init__(self, linear: nn.Linear):
+        self.linear = linear
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., in) -> (..., out)"""
+        weight = self.linear.weight
+        rows = x.numel() // weight.shape[1]
+        if not 1 < rows <= FEW or torch.are_deterministic_algorithms_enabled():
+            return self.product(x, turned=False)
+        key = (rows, *weight.shape, weight.dtype, torch.get_num_threads())
+        trial = TRIALS.get(key)
+        if trial is None:
+            trial = TRIALS.setdefault(key, Trial())
+        turned = trial.turn()
+        if trial.turned is not None:
+            return self.product(x, turned)
+        began = time.perf_counter()
+        y = self.product(x, turned)
+        trial.learn(turned, time.perf_counter() - began)
+        return y
+
+    def product(self, x: torch.Tensor, turned: bool) -> torch.Tensor:
+        """x W^T + b, by one of the two forms. (..., in) -> (..., out)"""
+        weight, bias = self.linear.weight, self.linear.bias
+        if not turned:
+            return F.linear(x, weight, bias)
+        columns = x.reshape(-1, weight.shape[1]).T  # (in, rows)
+        if bias is None:
+            y = torch.mm(weight, columns)  # (out, rows)
+        else:
+            y = torch.addmm(bias[:, None], weight, columns)
+        # A model's code may rely on rows that lie one after another.
+        return y.T.contiguous().view(*x.shape[:-1], weight.shape[0])
+
+
+@contextmanager
+def few_rows(*models):
+    """Let models multiply few rows by the faster form, inside `with`. What is no module, or is
+    compiled together with its products, stays as it is."""
+    taken = []
+    for model in models:
+        modules = list(model.modules()) if isinstance(model, nn.Module) else []
+        if not any(map(_is_compiled, modules)):
+            taken += [module for module in modules if _may_turn(module)]
+    try:
+        for module in taken:
+            module.forward = FewRows(module)
+        yield
+    finally:
+        for module in taken:
+            # Another thread that decodes with this target may have taken it off already.
+            module.__dict__.pop("forward", None)
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return module._compiled_call_impl is not None or "_orig_mod" in module._modules
+
+
+def _may_turn(module: nn.Module) -> bool:
+    """Whether a module's products may take either form."""
+    # Not `isinstance`: quantised and adapted layers multiply in their own way. Others have put
+    # their own method in the place of this one (accelerate does).
+    if type(module) is not nn.Linear or "forward" in module.__dict__:
+        return False
+    weight = module.weight
+    # Not DTensor and its like. And fp8, of one byte, has no such products.
+    plain = type(weight) in (nn.Parameter, torch.Tensor)
+    return plain and weight.device.type == "cpu" and weight.dtype.itemsize > 1
+
+
+__all__ = ["Draft", "Ends", "Verdict", "Verifier", "few_rows"]

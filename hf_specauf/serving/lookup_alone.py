@@ -38,6 +38,7 @@ class LookupDrafts(BlockDrafts):
         **not_needed,
     ):
         self.drafter = drafter
+        self.run = None
         self.taps = []
         self.lookup = lookup
         self.index = Lookup()

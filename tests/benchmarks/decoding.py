@@ -36,6 +36,7 @@ from transformers import AutoModel, Qwen3Config
 from hf_specauf.data.conversation import stop_at_both_ends
 from hf_specauf.data.rows import pad_token_id
 from hf_specauf.data.sources import load_rows
+from hf_specauf.drafters import verification
 from hf_specauf.drafters.transformers_internals import drop_capture_hooks
 from hf_specauf.evaluation.compare import decoded_in_turn
 from hf_specauf.evaluation.differences import count_verdicts, first_difference
@@ -47,6 +48,7 @@ from hf_specauf.serving.benchmarks import Wording, encode_prompts
 from hf_specauf.serving.decoding import attach
 from hf_specauf.target import load_target
 
+FEW = verification.FEW
 # what their config shares with ours
 ZLAB_KEYS = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
@@ -63,11 +65,13 @@ class Way:
         call (`dict`): settings of `generate`.
         drafter (`str`): "none", "given", "random", one of the same shape with random weights, or "z-lab", the given
             one as their class.
+        one_form (`bool`): few rows are multiplied in torch's own form alone, as in all ways of others.
     """
 
     attached: dict | None = None
     call: dict = field(default_factory=dict)
     drafter: str = "none"
+    one_form: bool = False
 
 
 WHOLE = dict(draft_length=None, lookup=False)  # blocks, whatever they cost
@@ -76,11 +80,13 @@ WAYS = {
     "prompt lookup": Way(call=dict(prompt_lookup_num_tokens=10)),
     "native": Way(call=dict(speculation_type="dflash"), drafter="given"),
     "ours": Way(attached=WHOLE, drafter="given"),
+    "ours, one form": Way(attached=WHOLE, drafter="given", one_form=True),
     "ours, drafts of 1": Way(attached=dict(draft_length=1, lookup=False), drafter="given"),
     "ours, drafts of 2": Way(attached=dict(draft_length=2, lookup=False), drafter="given"),
     "ours, auto": Way(attached=dict(lookup=False), drafter="given"),
     "ours, lookup": Way(attached=dict(draft_length=None), drafter="given"),
     "ours, auto and lookup": Way(attached={}, drafter="given"),
+    "ours, auto and lookup, one form": Way(attached={}, drafter="given", one_form=True),
     "ours, lookup alone": Way(attached={}),
     "random drafter, auto": Way(attached=dict(lookup=False), drafter="random"),
     "random drafter, auto and lookup": Way(attached={}, drafter="random"),
@@ -92,10 +98,14 @@ WAYS = {
 PAIRS = [
     ("ours", "native"),
     ("ours", "z-lab"),
+    ("ours", "ours, one form"),
+    ("ours, one form", "native"),
+    ("ours, one form", "z-lab"),
     ("ours, auto", "ours, drafts of 1"),
     ("ours, auto and lookup", "ours, auto"),
     ("ours, auto and lookup", "ours, lookup alone"),
     ("ours, auto and lookup", "prompt lookup"),
+    ("ours, auto and lookup", "ours, auto and lookup, one form"),
     ("random drafter, auto and lookup", "ours, lookup alone"),
 ]
 
@@ -115,6 +125,7 @@ class Runner:
         stopwatch = Stopwatch(self.target)
         # The native generator and z-lab's loop leave hooks on every layer, which would slow down the way after them.
         drop_capture_hooks(self.target)
+        verification.FEW = 1 if self.way.one_form else FEW
         with stopwatch.running():
             if self.way.drafter == "z-lab":
                 output, seconds = zlab_decode(self.target, prompt, self.drafter, config)
