@@ -3,8 +3,8 @@
     python tests/benchmarks/few_rows.py --target FOLDER --json FILE
 
 For each number of rows: milliseconds of all products of one pass in torch's own form (x W^T) and in the turned one
-((W x^T)^T), the median of so many passes, and their ratio with the middle half of the passes. A pass of one row in
-torch's own form is what plain decoding does, and stands beside.
+((W x^T)^T), as medians of so many passes, and the median ratio with the middle half of the passes. A pass of one row
+in torch's own form is what plain decoding does, and stands beside.
 """
 
 import argparse
@@ -39,8 +39,8 @@ def measure(products: list[FewRows], rows: int, passes: int) -> dict:
     found = np.array([[milliseconds(products, *turn) for turn in turns] for _ in range(passes + 1)])[1:]
     ratios = found[:, 0] / found[:, 1]
     own, turned, plain = np.median(found, axis=0).tolist()
-    middle = np.quantile(ratios, [0.25, 0.75]).tolist()
-    return {"own_ms": own, "turned_ms": turned, "one_row_ms": plain, "ratio": own / turned, "middle_half": middle}
+    low, ratio, high = np.quantile(ratios, [0.25, 0.5, 0.75]).tolist()
+    return {"own_ms": own, "turned_ms": turned, "one_row_ms": plain, "ratio": ratio, "middle_half": [low, high]}
 
 
 def main() -> None:
