@@ -11,7 +11,7 @@ from .cli import errors_in_one_line, parse_with_drafter, under_new_spelling
 from .keys import check_keys
 from .publishing.card import render
 from .publishing.validate import validate
-from .records import check_can_write
+from .records import check_can_write, named_file
 
 
 def command_parser() -> argparse.ArgumentParser:
@@ -34,7 +34,7 @@ def command_parser() -> argparse.ArgumentParser:
     )
     one.add_argument("--out", help="file to write (default: README.md in the folder)")
     many = commands.add_parser("validate", help="check cards; exit code 1 if one is not good")
-    many.add_argument("cards", metavar="FILE", type=Path, nargs="+", help="a card to check")
+    many.add_argument("cards", metavar="FILE", type=Path, nargs="+", help="a card to check, or the folder that it lies in")
     return parser
 
 
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"written: {out}")
         return
     any_bad = False
-    for path in args.cards:
+    for path in [named_file(card, "README.md", "specauf card render") for card in args.cards]:
         # contributed cards are named <owner>__<name>.md
         problems = validate(path, contributed="__" in path.name)
         any_bad = any_bad or bool(problems)

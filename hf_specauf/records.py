@@ -157,6 +157,20 @@ def write_whole(path: Path, text: str) -> None:
     part.replace(path)
 
 
+def named_file(path: str | Path, name: str, made_by: str) -> Path:
+    """The file that a command was given, or the file of that name in the folder that it was given.
+
+    Raises:
+        ValueError: there is none; says what makes it.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / name
+    if not path.is_file():
+        raise ValueError(f"{path} is not there: {made_by} writes it. Give that file, or its folder")
+    return path
+
+
 def read_record(path: str | Path) -> dict:
     """The object in a JSON file.
 

@@ -410,7 +410,8 @@ def test_two_evaluations_of_the_same_prompts_are_compared_prompt_by_prompt(folde
         main(arguments(folders, tmp_path / out, count=3, lookup="off", **more))
     names = [str(tmp_path / out / "eval.json") for out in "ab"]
     capsys.readouterr()
-    main(["--compare", *names, "--out", str(tmp_path / "c")])
+    # a file, and the folder of one
+    main(["--compare", names[0], str(tmp_path / "b"), "--out", str(tmp_path / "c")])
     printed = capsys.readouterr().out
     assert "on the same 3 prompts" in printed and "draft_length None there, 1 here" in printed
     found = json.loads((tmp_path / "c" / "comparison.json").read_text())
@@ -419,6 +420,8 @@ def test_two_evaluations_of_the_same_prompts_are_compared_prompt_by_prompt(folde
     same = compare_records(first, first)
     assert same["tau_difference"]["interval"] == [0, 0] and same["speed_ratio"]["interval"] == [1, 1]
     assert same["different"] == [] and "no clear difference" in comparison_words(same, ["a", "a"])[1]
+    with pytest.raises(SystemExit, match=f"{tmp_path / 'eval.json'} is not there: specauf evaluate writes it"):
+        main(["--compare", names[0], str(tmp_path)])
 
 
 def older(record: dict, faster: float = 1.0, tau: float = 0.0) -> dict:

@@ -146,7 +146,11 @@ def test_bad_cards_are_named_with_what_is_wrong(folder, change, problem, capsys)
     assert stop.value.code == 1 and problem in capsys.readouterr().out
     path.write_text(text)
     main(["validate", str(path)])
-    path.rename(folder / "drafter.md")
+    path.rename(folder / "README.md")
+    main(["validate", str(folder)])
+    (folder / "README.md").rename(folder / "drafter.md")
+    with pytest.raises(SystemExit, match=f"{folder / 'README.md'} is not there: specauf card render writes it"):
+        main(["validate", str(folder)])
     assert validate(folder / "drafter.md", contributed=True) == [
         "the file is called drafter.md: it must be <owner>__<name>.md"
     ]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..cli import under_new_spelling
 from ..identity import Identity
-from ..records import read_record, write_record
+from ..records import named_file, read_record, write_record
 from ..serving.acceptance import number
 from .intervals import difference_of_ratios, figure, ratio_of_ratios
 from .record import differing_conditions
@@ -194,10 +194,11 @@ def compare_files(argv: list[str]) -> None:
         prog="specauf evaluate", description="Compare two evaluations of the same prompts."
     )
     add = parser.add_argument
-    add("--compare", nargs=2, required=True, metavar="EVAL.json", help="two files of evaluate")
+    add("--compare", nargs=2, required=True, metavar="EVAL.json", help="two files of evaluate, or their folders")
     add("--out", default="eval", help="folder for comparison.json (default eval)")
     args = parser.parse_args(under_new_spelling(argv))
-    found = compare_records(*(read_record(path) for path in args.compare))
+    files = [named_file(path, "eval.json", "specauf evaluate") for path in args.compare]
+    found = compare_records(*map(read_record, files))
     found["files"] = args.compare
     for line in comparison_words(found, args.compare):
         print(line)
