@@ -34,7 +34,8 @@ def command_parser() -> argparse.ArgumentParser:
     )
     one.add_argument("--out", help="file to write (default: README.md in the folder)")
     many = commands.add_parser("validate", help="check cards; exit code 1 if one is not good")
-    many.add_argument("cards", metavar="FILE", type=Path, nargs="+", help="a card to check, or the folder that it lies in")
+    said = "a card to check, or the folder that it lies in"
+    many.add_argument("cards", metavar="FILE", type=Path, nargs="+", help=said)
     return parser
 
 

@@ -194,7 +194,13 @@ def compare_files(argv: list[str]) -> None:
         prog="specauf evaluate", description="Compare two evaluations of the same prompts."
     )
     add = parser.add_argument
-    add("--compare", nargs=2, required=True, metavar="EVAL.json", help="two files of evaluate, or their folders")
+    add(
+        "--compare",
+        nargs=2,
+        required=True,
+        metavar="EVAL.json",
+        help="two files of evaluate, or their folders",
+    )
     add("--out", default="eval", help="folder for comparison.json (default eval)")
     args = parser.parse_args(under_new_spelling(argv))
     files = [named_file(path, "eval.json", "specauf evaluate") for path in args.compare]
