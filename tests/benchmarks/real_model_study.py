@@ -89,11 +89,13 @@ LEGS = {
     "dflash-auf-own": Leg("auf", data="own"),
     "domino-b-auf-own": Leg("b_auf", data="own"),
     # shorter blocks
+    "dflash-uniform-k8": Leg("uniform", block_size=8),
     "dflash-decay-k8": Leg("decay", block_size=8),
     "dflash-auf-k8": Leg("auf", block_size=8),
     "dflash-auf-decay-k8": Leg("auf_decay", block_size=8),
     "domino-decay-k8": Leg("domino_decay", block_size=8),
     "domino-b-auf-k8": Leg("b_auf", block_size=8),
+    "domino-b-auf-decay-k8": Leg("b_auf_decay", block_size=8),
     "dflash-decay-own-k8": Leg("decay", block_size=8, data="own"),
     "dflash-auf-own-k8": Leg("auf", block_size=8, data="own"),
     "domino-b-auf-own-k8": Leg("b_auf", block_size=8, data="own"),
