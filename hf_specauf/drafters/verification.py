@@ -307,8 +307,8 @@ class FewRows:
     """Stands in for `nn.Linear.forward` where x has few rows and the weight W is on a CPU: x W^T or
     (W x^T)^T, whichever is faster. They are the same numbers, but for rounding.
 
-    A pass over a draft has few rows, and BLAS libraries may take several times longer for the one
-    form than for the other: MKL on an AMD processor, in fp32 with 4 rows, 2.4 times as long
+    A pass over a draft has few rows, and BLAS libraries may take much longer for the one form than
+    for the other: MKL on an AMD processor, in fp32 with 4 rows, 2.1 times as long
     (docs/results.md). `torch.use_deterministic_algorithms` leaves all products as they are.
 
     Args:
