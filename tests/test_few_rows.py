@@ -77,6 +77,14 @@ def test_the_forms_take_turns_until_one_is_clearly_the_faster(seconds, turned):
     assert trial.turned is turned is trial.turn()
 
 
+def test_threads_that_come_at_once_decide_all_the_same():
+    trial = Trial()
+    for seconds in (trial.seconds[False], trial.seconds[True]):
+        seconds += [1.0] * TRIED  # so many were added before anybody looked
+    trial.learn(True, 1.0)
+    assert trial.turned is False
+
+
 def test_the_first_products_of_a_shape_are_tried_and_later_ones_take_what_was_chosen(monkeypatch):
     monkeypatch.setattr(verification, "TRIALS", {})
     linear, forms = nn.Linear(6, 10), []

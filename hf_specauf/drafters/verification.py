@@ -293,7 +293,8 @@ class Trial:
         """Take in what a product took."""
         self.seconds[turned].append(seconds)
         plain, other = self.seconds
-        if len(other) == TRIED:
+        # More than these where two threads come at once.
+        if len(other) >= TRIED:
             # The least of each, because a stall of the machine is no matter of the form.
             self.turned = min(other) < WORTH * min(plain)
 

@@ -38,7 +38,7 @@ class LookupDrafts(BlockDrafts):
         **not_needed,
     ):
         self.drafter = drafter
-        self.run = None
+        self.run = None  # there is no drafter that could run
         self.taps = []
         self.lookup = lookup
         self.index = Lookup()
